@@ -1,0 +1,27 @@
+"""fxzip: merge trained networks by rewriting their graphs.
+
+    zipped = fxzip.merge({"digits": a, "letters": b}, loader)
+    zipped(x)["digits"]
+
+See `merge`, `inspect`, `verify`; the pipeline is fxzip/merge.py, read top to bottom.
+"""
+
+from __future__ import annotations
+
+from .errors import FxzipError, InputError, SpaceError, TraceError, VerificationError
+from .evaluate import Accuracy, accuracy, cost
+from .inspection import inspect
+from .match import MATCHERS, Average, Permute, Select, Zip
+from .measure.moments import Moments
+from .merge import METHODS, collect, merge
+from .report import Report, report
+from .rewrite import cut_points, extract
+from .verify import Verification, scramble, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MATCHERS", "METHODS", "Accuracy", "Average", "FxzipError", "InputError", "Moments", "Permute", "Report", "Select",
+    "SpaceError", "TraceError", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points",
+    "extract", "inspect", "merge", "report", "scramble", "verify",
+]  # fmt: skip

@@ -1,0 +1,265 @@
+"""Pre-flight checks of a merge: every problem of a call at once, before anything expensive."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map
+
+from .errors import InputError
+from .trace import bind, compare_graphs, compare_shapes, describe, rows, unwrap
+from .trace.guards import kept_rng, untraceable
+
+__all__ = ["Checked", "Replay", "check_merge", "compare_graphs", "compare_shapes", "peek", "unusable"]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a merge works on. names: one per model; models: the user's own, wrappers taken off; loader: as
+    given (one, or one per task, or None) but safe to iterate again; example: the example inputs, or the first
+    batch of the first loader; notices: for the user."""
+
+    names: tuple[str, ...]
+    models: tuple[nn.Module, ...]
+    loader: Iterable | dict[str, Iterable] | None
+    example: Any
+    notices: tuple[str, ...] = ()
+
+    @property
+    def as_dict(self) -> dict[str, nn.Module]:
+        """Models by name."""
+        return dict(zip(self.names, self.models, strict=True))
+
+
+def check_merge(
+    models: Sequence[nn.Module] | Mapping[str, nn.Module],
+    loader: Iterable | Mapping[str, Iterable] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    example_inputs: Any = None,
+    calibration: int = 2048,
+    needs_data: bool = False,
+    problems: Sequence[str] = (),
+    call: str = "fxzip.merge",
+) -> Checked:
+    """Check the arguments of a merge; models, hooks, modes and random states stay as they are.
+
+    needs_data: a loader is required. problems: what the caller found already, listed with the rest.
+    Raises one InputError that lists everything wrong. Graphs and widths are compared once there are graphs,
+    by `compare_graphs` and `compare_shapes`.
+
+    >>> check_merge([nn.Linear(2, 1), nn.Linear(2, 1)], [torch.ones(3, 2)]).names
+    ('task0', 'task1')
+    """
+    found = list(problems)
+    modules = _models(models, found)
+    tasks = _names(models, names, found)
+    if isinstance(calibration, bool) or not isinstance(calibration, int) or calibration <= 0:
+        found.append(f"calibration must be a positive number of samples, got {calibration!r}")
+    if loader is None and needs_data:
+        found.append(
+            "loader is missing: this method reads batches (any iterable of them, labels are ignored)"
+        )
+    elif loader is None and example_inputs is None:
+        found.append("neither loader nor example_inputs: tracing needs one batch as an example")
+    loader, batches = _loaders(loader, tasks, found)
+    plain = [unwrap(m) for m in modules]
+    for task, (module, _) in zip(tasks, plain, strict=False):
+        found += [f"{task}: {problem}" for problem in (*untraceable(module), *unusable(module))]
+    if not found:
+        if example_inputs is not None:
+            found += _misfit(plain[0][0], example_inputs, f"example_inputs do not fit {tasks[0]}")
+        for task, batch in batches.items():
+            found += _misfit(plain[tasks.index(task)][0], batch, f"batches do not fit {task}")
+    if found:
+        raise InputError.listing(call, found)
+    example = example_inputs if example_inputs is not None else next(iter(batches.values()))
+    notices = tuple(
+        f"{task}: {text}" for task, (_, texts) in zip(tasks, plain, strict=True) for text in texts
+    )
+    return Checked(tuple(tasks), tuple(m for m, _ in plain), loader, example, notices)
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+def _models(models: Any, found: list[str]) -> list[nn.Module]:
+    """The models as a list; what is none of them goes to `found`."""
+    if isinstance(models, nn.Module) and not isinstance(models, (nn.ModuleList, nn.ModuleDict)):
+        found.append(f"models is a single {type(models).__name__}: pass a list or dict of at least two")
+        return []
+    if not isinstance(models, (Sequence, Mapping, nn.ModuleList, nn.ModuleDict)) or isinstance(models, str):
+        found.append(f"models must be a list or dict of nn.Modules, not {type(models).__name__}")
+        return []
+    keyed = isinstance(models, (Mapping, nn.ModuleDict))
+    pairs = list(models.items()) if keyed else list(enumerate(models))
+    if len(pairs) < 2:
+        found.append(f"{('no models', 'one model')[len(pairs)]} given: a merge needs at least two")
+    for key, model in pairs:
+        if not isinstance(model, nn.Module):
+            found.append(f"models[{key!r}] is {_kind(model)}")
+    return [model for _, model in pairs if isinstance(model, nn.Module)]
+
+
+def _kind(thing: Any) -> str:
+    if isinstance(thing, type) and issubclass(thing, nn.Module):
+        return f"the class {thing.__name__}, not an instance of it"
+    if isinstance(thing, Mapping):
+        return "a mapping, not an nn.Module: load a state_dict into its architecture first"
+    return f"of type {type(thing).__name__}, not an nn.Module"
+
+
+def _names(models: Any, names: Sequence[str] | None, found: list[str]) -> list[str]:
+    """Task names: given, the keys of a dict, or task0, task1, ..."""
+    count = len(models) if hasattr(models, "__len__") else 0
+    keyed = isinstance(models, (Mapping, nn.ModuleDict))
+    tasks = (
+        list(names) if names is not None else list(models) if keyed else [f"task{k}" for k in range(count)]
+    )
+    if len(tasks) != count:
+        found.append(f"{len(tasks)} names for {count} models")
+    seen: dict[str, str] = {}
+    for name in tasks:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][\w-]*", name):
+            found.append(
+                f"task name {name!r} must be letters, digits, _ and -: it becomes part of module names"
+            )
+            continue
+        plain = name.replace("-", "_")
+        if plain in seen:
+            other = "twice" if seen[plain] == name else f"too like {seen[plain]!r}"
+            found.append(
+                f"task name {name!r} is used {other}"
+                if other == "twice"
+                else f"task name {name!r} is {other}"
+            )
+        seen[plain] = name
+    return [str(name) for name in tasks]
+
+
+def unusable(model: nn.Module) -> list[str]:
+    """NaN, infinity and missing data in parameters and buffers, by name."""
+    problems = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            continue  # `untraceable` has said so
+        if tensor.is_meta:
+            problems.append(f"{name} is on the meta device and has no values")
+        elif tensor.is_floating_point():
+            bad = int((~tensor.detach().isfinite()).sum())
+            kind = "NaN" if bad and bool(tensor.detach().isnan().any()) else "infinite values"
+            problems += [f"{name} holds {kind} ({bad} of {tensor.numel()} entries)"] * (bad > 0)
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def _loaders(loader: Any, tasks: list[str], found: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The loader or loaders, safe to iterate again, and first batches by task (task 0 for a shared one)."""
+    if loader is None:
+        return None, {}
+    if not isinstance(loader, Mapping):
+        first, again = _peek_into(loader, "loader", found)
+        return again, {} if first is None or not tasks else {tasks[0]: first}
+    if set(loader) != set(tasks):
+        found.append(f"loader has the keys {sorted(map(str, loader))}, the models are named {sorted(tasks)}")
+        return None, {}
+    pairs = {task: _peek_into(loader[task], f"loader[{task!r}]", found) for task in tasks}
+    again = {task: pair[1] for task, pair in pairs.items()}
+    return again, {task: pair[0] for task, pair in pairs.items() if pair[0] is not None}
+
+
+def _peek_into(loader: Any, label: str, found: list[str]) -> tuple[Any, Iterable]:
+    try:
+        return peek(loader, label)
+    except InputError as error:
+        found.append(str(error))
+        return None, ()
+
+
+def peek(loader: Any, label: str = "loader") -> tuple[Any, Iterable]:
+    """The first batch, and an iterable that still gives every batch, from the first, as often as asked.
+
+    An iterator (a generator) can only run once: its batches are kept as they are drawn. Anything else is
+    returned as it is, with global random states as before, so that a shuffling loader starts the same.
+    Raises InputError for what is not iterable, is empty, or yields samples rather than batches.
+
+    >>> first, again = peek(n for n in [10, 20])
+    >>> first, list(again), list(again)
+    (10, [10, 20], [10, 20])
+    """
+    if isinstance(loader, Tensor):
+        raise InputError(f"{label} is a tensor {describe(loader)}: pass [tensor] for a single batch")
+    if isinstance(loader, torch.utils.data.Dataset) and not isinstance(
+        loader, torch.utils.data.IterableDataset
+    ):
+        raise InputError(f"{label} is a Dataset of samples: wrap it in a DataLoader, which makes batches")
+    if isinstance(loader, Iterator):
+        again: Iterable = Replay(loader)
+        return _first(iter(again), label), again
+    with kept_rng(()):
+        try:
+            iterator = iter(loader)
+        except TypeError as error:
+            raise InputError(f"{label} is not iterable: {type(loader).__name__}") from error
+        return _first(iterator, label), loader
+
+
+def _first(iterator: Iterator, label: str) -> Any:
+    for batch in iterator:
+        return batch
+    raise InputError(f"{label} is empty: it gives no batch")
+
+
+class Replay:
+    """An iterator that can be iterated again: batches drawn so far are kept and come first."""
+
+    def __init__(self, iterator: Iterator):
+        self._iterator = iterator
+        self._drawn: list[Any] = []
+
+    def __iter__(self) -> Iterator:
+        k = 0
+        while True:
+            if k == len(self._drawn):
+                for batch in self._iterator:
+                    self._drawn.append(batch)
+                    break
+                else:
+                    return
+            yield self._drawn[k]
+            k += 1
+
+
+def _misfit(model: nn.Module, batch: Any, complaint: str) -> list[str]:
+    """Why two rows of `batch` do not run through the model, if they do not."""
+    signature = inspect.signature(model.forward)
+    try:
+        args = rows(bind(batch, signature), 2)
+    except InputError as error:
+        return [f"{complaint}: {error}"]
+    device = next((p.device for p in model.parameters()), None)
+    args = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) and device else x, args)
+    try:
+        with kept_rng(model.parameters()), torch.no_grad():
+            copy.deepcopy(model).eval()(*args)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        name = type(model).__name__
+        return [f"{complaint}: {name}.forward{_plain(signature)} fails on {describe(args)}: {reason}"]
+    return []
+
+
+def _plain(signature: inspect.Signature) -> str:
+    """Names and defaults, without annotations."""
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(bare))

@@ -1,0 +1,38 @@
+"""Feature spaces from ATen operators: labels, relations, solver, rules; see `infer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from ..trace.lower import Lowered
+from .engine import Inference, tensor_nodes
+from .families import read_spaces
+from .spaces import Anchor, FeatureSpace, Frozen, Parent, Segment, Spaces
+
+__all__ = ["Anchor", "FeatureSpace", "Frozen", "Parent", "Segment", "Spaces", "counted_outputs", "infer"]
+
+
+def infer(lowered: Lowered, outputs: Callable[[Any], Any] | None = None) -> Spaces:
+    """The feature spaces of a lowered graph.
+
+    outputs: picks what counts as output from the model's output pytree (of lowered nodes); default see
+    `counted_outputs`. Counted outputs are inert. Raises SpaceError when inference finds no fixpoint.
+
+    >>> from torch import nn, ones; from fxzip.trace import lower
+    >>> gm = fx.symbolic_trace(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)))
+    >>> [(s.name, s.size, s.parameters) for s in infer(lower(gm, (ones(1, 3),)))]
+    [('s0', 8, ('0.weight', '0.bias', '2.weight'))]
+    """
+    chosen = outputs(lowered.outputs) if outputs else counted_outputs(lowered.outputs)
+    inference = Inference(lowered)
+    return read_spaces(inference, inference.run(tensor_nodes(chosen)))
+
+
+def counted_outputs(outputs: Any) -> Any:
+    """What a caller looks at: `logits` if there is such a key, else every tensor of the output."""
+    if hasattr(outputs, "keys") and "logits" in outputs:
+        return outputs["logits"]
+    return outputs

@@ -1,0 +1,27 @@
+"""`inspect`: the feature spaces of a model, before anything is merged."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from .infer import Spaces, infer
+from .trace import bind, lower, rows, trace
+
+
+def inspect(model: nn.Module, example_inputs: Any) -> Spaces:
+    """Feature spaces of `model`: print() shows a row per space; `.explain("layer2.0.conv1")`, `.frozen`,
+    `.untouched`, `.to_networkx()` tell more.
+
+    example_inputs: one batch (tensor, tuple, or dict bound to forward). The model is not changed.
+    Raises TraceError when the model cannot be traced, SpaceError when inference finds no fixpoint.
+
+    >>> import torch
+    >>> [s.size for s in inspect(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4))]
+    [8]
+    """
+    traced = trace(model, example_inputs)
+    args = bind(example_inputs, signature(traced.graph_module.forward))
+    return infer(lower(traced.graph_module, rows(args, 1)))

@@ -1,0 +1,53 @@
+"""Match: Moments -> Matching (M, U) per space. Matchers see numbers, never graphs."""
+
+from __future__ import annotations
+
+import difflib
+
+from ..errors import InputError
+from .average import Average
+from .blocks import match
+from .matching import Matcher, Matching, from_slots, optimal_unmerge, similarity
+from .permute import Permute
+from .select import Select
+from .zip import Zip
+
+MATCHERS: tuple[type[Matcher], ...] = (Average, Permute, Zip, Select)
+
+__all__ = [
+    "MATCHERS",
+    "Average",
+    "Matcher",
+    "Matching",
+    "Permute",
+    "Select",
+    "Zip",
+    "from_slots",
+    "match",
+    "optimal_unmerge",
+    "resolve",
+    "similarity",
+]
+
+
+def resolve(method: str | Matcher) -> Matcher:
+    """A matcher, from itself or from its short name (with default settings).
+
+    Raises InputError for an unknown name, or for something that is no matcher.
+
+    >>> resolve("zip")
+    Zip(alpha=0.3, beta=0.125)
+    """
+    names = {matcher.name: matcher for matcher in MATCHERS}
+    methods = ", ".join(names)
+    if isinstance(method, str):
+        if method in names:
+            return names[method]()
+        close = difflib.get_close_matches(method.lower(), names, 1, 0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise InputError(f"unknown method {method!r}{hint} Methods: {methods}.")
+    if isinstance(method, type) and method in MATCHERS:
+        raise InputError(f"method is the class {method.__name__}; pass an object: {method.__name__}()")
+    if not isinstance(method, Matcher):
+        raise InputError(f"method must be a name or a matcher, not {method!r}. Methods: {methods}.")
+    return method

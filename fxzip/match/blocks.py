@@ -1,0 +1,211 @@
+"""Matchings for all spaces of a graph: heads move with their dimensions, groups with their channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ..errors import FxzipError, InputError, SpaceError
+from ..infer.spaces import FeatureSpace, Spaces
+from ..measure.moments import SpaceMoments
+from .alignment import Layer, Slots, align
+from .matching import Matcher, Matching, from_slots, mean_correlation, similarity
+from .permute import Permute
+
+
+def match(
+    spaces: Spaces | Sequence[FeatureSpace],
+    moments: Mapping[str, SpaceMoments],
+    matcher: Matcher,
+    widths: Mapping[str, int] | None = None,
+    models: int | None = None,
+) -> dict[str, Matching]:
+    """One Matching per space, parents before children, each an element of the space's own group structure.
+
+    A space with neither parent nor child goes to `matcher` as it is (to Permute where it is
+    `orthogonal_only`). In a family of spaces, blocks (features with equal parents) are paired by the best
+    pairing of what they hold, then the matcher runs inside each set of matched blocks; spaces that have
+    children, that are determined by their parents, or that allow permutations only are averaged under the
+    permutation. A space without moments takes its order from its children, or else keeps the identity; its
+    quality is then NaN.
+
+    widths: merged width of spaces, default the widest model's; a space with blocks of one size may get
+    (number of blocks) * (block width), if its blocks are contiguous. models: how many there are, needed only
+    without any moments. Raises SpaceError naming the space where a width or the models' sizes do not fit,
+    InputError for unknown names.
+
+    >>> c = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
+    >>> m = {"s0": SpaceMoments((2, 2), 9.0, torch.zeros(4), c)}
+    >>> match([FeatureSpace("s0", 2)], m, Permute())["s0"].merge
+    tensor([[0.5000, 0.0000, 0.0000, 0.5000],
+            [0.0000, 0.5000, 0.5000, 0.0000]], dtype=torch.float64)
+    """
+    every = list(spaces)
+    known = {space.name for space in every}
+    strange = [name for name in (*moments, *(widths or {})) if name not in known]
+    if strange:
+        raise InputError(f"match: no space {', '.join(map(repr, strange))}; there are {sorted(known)}")
+    count = _count(moments, models)
+    found: dict[str, Matching] = {}
+    for family in _families(every):
+        sizes = {s.name: _sizes(s, moments.get(s.name), count) for s in family}
+        wanted = {s.name: (widths or {}).get(s.name, max(sizes[s.name])) for s in family}
+        if len(family) == 1 and not family[0].parents:
+            space = family[0]
+            found[space.name] = _plain(
+                space, moments.get(space.name), matcher, wanted[space.name], sizes[space.name]
+            )
+        else:
+            found |= _Family(family, moments, sizes, wanted).match(matcher)
+    return {space.name: found[space.name] for space in every}
+
+
+def _count(moments: Mapping[str, SpaceMoments], models: int | None) -> int:
+    counts = {len(m.sizes) for m in moments.values()} | ({models} if models else set())
+    if len(counts) != 1:
+        given = "none are known" if not counts else f"they differ: {sorted(counts)}"
+        raise InputError(f"match: the number of models must come from the moments or `models`; {given}")
+    return counts.pop()
+
+
+def _sizes(space: FeatureSpace, moments: SpaceMoments | None, count: int) -> tuple[int, ...]:
+    return moments.sizes if moments else (space.size,) * count
+
+
+def _families(spaces: Sequence[FeatureSpace]) -> list[list[FeatureSpace]]:
+    """Spaces connected by parent links, each family in the order given (parents first)."""
+    families: list[list[FeatureSpace]] = []
+    for space in spaces:
+        near = {parent.space for parent in space.parents}
+        joined = [f for f in families if any(s.name in near for s in f)]
+        families = [f for f in families if f not in joined]
+        families.append([s for f in joined for s in f] + [space])
+    return families
+
+
+def _plain(
+    space: FeatureSpace, moments: SpaceMoments | None, matcher: Matcher, width: int, sizes: tuple[int, ...]
+) -> Matching:
+    if moments is None:
+        if width != space.size:
+            raise SpaceError(f"{space.name}: without moments its width {space.size} cannot become {width}")
+        return from_slots(np.tile(np.arange(width), len(sizes)), width, sizes)
+    if space.orthogonal_only and matcher.correspondence == "free":
+        matcher = Permute()
+    return _run(space.name, matcher, moments, width)
+
+
+def _run(name: str, matcher: Matcher, moments: SpaceMoments, width: int) -> Matching:
+    try:
+        return matcher(moments, width)
+    except FxzipError as error:
+        raise SpaceError(f"{name}: {error}") from error
+
+
+class _Family:
+    """Spaces that share blocks. Checks what is asked on construction, computes in `match`."""
+
+    def __init__(
+        self,
+        spaces: Sequence[FeatureSpace],
+        moments: Mapping[str, SpaceMoments],
+        sizes: Mapping[str, tuple[int, ...]],
+        widths: Mapping[str, int],
+    ) -> None:
+        self.spaces, self.moments, self.sizes, self.widths = spaces, moments, sizes, widths
+        self.parents = {parent.space for space in spaces for parent in space.parents}
+        for space in spaces:
+            if set(sizes[space.name]) != {space.size}:
+                raise SpaceError(
+                    f"{space.name}: the models have {sizes[space.name]} features here, but with blocks "
+                    f"({space.structure}) every model needs {space.size}"
+                )
+        self.known = {s.name: similarity(moments[s.name]) for s in spaces if s.name in moments}
+
+    def match(self, matcher: Matcher) -> dict[str, Matching]:
+        slots = self._slots(matcher)
+        return {space.name: self._one(space, slots, matcher) for space in self.spaces}
+
+    def _slots(self, matcher: Matcher) -> list[Slots]:
+        """Per model: the slot of every feature of every space."""
+        count = len(self.sizes[self.spaces[0].name])
+        if matcher.correspondence == "identity" or not self.known:
+            return [{space.name: np.arange(space.size) for space in self.spaces}] * count
+        layers = [
+            Layer(
+                space.name,
+                space.size,
+                self.sizes[space.name],
+                tuple((parent.space, parent.index) for parent in space.parents),
+                self.known.get(space.name),
+            )
+            for space in self.spaces
+        ]
+        return align(layers)
+
+    def _one(self, space: FeatureSpace, slots: list[Slots], matcher: Matcher) -> Matching:
+        here = [s[space.name] for s in slots]
+        free = (
+            matcher.correspondence == "free"
+            and space.name in self.known
+            and space.name not in self.parents
+            and not space.orthogonal_only
+            and len(np.unique(space.blocks)) < space.size
+        )
+        width = self.widths[space.name]
+        if free:
+            return self._inside(space, here, matcher, width)
+        if width != space.size:
+            why = "it groups other features" if space.name in self.parents else "only permutations fit here"
+            raise SpaceError(f"{space.name}: its width {space.size} cannot become {width}: {why}")
+        return from_slots(
+            np.concatenate(here), space.size, self.sizes[space.name], self.known.get(space.name)
+        )
+
+    def _inside(self, space: FeatureSpace, slots: list[np.ndarray], matcher: Matcher, width: int) -> Matching:
+        """Run the matcher within every set of matched blocks and put the pieces together."""
+        members = _members(space.blocks)
+        targets = _targets(space, members, width)
+        starts = np.arange(len(slots)) * space.size
+        merge = torch.zeros(width, len(slots) * space.size, dtype=torch.float64)
+        unmerge = merge.T.clone()
+        quality = []
+        for block, rows in zip(members, targets, strict=True):
+            # Sorted by slot: the matcher sees every model in model 0's order.
+            inside = [np.argsort(s)[block] for s in slots]
+            part = _run(space.name, matcher, self.moments[space.name].restrict(inside), len(rows))
+            columns = torch.from_numpy(np.concatenate([f + o for f, o in zip(inside, starts, strict=True)]))
+            merge[torch.from_numpy(rows)[:, None], columns] = part.merge
+            unmerge[columns[:, None], torch.from_numpy(rows)] = part.unmerge
+            quality.append((part.quality, len(block)))
+        sizes, identity = self.sizes[space.name], np.tile(np.arange(space.size), len(slots))
+        baseline = mean_correlation(identity, sizes, self.known[space.name])
+        return Matching(merge, unmerge, sizes, _mean(quality), baseline)
+
+
+def _members(blocks: np.ndarray) -> list[np.ndarray]:
+    """The features of every block, in order."""
+    order = np.argsort(blocks, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(blocks))[:-1])
+
+
+def _targets(space: FeatureSpace, members: list[np.ndarray], width: int) -> list[np.ndarray]:
+    """The merged features of every block: where model 0 has them, or contiguous blocks of a new width."""
+    if width == space.size:
+        return members
+    inner, rest = divmod(width, len(members))
+    contiguous = (np.diff(space.blocks) >= 0).all() and len({len(m) for m in members}) == 1
+    if rest or not inner or not contiguous:
+        raise SpaceError(
+            f"{space.name}: {space.structure} cannot get width {width}: that takes contiguous blocks "
+            f"of one size and a multiple of {len(members)}, the number of blocks"
+        )
+    return list(np.arange(width).reshape(len(members), inner))
+
+
+def _mean(parts: Sequence[tuple[float, int]]) -> float:
+    """Weighted mean of the known values; NaN without any."""
+    values = [(value, weight) for value, weight in parts if value == value]
+    return sum(v * w for v, w in values) / sum(w for _, w in values) if values else float("nan")

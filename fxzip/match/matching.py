@@ -1,0 +1,161 @@
+"""Matching: the merge and unmerge matrices M and U of one space, and what every matcher needs for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..measure.moments import SpaceMoments
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """Features f [Sn] of all models, concatenated: z = merge @ f, and f ~ unmerge @ z.
+
+    merge: M, float64 [m, Sn]; unmerge: U, float64 [Sn, m]; sizes: n_i of every model.
+    quality: mean correlation between matched features of different models, NaN when unknown;
+    baseline: the same for the identity correspondence, that is for plain averaging.
+    Raises InputError when the shapes do not fit or a value is not finite.
+
+    >>> Matching(torch.full((1, 2), 0.5), torch.ones(2, 1), (1, 1)).blocks_merge(0)
+    tensor([[0.5000]], dtype=torch.float64)
+    """
+
+    merge: Tensor
+    unmerge: Tensor
+    sizes: tuple[int, ...]
+    quality: float = float("nan")
+    baseline: float = float("nan")
+
+    def __post_init__(self) -> None:
+        width, total = len(self.merge), sum(self.sizes)
+        if self.merge.shape != (width, total) or self.unmerge.shape != (total, width):
+            raise InputError(
+                f"Matching: sizes {self.sizes} need merge [m, {total}] and unmerge [{total}, m], "
+                f"not {list(self.merge.shape)} and {list(self.unmerge.shape)}"
+            )
+        object.__setattr__(self, "merge", self.merge.double())
+        object.__setattr__(self, "unmerge", self.unmerge.double())
+        if not (self.merge.isfinite().all() and self.unmerge.isfinite().all()):
+            raise InputError("Matching: NaN or Inf in merge or unmerge")
+
+    @property
+    def width(self) -> int:
+        """m, the number of merged features."""
+        return len(self.merge)
+
+    def blocks_merge(self, model: int) -> Tensor:
+        """The columns of M for one model. [m, n_i]"""
+        return self.merge.split(self.sizes, 1)[model]
+
+    def blocks_unmerge(self, model: int) -> Tensor:
+        """The rows of U for one model. [n_i, m]"""
+        return self.unmerge.split(self.sizes, 0)[model]
+
+
+Correspondence = Literal["identity", "permutation", "free"]
+
+
+@runtime_checkable
+class Matcher(Protocol):
+    """A frozen dataclass that turns moments into a Matching, and says where it comes from.
+
+    correspondence: "identity" never moves a feature, "permutation" pairs whole features one to one,
+    "free" may build any M and U (and is kept away from spaces that allow permutations only).
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    correspondence: ClassVar[Correspondence]
+
+    def __call__(self, moments: SpaceMoments, width: int) -> Matching: ...
+
+
+def similarity(moments: SpaceMoments) -> np.ndarray:
+    """The correlation as matchers see it: dead features of two models with one constant value count as equal.
+
+    Without that, matching a dead unit with its own copy would be worth nothing. float64 [Sn, Sn], symmetric.
+    """
+    result = moments.correlation().cpu().numpy()
+    dead = np.flatnonzero(moments.dead.cpu().numpy())
+    value = moments.mean.cpu().numpy()[dead]
+    model = model_of(moments.sizes)[dead]
+    same = np.isclose(value[:, None], value[None, :], rtol=1e-5, atol=1e-12)
+    rows, columns = np.nonzero(same & (model[:, None] != model[None, :]))
+    result[dead[rows], dead[columns]] = 1
+    return result
+
+
+def model_of(sizes: Sequence[int]) -> np.ndarray:
+    """The model every feature belongs to. int64 [Sn]"""
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+def from_slots(
+    slots: np.ndarray, width: int, sizes: Sequence[int], correlation: np.ndarray | None = None
+) -> Matching:
+    """The matching that averages all features with one slot: U is 0/1, M = U^T over the size of each group.
+
+    slots: int [Sn], the merged feature of every feature; each of `width` slots is taken at least once.
+
+    >>> from_slots(np.array([0, 1, 1, 0]), 2, (2, 2)).merge
+    tensor([[0.5000, 0.0000, 0.0000, 0.5000],
+            [0.0000, 0.5000, 0.5000, 0.0000]], dtype=torch.float64)
+    """
+    taken = np.bincount(slots, minlength=width)
+    if len(taken) != width or not taken.all():
+        raise InputError(f"from_slots: {width} slots need at least one feature each")
+    unmerge = torch.zeros(len(slots), width, dtype=torch.float64)
+    unmerge[torch.arange(len(slots)), torch.from_numpy(slots)] = 1
+    merge = (unmerge / torch.from_numpy(taken)).T.contiguous()
+    if correlation is None:
+        return Matching(merge, unmerge, tuple(sizes))
+    identity = np.concatenate([np.arange(n) for n in sizes])
+    quality, baseline = (mean_correlation(s, sizes, correlation) for s in (slots, identity))
+    return Matching(merge, unmerge, tuple(sizes), quality, baseline)
+
+
+def mean_correlation(slots: np.ndarray, sizes: Sequence[int], correlation: np.ndarray) -> float:
+    """Mean correlation over the pairs of features of different models in one slot; NaN without any."""
+    model, order = model_of(sizes), np.argsort(slots, kind="stable")
+    values = []
+    for step in range(1, int(np.bincount(slots).max())):  # pairs `step` apart in a list sorted by slot
+        a, b = order[:-step], order[step:]
+        pair = (slots[a] == slots[b]) & (model[a] != model[b])
+        values.append(correlation[a[pair], b[pair]])
+    known = np.concatenate(values) if values else np.zeros(0)
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def optimal_unmerge(
+    merge: Tensor, moments: SpaceMoments, ridge: float = 1e-4, centred: bool = True
+) -> Tensor:
+    """The linear unmerge with the least squared error: U = S M^T (M S M^T + lam I)^-1. float64 [Sn, m]
+
+    S is the covariance, or the second moment with centred=False: then also the means are fitted, which
+    matters where no bias behind U can take up an offset. lam is `ridge` times the mean of the diagonal
+    of M S M^T. Raises InputError when merge does not fit the moments.
+
+    >>> m = SpaceMoments((1, 1), 1.0, torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 4.0]]))
+    >>> optimal_unmerge(torch.tensor([[1.0, 0.0]]), m, ridge=0.0).round(decimals=6)
+    tensor([[1.],
+            [2.]], dtype=torch.float64)
+    """
+    total = sum(moments.sizes)
+    if merge.ndim != 2 or merge.shape[1] != total:
+        raise InputError(f"optimal_unmerge: merge is {list(merge.shape)}, not [m, {total}]")
+    merge = merge.to(moments.second)
+    moment = moments.covariance() if centred else (moments.second + moments.second.T) / 2
+    cross = moment @ merge.T  # [Sn, m]
+    gram = merge @ cross
+    gram = (gram + gram.T) / 2  # [m, m]
+    # Below rounding the direction carries nothing: without the floor a dead merged feature is singular.
+    floor = 1e-14 * float(gram.diagonal().max().clamp_min(1e-30))
+    gram.diagonal().add_(max(ridge * float(gram.diagonal().mean()), floor))
+    return torch.linalg.solve(gram, cross, left=False)

@@ -1,0 +1,99 @@
+"""One streaming pass: count, mean and second moment of every space over all models on the same batches."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import InputError
+from ..infer import FeatureSpace
+from ..trace import batch_size
+from .moments import Accumulator, Moments
+from .programs import Programs, rows_of
+
+ROWS = 65_536  # per anchor and pass; at least 16 per feature (see `_quota`)
+
+
+def collect_moments(
+    programs: Programs,
+    spaces: Sequence[FeatureSpace],
+    batches: Iterable[tuple],
+    count: int,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> Moments:
+    """Moments of `spaces` over `batches` (positional argument tuples), every model on every batch.
+
+    Features are pooled over all anchors of a space with equal weight per anchor; pixels and tokens are
+    subsampled at random, the same ones in every model. count: expected number of samples, for the quota.
+    Accumulates in float64. Raises InputError naming node, line and model where a value is not finite.
+    """
+    sums: dict[str, Accumulator] = {}
+    generator = torch.Generator().manual_seed(seed)
+    bar = tqdm(total=count, desc="measure", unit="sample", disable=not progress, leave=False)
+    with bar, torch.no_grad():
+        for args in batches:
+            size = max(batch_size(args), 1)
+            _one_batch(programs, spaces, args, size / max(count, size), generator, sums)
+            bar.update(size)
+    if not sums and spaces:
+        raise InputError("fxzip.collect: the loader yielded no batch")
+    return Moments({name: s.moments() for name, s in sums.items()})
+
+
+def _one_batch(programs: Programs, spaces, args, share: float, generator: torch.Generator, sums: dict) -> None:
+    """Run all models on one batch; the rows of one anchor are added once the last model has shown them."""
+    anchors = {s.name: programs.visible(s, args) for s in spaces}
+    at: dict[str, list[tuple[FeatureSpace, int]]] = defaultdict(list)
+    for space in spaces:
+        for i, anchor in enumerate(anchors[space.name]):
+            at[anchor.node].append((space, i))
+    chosen: dict[tuple[str, int], Tensor | None] = {}
+    held: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+
+    def sink(name: str, value: Tensor) -> None:
+        for space, i in at[name]:
+            rows = rows_of(anchors[space.name][i], value)
+            key = (space.name, i)
+            if key not in chosen:
+                chosen[key] = _subsample(len(rows), _quota(space.size * models, share), generator)
+            index = chosen[key]
+            rows = rows if index is None else rows[index.to(rows.device)]
+            _check_finite(programs, name, current, rows)
+            held[key].append(rows)
+            if current == models - 1:
+                parts = held.pop(key)
+                joint = torch.cat(parts, 1)  # [rows, sum n_i]
+                if space.name not in sums:
+                    sums[space.name] = Accumulator([r.shape[1] for r in parts], joint.device)
+                # equal weight per anchor, however many pixels it has; a sample counts as one row
+                sums[space.name].add(joint, weight=size / len(joint) / len(anchors[space.name]))
+
+    models, size = len(programs.states), max(batch_size(args), 1)
+    for current in range(models):
+        programs.observe(current, args, list(at), sink)
+
+
+def _quota(features: int, share: float) -> int:
+    return max(64, int(share * max(ROWS, 16 * features)))
+
+
+def _subsample(rows: int, quota: int, generator: torch.Generator) -> Tensor | None:
+    if rows <= quota:
+        return None
+    return torch.randint(rows, (quota,), generator=generator)
+
+
+def _check_finite(programs: Programs, name: str, model: int, rows: Tensor) -> None:
+    if bool(torch.isfinite(rows).all()):
+        return
+    node = next(n for n in programs.spaces.lowered.graph.nodes if n.name == name)
+    raise InputError(
+        f"model {model} yields NaN or Inf at %{node.meta.get('origin') or name} ({node.meta.get('line') or node.target}) "
+        "on the calibration data; check the data's normalisation and the model's weights"
+    )

@@ -1,0 +1,62 @@
+"""Calibration inputs: what of a loader is read, as positional arguments, the same for every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from inspect import Signature
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..errors import InputError
+from ..trace import batch_size, bind, rows
+
+
+def read_batches(
+    loader: Iterable | Mapping[str, Iterable], signature: Signature, count: int, device: torch.device, seed: int = 0
+) -> list[tuple]:
+    """The first `count` samples as positional-argument tuples on `device`; labels are dropped unseen.
+
+    A dict of loaders is read in turn, a batch each, so that tasks are balanced. Inputs are held in memory:
+    every stage sees the same samples, and a generator is read once. Shuffling loaders draw from `seed`;
+    the global RNG is as it was. Raises InputError when there is no batch or one does not fit the forward.
+    """
+    found: list[tuple] = []
+    seen = 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        source = _in_turn(loader) if _is_tasks(loader) else iter(loader)
+        while seen < count:
+            batch = next(source, None)
+            if batch is None:
+                break
+            args = bind(batch, signature)
+            size = max(batch_size(args), 1)
+            args = rows(args, min(size, count - seen)) if size > count - seen else args
+            found.append(tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, args))
+            seen += min(size, count - seen)
+    if not found:
+        raise InputError("the loader yields no batch; pass an iterable of input batches")
+    return found
+
+
+def _is_tasks(loader: Any) -> bool:
+    """A dict of loaders, as opposed to a batch that is a dict (whose values are tensors)."""
+    return isinstance(loader, Mapping) and not any(isinstance(v, Tensor) for v in loader.values())
+
+
+def _in_turn(loaders: Mapping[str, Iterable]) -> Iterator[Any]:
+    """One batch of every loader in turn, until all are used up."""
+    iterators = [iter(v) for v in loaders.values()]
+    pending = len(iterators)
+    turns = cycle(iter(i).__next__ for i in iterators)
+    while pending:
+        try:
+            for take in turns:
+                yield take()
+        except StopIteration:
+            pending -= 1
+            turns = cycle(islice(turns, pending))

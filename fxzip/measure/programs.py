@@ -1,0 +1,80 @@
+"""Lowered graphs of all models at the batch shapes of the calibration data, and anchors found in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten
+
+from ..errors import SpaceError
+from ..infer import Anchor, FeatureSpace, Spaces
+from ..trace.execute import run, state_of
+from ..trace.lower import Lowered, corresponding, lower
+
+
+@dataclass
+class Programs:
+    """N models of one graph, ready to run at any batch shape with chosen values observed.
+
+    Graphs are lowered once per batch shape and shared by models whose parameters have the same shapes.
+    """
+
+    graph_modules: Sequence[fx.GraphModule]
+    spaces: Spaces
+    states: Sequence[Mapping[str, Tensor]] = ()
+    _lowered: dict[tuple, tuple[Lowered, Mapping[str, str]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.states = self.states or [state_of(m) for m in self.graph_modules]
+        shapes = [tuple((n, tuple(t.shape)) for n, t in s.items()) for s in self.states]
+        self.owner = [shapes.index(s) for s in shapes]  # model i runs the graph of model owner[i]
+
+    def lowered(self, model: int, args: tuple) -> tuple[Lowered, Mapping[str, str]]:
+        """(graph of `model` at the shapes of `args`, node name in the analysed graph -> node name in it)."""
+        key = (self.owner[model], _shapes(args))
+        if key not in self._lowered:
+            graph = lower(self.graph_modules[self.owner[model]], args)
+            self._lowered[key] = graph, corresponding(self.spaces.lowered, graph)
+        return self._lowered[key]
+
+    def observe(self, model: int, args: tuple, names: Sequence[str], sink) -> None:
+        """Run one model on one batch; sink(name, value) for every analysed node name in `names`."""
+        graph, twin = self.lowered(model, args)
+        back = {twin[n]: n for n in names}
+        nodes = [n for n in graph.graph.nodes if n.name in back]
+        run(graph, self.states[model], args, wanted=nodes, sink=lambda node, value: sink(back[node.name], value))
+
+    def visible(self, space: FeatureSpace, args: tuple) -> list[Anchor]:
+        """The anchors of `space` whose feature axes have, at this batch shape, the size they were analysed with.
+
+        Raises SpaceError when there are anchors but none fits: the batch is flattened into the features.
+        """
+        graph, twin = self.lowered(0, args)
+        now = {n.name: n.meta.get("shape") for n in graph.graph.nodes}
+        then = {n.name: n.meta.get("shape") for n in self.spaces.lowered.graph.nodes}
+        fits = [a for a in space.anchors if all(now[twin[a.node]][x] == then[a.node][x] for x in a.axes)]
+        if space.anchors and not fits:
+            raise SpaceError(f"{space.name}: at this batch size its features are flattened together with the batch in "
+                             f"%{space.anchors[0].node}; it cannot be measured")
+        return fits
+
+
+def _shapes(args: Any) -> tuple:
+    return tuple((tuple(x.shape), str(x.dtype)) if isinstance(x, Tensor) else repr(x) for x in tree_flatten(args)[0])
+
+
+def rows_of(anchor: Anchor, value: Tensor) -> Tensor:
+    """[samples, n]: the features of `anchor` in `value`, one row per sample (batch item, pixel or token)."""
+    rest = [i for i in range(value.dim()) if i not in anchor.axes]
+    flat = value.permute(*rest, *anchor.axes).flatten(len(rest))  # [..., features and what is flattened in]
+    flat = flat.reshape(-1, flat.shape[-1])
+    n, t = anchor.positions.shape
+    if t == 1 and (anchor.positions[:, 0] == range(flat.shape[1])).all():
+        return flat
+    from torch import from_numpy
+
+    index = from_numpy(anchor.positions.T.copy()).to(flat.device)  # [t, n]
+    return flat[:, index].reshape(-1, n)

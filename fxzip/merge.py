@@ -1,0 +1,164 @@
+"""`merge`, the pipeline: trace -> infer -> measure -> match -> (solve) -> rewrite -> calibrate -> report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .evaluate import cost
+from .infer import Spaces
+from .match import MATCHERS, Matcher, Matching, match, resolve
+from .measure.moments import Moments
+from .prepare import Clock, Prepared, calibration_batches, measure, prepare
+from .report import Report, Size, SpaceRow
+from .rewrite import build, head_parameters, merge_parameters, owned, recompute_statistics
+from .rewrite.zipped import KEY
+
+METHODS = tuple(m.name for m in MATCHERS)
+
+
+def merge(
+    models: Sequence[nn.Module] | Mapping[str, nn.Module],
+    loader: Iterable | Mapping[str, Iterable] | None = None,
+    *,
+    method: str | Matcher = "zip",
+    until: str | None = None,
+    heads: str = "separate",
+    example_inputs: Any = None,
+    calibration: int = 2048,
+    moments: Moments | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    verify: bool = True,
+    strict: bool = False,
+    progress: bool = True,
+) -> fx.GraphModule:
+    """Merge N networks of one architecture into one; gradient-free, label-free, deterministic.
+
+    models: list, or dict task name -> module. They are not changed. Layers that make the outputs (heads) stay
+        per model and may differ in width; everything before them is shared.
+    loader: any iterable of batches (tensor; tuple or list, labels ignored; dict bound to forward), or a dict
+        of loaders, read in turn. The first `calibration` samples are used.
+    method: a name of `METHODS` or a matcher object, such as `Zip(alpha=0.3, beta=1.0)`.
+    until: path of the first module that stays per model (`"layer3"`): only what is not downstream is merged.
+    heads: "separate" or "average". example_inputs: one batch, if there is no loader.
+    moments: from `collect`, instead of measuring. device: "auto" uses a GPU if there is one.
+    verify: prove the inferred spaces on model 0 first. strict: refuse if any op has no rule.
+
+    Returns a GraphModule on the models' device, in eval mode; its forward returns one output per model, as a
+    tuple (list of models) or dict. `report(zipped)` says what was done.
+    Raises InputError with every problem of the call before any expensive work, TraceError, SpaceError when
+    nothing can be merged, VerificationError when the proof fails.
+
+    >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, k)) for k in (2, 3))
+    >>> zipped = merge([a, b], [torch.randn(64, 4)], progress=False)
+    >>> [tuple(y.shape) for y in zipped(torch.randn(5, 4))]
+    [(5, 2), (5, 3)]
+    """
+    clock = Clock()
+    matcher = resolve(method)
+    needs_data = matcher.correspondence != "identity" and moments is None
+    p = prepare(models, loader, call="fxzip.merge", clock=clock, example_inputs=example_inputs, until=until,
+                device=device, verify=verify, seed=seed, calibration=calibration, strict=strict, needs_data=needs_data)
+    batches = calibration_batches(p, calibration, seed)
+    with clock.stage("measure"):
+        moments = moments if moments is not None else measure(p, batches, seed, progress) if needs_data else Moments({})
+    with clock.stage("match"):
+        matchings = match(p.merged_spaces(), moments, matcher, models=len(p.names))
+    with clock.stage("rewrite"):
+        zipped = rewrite(p, matchings, models, heads)
+    with clock.stage("calibrate"):
+        notices = calibrate(zipped, batches)
+    zipped.to(next((t.device for m in _list(models) for t in (*m.parameters(), *m.buffers())), torch.device("cpu")))
+    zipped.meta[KEY]["report"] = describe(p, matcher.name, matchings, zipped, notices, clock)
+    return zipped
+
+
+def collect(
+    models: Sequence[nn.Module] | Mapping[str, nn.Module],
+    loader: Iterable | Mapping[str, Iterable],
+    *,
+    until: str | None = None,
+    calibration: int = 2048,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+) -> Moments:
+    """The joint moments `merge` would measure: `merge(models, moments=...)` reuses them, `.save` keeps them.
+
+    Arguments and errors as for `merge`. Count, mean [Sn] and second moment [Sn, Sn] (float64) per space.
+    """
+    p = prepare(models, loader, call="fxzip.collect", clock=Clock(), until=until, device=device, verify=False,
+                seed=seed, calibration=calibration)
+    return measure(p, calibration_batches(p, calibration, seed), seed, progress)
+
+
+def rewrite(p: Prepared, matchings: Mapping[str, Matching], models: Any, heads: str) -> fx.GraphModule:
+    """One GraphModule: merged shared parameters, private parts per model."""
+    modules = p.graph_modules
+    states = [{n: t.detach() for n, t in (*m.named_parameters(), *m.named_buffers())} for m in modules]
+    shared = merge_parameters(states, p.spaces, matchings, owned(modules[0], p.cut.shared))
+    private = head_parameters(modules, p.cut, p.spaces, matchings, feature_axis(p.spaces), p.args)
+    originals = [m.state_dict() for m in _list(models)]
+    return build(modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads, originals=originals)
+
+
+def feature_axis(spaces: Spaces):
+    """FX node name -> (feature axes of its value, [(space, positions [n])]); None without features."""
+
+    def of(name: str):
+        nodes = spaces.lowered.values.get(name, ())
+        layouts = spaces.layouts(nodes[0].name) if nodes else ()
+        if not layouts:
+            return None
+        layout = layouts[0]
+        return layout.axes, [(s, column) for s, positions in layout.runs for column in positions.T]
+
+    return of
+
+
+def calibrate(zipped: fx.GraphModule, batches: list[tuple]) -> list[str]:
+    """Recompute batch-norm statistics of the merged network; what the user should know if that is not possible."""
+    if batches:
+        recompute_statistics(zipped, batches, lambda batch: batch)
+        return []
+    if any(name.endswith("running_var") for name, _ in zipped.named_buffers()):
+        return ["batch-norm statistics were averaged, not recomputed: pass a loader, or expect chance accuracy"]
+    return []
+
+
+def describe(
+    p: Prepared, method: str, matchings: Mapping[str, Matching], zipped: fx.GraphModule, notices: list[str], clock: Clock
+) -> Report:
+    """What was done, for `report`."""
+    device = next((t.device for t in zipped.parameters()), torch.device("cpu"))
+    args = tuple(x.to(device) if isinstance(x, Tensor) else x for x in p.args)
+    one = tuple(x[:1] if isinstance(x, Tensor) and x.dim() else x for x in args)
+    sizes = [Size(n, *_cost(m.to(device), one)) for n, m in zip(p.names, p.graph_modules, strict=True)]
+    result = Size("merged", *_cost(zipped, one))
+    private = sum(t.numel() for n, t in zipped.named_parameters() if n in _private(zipped))
+    structure = {s.name: s.structure for s in p.spaces}
+    rows = tuple(
+        SpaceRow(n, structure[n], m.sizes, m.width, m.quality, m.baseline) for n, m in matchings.items()
+    )
+    notices = [*dict.fromkeys(n for t in p.traced for n in t.notices), *notices]
+    return Report(method, p.names, tuple(sizes), result, 1 - private / max(result.parameters, 1), rows,
+                  tuple(str(f) for f in p.spaces.frozen), tuple(notices),
+                  str(p.verification) if p.verification else "", dict(clock.seconds))
+
+
+def _private(zipped: fx.GraphModule) -> set[str]:
+    targets = tuple(zipped.meta[KEY]["targets"])
+    return {n for n, _ in zipped.named_parameters() if any(n == t or n.startswith(t + ".") for t in targets)}
+
+
+def _cost(module: nn.Module, args: tuple) -> tuple[int, int]:
+    c = cost(module, args)
+    return c.parameters, c.flops
+
+
+def _list(models: Any) -> list[nn.Module]:
+    return list(models.values()) if isinstance(models, Mapping) else list(models)

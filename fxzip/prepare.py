@@ -1,0 +1,148 @@
+"""Everything before the data is touched: trace all models, infer, prove, cut. Shared by merge and collect."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .check import Checked, check_merge, compare_graphs, compare_shapes
+from .errors import InputError
+from .infer import FeatureSpace, Spaces, infer
+from .measure import Programs, collect_moments, read_batches
+from .measure.moments import Moments
+from .rewrite import Partition, owned, partition
+from .trace import Traced, bind, lower, rows, trace
+from .verify import Verification, verify_spaces
+
+
+@dataclass
+class Clock:
+    """Seconds per stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """N traced models of one graph with its spaces and cut. args: example arguments, two samples."""
+
+    names: tuple[str, ...]
+    as_dict: bool
+    traced: tuple[Traced, ...]
+    args: tuple
+    spaces: Spaces
+    cut: Partition
+    verification: Verification | None
+    device: torch.device
+    loader: Iterable | Mapping | None
+
+    @property
+    def graph_modules(self) -> list:
+        return [t.graph_module for t in self.traced]
+
+    def merged_spaces(self) -> list[FeatureSpace]:
+        """Spaces that shared parameters lie on, with their parents; anchors in the shared part only."""
+        return shared_spaces(self.spaces, self.cut, owned(self.graph_modules[0], self.cut.shared))
+
+
+def prepare(
+    models: Sequence[nn.Module] | Mapping[str, nn.Module],
+    loader: Iterable | Mapping | None,
+    *,
+    call: str,
+    clock: Clock,
+    example_inputs: Any = None,
+    until: str | None = None,
+    device: str | torch.device = "auto",
+    verify: bool = True,
+    seed: int = 0,
+    calibration: int = 2048,
+    strict: bool = False,
+    needs_data: bool = True,
+) -> Prepared:
+    """Check the call, trace every model, infer on model 0, prove, and cut. See `fxzip.merge` for arguments."""
+    checked: Checked = check_merge(
+        models, loader, call=call, example_inputs=example_inputs, calibration=calibration, needs_data=needs_data
+    )
+    where = _device(device, checked.models)
+    with clock.stage("trace"):
+        few = [rows(bind(checked.example, signature(m.forward)), 2) for m in checked.models]
+        traced = tuple(trace(m, x) for m, x in zip(checked.models, few, strict=True))
+        problems = compare_graphs(traced, checked.names)
+        if problems:
+            raise InputError.listing(call, problems)
+        for t in traced:
+            t.graph_module.to(where)
+        args = bind(few[0], signature(traced[0].graph_module.forward))
+        args = torch.utils._pytree.tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
+    with clock.stage("infer"):
+        spaces = infer(lower(traced[0].graph_module, rows(args, 1)))
+    if strict and spaces.frozen:
+        raise InputError.listing(f"{call}(strict=True)", [str(f) for f in spaces.frozen])
+    cut = partition(traced[0].graph_module, spaces.opaque, until, [str(f) for f in spaces.frozen])
+    shapes = compare_shapes([t.graph_module.state_dict() for t in traced], checked.names,
+                            allowed=owned(traced[0].graph_module, cut.private))
+    if shapes:
+        raise InputError.listing(call, shapes)
+    verification = None
+    if verify:
+        with clock.stage("verify"):
+            verification = verify_spaces(traced[0], spaces, args, seed)
+            verification.check()
+    return Prepared(tuple(checked.names), isinstance(models, Mapping), traced, rows(args, 2), spaces, cut, verification, where,
+                    checked.loader)
+
+
+def shared_spaces(spaces: Spaces, cut: Partition, parameters: Iterable[str]) -> list[FeatureSpace]:
+    """Spaces with a segment on one of `parameters` that makes features, and all their ancestors."""
+    from dataclasses import replace
+
+    shared = {spaces.lowered.tied.get(p, p) for p in parameters}
+    wanted = {s.name for s in spaces if any(g.parameter in shared for g in s.segments)}
+    for space in reversed(spaces.spaces):
+        if space.name in wanted:
+            wanted |= {p.space for p in space.parents}
+    origin = {n.name: n.meta.get("origin") for n in spaces.lowered.graph.nodes}
+    found = []
+    for space in spaces:
+        if space.name in wanted:
+            inside = tuple(a for a in space.anchors if origin[a.node] in cut.shared)
+            found.append(replace(space, anchors=inside or space.anchors))
+    return found
+
+
+def measure(prepared: Prepared, batches: list[tuple], seed: int, progress: bool) -> Moments:
+    """Moments of the merged spaces over `batches`."""
+    programs = Programs(prepared.graph_modules, prepared.spaces)
+    count = sum(max((x.shape[0] for x in b if isinstance(x, Tensor) and x.dim()), default=1) for b in batches)
+    return collect_moments(programs, prepared.merged_spaces(), batches, count, seed=seed, progress=progress)
+
+
+def calibration_batches(prepared: Prepared, count: int, seed: int) -> list[tuple]:
+    if prepared.loader is None:
+        return []
+    parameters = signature(prepared.graph_modules[0].forward)
+    return read_batches(prepared.loader, parameters, count, prepared.device, seed)
+
+
+def _device(device: str | torch.device, models: Sequence[nn.Module]) -> torch.device:
+    """"auto": where the models are, or a GPU if they are on the CPU and there is one."""
+    if device != "auto":
+        return torch.device(device)
+    at = next((t.device for m in models for t in (*m.parameters(), *m.buffers())), torch.device("cpu"))
+    return torch.device("cuda") if at.type == "cpu" and torch.cuda.is_available() else at

@@ -1,0 +1,131 @@
+"""What a merge did, as a value that prints as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class SpaceRow:
+    """One merged space. width_in: n_i per model; width: m.
+
+    quality: mean correlation between merged features of different models; baseline: the same under plain
+    averaging. None or NaN where it was not measured.
+    """
+
+    name: str
+    structure: str
+    width_in: tuple[int, ...]
+    width: int
+    quality: float | None = None
+    baseline: float | None = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters and FLOPs (of one example) of a network."""
+
+    name: str
+    parameters: int
+    flops: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of one `fxzip.merge`; `str()` is the summary table.
+
+    method: the matcher's short name. tasks: one name per model. inputs, result: sizes. shared: fraction of
+    the result's parameters that all tasks use. spaces: one row per merged space. frozen: what could not be
+    merged and why. notices: what the user should know. verification: one line, "" when it was not run.
+    seconds: per stage.
+
+    >>> print(Report("zip", ("a",), (Size("a", 10),), Size("merged", 10), 1.0))  # doctest: +ELLIPSIS
+    fxzip: 1 model merged by zip (a)
+    ...
+    """
+
+    method: str
+    tasks: tuple[str, ...]
+    inputs: tuple[Size, ...]
+    result: Size
+    shared: float
+    spaces: tuple[SpaceRow, ...] = ()
+    frozen: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
+    verification: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        models = f"{len(self.tasks)} model{'s' if len(self.tasks) != 1 else ''}"
+        lines = [f"fxzip: {models} merged by {self.method} ({', '.join(self.tasks)})", ""]
+        lines += table(
+            ("network", "parameters", "FLOPs"), [_size_row(s) for s in (*self.inputs, self.result)]
+        )
+        lines += ["", f"{self.shared:.1%} of the merged parameters are shared by all tasks"]
+        if self.spaces:
+            lines += [
+                "",
+                *table(("space", "structure", "width", "quality", "averaged"), map(_space_row, self.spaces)),
+            ]
+        for title, entries in (("not merged", self.frozen), ("notices", self.notices)):
+            lines += ["", f"{title}:", *(f"  {e}" for e in entries)] if entries else []
+        if self.verification:
+            lines += ["", f"verification: {self.verification}"]
+        if self.seconds:
+            lines += ["", "seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items())]
+        return "\n".join(lines)
+
+    def with_(self, **changes: Any) -> Report:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+def report(zipped: fx.GraphModule) -> Report:
+    """The Report of a merged module. Raises InputError for any other module."""
+    notes = getattr(zipped, "meta", {}).get("fxzip")
+    found = notes.get("report") if isinstance(notes, dict) else None
+    if not isinstance(found, Report):
+        raise InputError(
+            f"report: expected the result of fxzip.merge, got a {type(zipped).__name__} without its report"
+        )
+    return found
+
+
+def table(header: Sequence[str], rows: Any) -> list[str]:
+    """Lines of a table: first column left, the others right."""
+    cells = [tuple(header), *(tuple(str(c) for c in row) for row in rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in cells
+    ]
+    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]
+
+
+def number(value: int | None) -> str:
+    """`11.7M`, `1.8G`; `-` for None."""
+    if value is None:
+        return "-"
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.2f}{unit}"
+    return str(value)
+
+
+def _size_row(size: Size) -> tuple[str, ...]:
+    return size.name, number(size.parameters), number(size.flops)
+
+
+def _space_row(row: SpaceRow) -> tuple[str, ...]:
+    same = set(row.width_in) == {row.width}
+    width = str(row.width) if same else f"{'+'.join(map(str, row.width_in))} -> {row.width}"
+    scores = ["-" if v is None or v != v else f"{v:.3f}" for v in (row.quality, row.baseline)]
+    return row.name, row.structure, width, *scores

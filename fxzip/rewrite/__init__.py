@@ -1,0 +1,26 @@
+"""Rewrite: spaces, matchings and models in, one GraphModule out. Knows no matcher."""
+
+from .build import build
+from .extract import extract
+from .heads import Heads, head_parameters
+from .norms import recompute_statistics
+from .parameters import merge_parameters, state_of
+from .partition import Partition, cut_points, owned, partition
+from .unmerge import Unmerge
+from .zipped import Zipped
+
+__all__ = [
+    "Heads",
+    "Partition",
+    "Unmerge",
+    "Zipped",
+    "build",
+    "cut_points",
+    "extract",
+    "head_parameters",
+    "merge_parameters",
+    "owned",
+    "partition",
+    "recompute_statistics",
+    "state_of",
+]

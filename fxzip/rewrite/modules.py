@@ -1,0 +1,105 @@
+"""Copy leaf modules and parameters into a new tree under new names, with new values, ties kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SpaceError
+
+
+class Tensors:
+    """The new parameters and buffers of one owner (the shared part, or one model), each made once.
+
+    values: new values by name; names without one keep what `source` has. Tied names (one object under several
+    names in `source`) give one object again.
+    """
+
+    def __init__(self, source: nn.Module, values: Mapping[str, Tensor]) -> None:
+        self.values = values
+        self.made: dict[str, Tensor] = {}
+        self.first: dict[str, str] = {}
+        seen: dict[int, str] = {}
+        tensors = [
+            *source.named_parameters(remove_duplicate=False),
+            *source.named_buffers(remove_duplicate=False),
+        ]
+        for name, tensor in tensors:
+            self.first[name] = seen.setdefault(id(tensor), name)
+
+    def get(self, name: str, like: Tensor) -> Tensor:
+        """A Parameter or a plain tensor as `like` is, with its requires_grad, dtype and device."""
+        first = self.first.get(name, name)
+        if first not in self.made:
+            value = self.values.get(name, like).detach().clone().to(like.device, like.dtype)
+            if isinstance(like, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=like.requires_grad)
+            self.made[first] = value
+        return self.made[first]
+
+
+def install(root: nn.Module, source: nn.Module, old: str, new: str, tensors: Tensors) -> None:
+    """Put a copy of `source`'s attribute `old` (module, parameter or buffer) at `new` in `root`."""
+    if has_path(root, new):
+        return  # part of a leaf that is already there
+    found = attribute(source, old)
+    if isinstance(found, nn.Module):
+        fresh = copy.deepcopy(found)
+        fill(fresh, old, tensors)
+        set_path(root, new, fresh)
+    elif isinstance(found, Tensor):
+        set_path(root, new, tensors.get(old, found), persistent=persistent(source, old))
+    else:
+        raise SpaceError(
+            f"the graph reads attribute {old}, a {type(found).__name__}: only modules and tensors can be kept"
+        )
+
+
+def fill(module: nn.Module, prefix: str, tensors: Tensors) -> None:
+    """Give every parameter and buffer below `module` (at `prefix`) its new value."""
+    for path, inner in list(module.named_modules(remove_duplicate=False)):
+        base = f"{prefix}.{path}" if path else prefix
+        for name, old in [*inner._parameters.items(), *inner._buffers.items()]:
+            if old is not None:
+                setattr(inner, name, tensors.get(f"{base}.{name}", old))
+
+
+def attribute(root: nn.Module, path: str) -> object:
+    found: object = root
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def has_path(root: nn.Module, path: str) -> bool:
+    found: object = root
+    for part in path.split("."):
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+def set_path(root: nn.Module, path: str, value: nn.Module | Tensor, persistent: bool = True) -> None:
+    """Set `value` at `path`; modules on the way are made. Plain tensors become buffers."""
+    *parents, last = path.split(".")
+    for part in parents:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if isinstance(value, nn.Module):
+        root.add_module(last, value)
+    elif isinstance(value, nn.Parameter):
+        root.register_parameter(last, value)
+    elif isinstance(value, torch.Tensor):
+        root.register_buffer(last, value, persistent=persistent)
+
+
+def persistent(root: nn.Module, path: str) -> bool:
+    """Whether state_dict would list the buffer at `path`."""
+    parent, _, last = path.rpartition(".")
+    owner = root.get_submodule(parent)
+    return last not in owner._non_persistent_buffers_set

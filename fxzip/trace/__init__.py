@@ -1,0 +1,28 @@
+"""trace: a model -> a GraphModule that computes the same -> a functional ATen graph that can be run."""
+
+from __future__ import annotations
+
+from .compare import compare_graphs, compare_shapes
+from .execute import run, state_of
+from .guards import unwrap
+from .inputs import batch_size, bind, describe, rows
+from .ladder import Traced, tensors_of, trace
+from .lower import Lowered, corresponding, lower
+
+__all__ = [
+    "Lowered",
+    "Traced",
+    "batch_size",
+    "bind",
+    "compare_graphs",
+    "compare_shapes",
+    "corresponding",
+    "describe",
+    "lower",
+    "rows",
+    "run",
+    "state_of",
+    "tensors_of",
+    "trace",
+    "unwrap",
+]

@@ -1,0 +1,141 @@
+"""Whether models share one graph and compatible shapes: they are compared, never recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from .ladder import Traced
+from .lines import where
+
+_MANY = 4  # names shown before "and n more"
+
+
+def compare_graphs(traced: Sequence[Traced], names: Sequence[str]) -> list[str]:
+    """What keeps every model's graph from being the first one's: the first difference of each.
+
+    Compared are names of parameters, operators, their targets and wiring, module types and settings. Sizes
+    (integers) may differ where parameter shapes do.
+
+    >>> import torch; from fxzip.trace import trace
+    >>> a, b = (trace(nn.Sequential(nn.Linear(2, 2), f()), torch.ones(1, 2)) for f in (nn.ReLU, nn.Tanh))
+    >>> compare_graphs([a, b], ["a", "b"])
+    ['a and b are not the same architecture: 1 is ReLU in a and Tanh in b']
+    """
+    problems = []
+    for name, other in zip(names[1:], traced[1:], strict=True):
+        difference = _difference(traced[0].graph_module, other.graph_module, names[0], name)
+        if difference:
+            problems.append(f"{names[0]} and {name} are not the same architecture: {difference}")
+    return problems
+
+
+def compare_shapes(
+    states: Sequence[Mapping[str, Tensor]], names: Sequence[str], allowed: Collection[str] = ()
+) -> list[str]:
+    """Parameters and buffers whose shape or dtype differs from the first model's, each with both.
+
+    states: one per model. allowed: parameters (heads) whose sizes, not number of axes, may differ.
+
+    >>> import torch
+    >>> compare_shapes([{"w": torch.ones(2, 3)}, {"w": torch.ones(2, 4)}], ["a", "b"])
+    ['w is [2, 3] in a and [2, 4] in b']
+    """
+    first, reference = names[0], states[0]
+    problems = []
+    for name, state in zip(names[1:], states[1:], strict=True):
+        for key, a in reference.items():
+            b = state.get(key)
+            if b is None:
+                problems.append(f"{key} is missing in {name}")
+            elif a.dim() != b.dim() or (a.shape != b.shape and key not in allowed):
+                problems.append(f"{key} is {list(a.shape)} in {first} and {list(b.shape)} in {name}")
+            elif a.dtype != b.dtype:
+                problems.append(f"{key} is {a.dtype} in {first} and {b.dtype} in {name}")
+    return problems
+
+
+def _difference(a: fx.GraphModule, b: fx.GraphModule, first: str, name: str) -> str:
+    """The first difference between two graph modules, or ""."""
+    keys, others = list(a.state_dict()), list(b.state_dict())
+    lacks = [k for k in keys if k not in others]
+    more = [k for k in others if k not in keys]
+    if lacks or more:
+        parts = [f"{name} lacks {_listed(lacks)}"] * bool(lacks) + [f"{first} lacks {_listed(more)}"] * bool(
+            more
+        )
+        return "; ".join(parts)
+    left, right = a.state_dict(), b.state_dict()
+    sized = all(left[k].shape == right[k].shape for k in keys)  # then integers must be equal too
+    for k, (x, y) in enumerate(zip(a.graph.nodes, b.graph.nodes, strict=False)):
+        settings = _modules_differ(a, b, x, y, first, name)
+        if settings:
+            return settings
+        if _signature(x, sized) != _signature(y, sized):
+            return f"node {k} is {_show(x)} in {first} and {_show(y)} in {name}"
+    if len(a.graph.nodes) != len(b.graph.nodes):
+        return f"{first} has {len(a.graph.nodes)} nodes and {name} {len(b.graph.nodes)}"
+    return ""
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MANY} more" if len(names) > _MANY else ""
+    return ", ".join(names[:_MANY]) + more
+
+
+def _signature(node: fx.Node, sized: bool) -> tuple:
+    """Operator, target and arguments of a node; integers only where sizes must be equal."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, fx.Node):
+            return f"%{x.name}"
+        return "integer" if isinstance(x, int) and not isinstance(x, bool) and not sized else x
+
+    target = node.target if isinstance(node.target, str) else _qualified(node.target)
+    return node.op, target, repr(map_aggregate((node.args, node.kwargs), plain))
+
+
+def _qualified(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+
+
+def _show(node: fx.Node) -> str:
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+    arguments = ", ".join(map(str, (*node.args, *(f"{k}={v}" for k, v in node.kwargs.items()))))
+    return f"{where(node)} = {target}({arguments})"
+
+
+def _modules_differ(a: nn.Module, b: nn.Module, x: fx.Node, y: fx.Node, first: str, name: str) -> str:
+    """Types and settings of the modules that two nodes call."""
+    if x.op != "call_module" or y.op != "call_module" or x.target != y.target:
+        return ""
+    left = dict(a.get_submodule(str(x.target)).named_modules(prefix=str(x.target)))
+    right = dict(b.get_submodule(str(y.target)).named_modules(prefix=str(y.target)))
+    if left.keys() != right.keys():
+        return (
+            f"{x.target} has submodules {_listed(list(left))} in {first} and {_listed(list(right))} in {name}"
+        )
+    for path, module in left.items():
+        kinds = [f"{type(m).__module__}.{type(m).__qualname__}" for m in (module, right[path])]
+        if kinds[0] != kinds[1]:
+            short = [k.rsplit(".", 1)[-1] for k in kinds]
+            return f"{path} is {short[0]} in {first} and {short[1]} in {name}"
+        for key, value in _settings(module, right[path]).items():
+            other = vars(right[path]).get(key)
+            if value != other:
+                return f"{path}.{key} is {value!r} in {first} and {other!r} in {name}"
+    return ""
+
+
+def _settings(module: nn.Module, other: nn.Module) -> dict[str, Any]:
+    """Hyperparameters in the module's attributes; sizes only if both modules' tensors have equal shapes."""
+    shapes = [{k: t.shape for k, t in m.state_dict().items()} for m in (module, other)]
+    kinds = (bool, float, str) if shapes[0] != shapes[1] else (bool, float, str, int, tuple)
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if type(value) in kinds and key != "training" and not key.startswith("_")
+    }

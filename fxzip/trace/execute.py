@@ -1,0 +1,141 @@
+"""Run a lowered graph with other parameter values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..errors import InputError
+from .lower import Lowered
+
+Sink = Callable[[fx.Node, Tensor], None]
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of `module` by name (non-persistent buffers too), detached, not copied."""
+    return {name: t.detach() for name, t in (*module.named_parameters(), *module.named_buffers())}
+
+
+@torch.no_grad()
+def run(
+    lowered: Lowered,
+    state: Mapping[str, Tensor],
+    args: tuple,
+    *,
+    sink: Sink | None = None,
+    wanted: Collection[fx.Node] = (),
+    stop_early: bool = True,
+) -> Any:
+    """Execute `lowered` with parameters and buffers from `state` on `args`.
+
+    state: tensors by name; a tied tensor under any one of its names. All on one device, which may differ from
+        the one lowered on, and of one floating dtype: constants and explicit dtypes follow (float64 runs in
+        float64 throughout). Shapes may differ where the operators allow it.
+    args: as given to `lower`, of the same shapes.
+    sink: called as sink(node, value) for every node of `wanted`, in graph order.
+    stop_early: compute only what `wanted` needs, and return None (only if `wanted` is not empty).
+
+    Returns the model's outputs. Raises InputError if `state` or `args` lack a tensor.
+
+    >>> from fxzip.trace import lower
+    >>> gm = fx.symbolic_trace(nn.Linear(3, 2).eval()); x = torch.ones(1, 3)
+    >>> torch.equal(run(lower(gm, (x,)), state_of(gm), (x,)), gm(x))
+    True
+    """
+    only_wanted = bool(wanted) and stop_early
+    outputs = [x for x in tree_flatten(lowered.outputs)[0] if isinstance(x, fx.Node)]
+    kept = frozenset(() if only_wanted else outputs)
+    wanted = frozenset(wanted)
+    order = _needed(lowered.graph, kept | wanted)
+    move = _move(lowered, state)
+    values = _bind(lowered, order, state, args, move)
+    last_use = {x: node for node in order for x in (node, *_operands(node))}
+    for node in order:
+        if node not in values:
+            values[node] = move(node.meta["const"]) if _fixed(node) else _call(node, values, move)
+        if sink is not None and node in wanted:
+            sink(node, values[node])
+        for x in {node, *_operands(node)}:
+            if last_use[x] is node and x not in kept:
+                del values[x]
+    if only_wanted:
+        return None
+    return tree_map(lambda x: values[x] if isinstance(x, fx.Node) else x, lowered.outputs)
+
+
+def _fixed(node: fx.Node) -> bool:
+    """A constant that needs nothing from this run, not even a shape or an index table."""
+    return bool(node.meta.get("fixed"))
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    return [] if _fixed(node) else node.all_input_nodes
+
+
+def _needed(graph: fx.Graph, roots: Collection[fx.Node]) -> list[fx.Node]:
+    """What `roots` are computed from, in graph order, stopping at fixed constants."""
+    seen: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(_operands(node))
+    return [node for node in graph.nodes if node in seen]
+
+
+def _call(node: fx.Node, values: Mapping[fx.Node, Any], move: Callable[[Any], Any]) -> Any:
+    def argument(x: Any) -> Any:
+        return values[x] if isinstance(x, fx.Node) else move(x)
+
+    assert callable(node.target)  # lowered nodes call OpOverloads and operator.getitem
+    return node.target(*map_aggregate(node.args, argument), **map_aggregate(node.kwargs, argument))
+
+
+def _bind(lowered: Lowered, order: list[fx.Node], state: Mapping[str, Tensor], args: tuple, move) -> dict:
+    """Placeholder -> tensor, for parameters that are needed and all inputs that are."""
+    aliases: dict[str, list[str]] = {}
+    for other, first in lowered.tied.items():
+        aliases.setdefault(first, []).append(other)
+    tensors = [x for x in tree_flatten(args)[0] if isinstance(x, Tensor)]
+    if len(tensors) != len(lowered.inputs):
+        raise InputError(f"run: the graph takes {len(lowered.inputs)} input tensors, {len(tensors)} given")
+    inputs = dict(zip(lowered.inputs, tensors, strict=True))
+    values: dict[fx.Node, Any] = {}
+    for node in order:
+        if node in inputs:
+            values[node] = move(inputs[node])
+        elif "parameter" in node.meta:
+            first = node.meta["parameter"]
+            name = next((n for n in (first, *aliases.get(first, ())) if n in state), None)
+            if name is None:
+                raise InputError(
+                    f"run: state has no {node.meta['kind']} {first!r}. state_of(module) collects them all,"
+                    f" non-persistent buffers too"
+                )
+            values[node] = state[name].detach()
+    return values
+
+
+def _move(lowered: Lowered, state: Mapping[str, Tensor]) -> Callable[[Any], Any]:
+    """Takes tensors, dtypes and devices from the run that was lowered to this one."""
+    old = next((n for n in lowered.parameters.values() if n.meta["dtype"].is_floating_point), None)
+    new = next((t for t in state.values() if t.is_floating_point()), None)
+    if old is None or new is None:
+        return lambda x: x
+    device, dtype = old.meta["value"].device, old.meta["dtype"]
+    dtypes = {dtype: new.dtype, dtype.to_complex(): new.dtype.to_complex()} if dtype != new.dtype else {}
+
+    def move(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.to(device=new.device, dtype=dtypes.get(x.dtype, x.dtype))
+        if isinstance(x, torch.dtype):
+            return dtypes.get(x, x)
+        return new.device if isinstance(x, torch.device) and x == device else x
+
+    return move

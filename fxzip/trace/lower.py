@@ -1,0 +1,203 @@
+"""Lower a GraphModule to a functional graph of ATen operators.
+
+The GraphModule runs once, by an fx Interpreter, beneath `torch.func.functionalize`; a dispatch mode below
+that sees every ATen call with in-place writes already turned into pure operators. Parameters and inputs are
+arguments of the functionalised function, so writes on them are functional too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..errors import FxzipError, InputError, TraceError
+from .guards import kept_rng
+from .linear import whole_linear
+from .lines import where
+from .recorder import Recorder, random_forward
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The functional ATen graph of one GraphModule at one input shape.
+
+    graph: placeholders (parameters, buffers, inputs, constants), `call_function` nodes of OpOverloads (and
+        `operator.getitem` for operators with several results), output. Nothing mutates.
+    parameters: name of every parameter and buffer -> its placeholder; tied tensors once, by first name.
+    tied: every other name of a tied tensor -> its first name.
+    inputs: placeholders of the tensors among the arguments, in pytree order.
+    outputs: the model's output with each tensor replaced by its node.
+    values: FX node name -> nodes of its tensor outputs, flattened.
+
+    Every node has meta "shape", "dtype", "origin" (FX node name or None), "line" (`net.py:41: x = ...`).
+    "const" holds the tensor where the value depends on no parameter, floating buffer or input *value*
+    ("fixed" if not on their shapes or on index buffers either);
+    "results" is (shape, dtype) or None per result of an operator with several. Parameter placeholders also
+    have "parameter" (name), "kind" ("parameter" or "buffer") and "value" (the tensor lowered with).
+    """
+
+    graph: fx.Graph
+    parameters: Mapping[str, fx.Node]
+    tied: Mapping[str, str]
+    inputs: tuple[fx.Node, ...]
+    outputs: Any
+    values: Mapping[str, tuple[fx.Node, ...]]
+
+
+def lower(graph_module: fx.GraphModule, args: tuple) -> Lowered:
+    """Functional ATen graph of `graph_module(*args)`; module, arguments, modes and RNG stay as they are.
+
+    Operators are recorded beneath the composite ones, with fused CPU, cuDNN and attention kernels off, so
+    that the graph runs on any device. Raises TraceError (naming node and line) for a random forward, for a
+    write that stays in place, and for a parameter-dependent value that is read into Python.
+
+    >>> gm = fx.symbolic_trace(nn.Sequential(nn.Linear(3, 2), nn.ReLU(inplace=True)).eval())
+    >>> [n.name for n in lower(gm, (torch.ones(1, 3),)).graph.nodes if n.op == "call_function"]
+    ['linear_default', 'relu_default']
+    """
+    if graph_module.training:
+        raise InputError("lower: the module is in training mode; call eval() first")
+    names, tied = _named_tensors(graph_module)
+    recorder = Recorder()
+    kinds = {name for name, _ in graph_module.named_parameters()}
+    parameters = {
+        name: recorder.parameter(name, tensor, "parameter" if name in kinds else "buffer")
+        for name, tensor in names.items()
+    }
+    # Inputs are copied: functionalize writes in-place changes of its arguments back to them.
+    args = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, args)
+    inputs = tuple(recorder.input(x) for x in tree_flatten(args)[0] if isinstance(x, Tensor))
+    interpreter = _Interpreter(graph_module, recorder)
+
+    def forward(state: dict[str, Tensor], args: tuple) -> None:
+        with _reparametrize_module(graph_module, state, tie_weights=True):
+            outputs.append(tree_map(recorder.node_behind, interpreter.run(*args)))
+        recorder.closed = True
+
+    outputs: list[Any] = []
+    plain = {name: tensor.detach() for name, tensor in names.items()}
+    for name, node in parameters.items():
+        recorder.bind(plain[name], node)
+    with torch.no_grad(), _plain_kernels(), kept_rng(names.values()), recorder, whole_linear():
+        torch.func.functionalize(forward)(plain, args)
+    return _finish(recorder, parameters, tied, inputs, outputs[0], interpreter.values)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs the GraphModule, telling the recorder whose operators come next and noting what came out."""
+
+    def __init__(self, graph_module: fx.GraphModule, recorder: Recorder):
+        super().__init__(graph_module)
+        self.extra_traceback = False
+        self.recorder = recorder
+        self.values: dict[str, tuple[fx.Node, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.recorder.origin = n
+        try:
+            result = super().run_node(n)
+        except FxzipError:
+            raise
+        except Exception as error:
+            raise TraceError(f"lowering stopped at {where(n)}: {type(error).__name__}: {error}") from error
+        if n.op != "output":
+            tensors = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
+            self.values[n.name] = tuple(self.recorder.node_behind(x) for x in tensors)
+        return result
+
+
+def _named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters and buffers by first name, and every other name -> first name."""
+    first: dict[int, str] = {}
+    names: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    everything = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in everything:
+        if first.setdefault(id(tensor), name) == name:
+            names[name] = tensor
+        else:
+            tied[name] = first[id(tensor)]
+    return names, tied
+
+
+def _finish(recorder: Recorder, parameters, tied, inputs, outputs, values) -> Lowered:
+    """Close the graph, drop what neither outputs nor FX values need, refuse random outputs."""
+    graph = recorder.graph
+    graph.output(outputs).meta.update(shape=None, dtype=None, origin=None, line="")
+    leaves = [x for x in tree_flatten(outputs)[0] if isinstance(x, fx.Node)]
+    for node in ancestors(leaves):
+        if node.meta.get("random"):
+            raise random_forward(node.target, recorder.origins[node])
+    live = ancestors([*leaves, *(n for nodes in values.values() for n in nodes)])
+    for node in reversed(list(graph.nodes)):
+        named = node in inputs or "parameter" in node.meta
+        if node not in live and not named and node.op != "output":
+            graph.erase_node(node)
+    graph.lint()
+    return Lowered(graph, parameters, tied, inputs, outputs, values)
+
+
+def ancestors(nodes) -> set[fx.Node]:
+    """`nodes` and everything they are computed from."""
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def corresponding(a: Lowered, b: Lowered) -> dict[str, str]:
+    """Node names of `a` -> names of the same nodes in `b`, a lowering at another batch size.
+
+    Raises TraceError at the first node whose operator or FX origin differs: the forward then takes another
+    path at the other shape.
+    """
+    left, right = list(a.graph.nodes), list(b.graph.nodes)
+    for k, (x, y) in enumerate(zip(left, right, strict=False)):
+        if _signature(x) != _signature(y):
+            raise TraceError(f"the graphs differ at node {k}: {_describe(x)} against {_describe(y)}")
+    if len(left) != len(right):
+        longer = (left if len(left) > len(right) else right)[min(len(left), len(right))]
+        raise TraceError(
+            f"the graphs have {len(left)} and {len(right)} nodes; {_describe(longer)} is in one only"
+        )
+    return {x.name: y.name for x, y in zip(left, right, strict=True)}
+
+
+def _signature(node: fx.Node) -> tuple:
+    inputs = tuple(n.name for n in node.all_input_nodes)
+    return node.op, str(node.target), node.name, node.meta.get("origin"), inputs
+
+
+def _describe(node: fx.Node) -> str:
+    line = node.meta.get("line")
+    return f"%{node.name} = {node.target}" + (f" at {line}" if line else "")
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Vendor kernels off: they are opaque to inference and tie the graph to one device."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    mkldnn = torch._C._get_mkldnn_enabled()  # the public flags() warns about TF32 on every use
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch._C._set_mkldnn_enabled(False)
+        with torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch._C._set_mkldnn_enabled(mkldnn)

@@ -1,0 +1,54 @@
+"""First rung of the ladder: torch.fx symbolic tracing. Names, module types, train and eval are kept."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+
+
+class _Tracer(fx.Tracer):
+    record_stack_traces = True  # node.stack_trace carries the user's line
+
+    def __init__(self, fixed: Mapping[str, Any], leaf_modules: tuple[str | type, ...]):
+        super().__init__()
+        self.fixed = fixed
+        self.leaf_names = {x for x in leaf_modules if isinstance(x, str)}
+        self.leaf_types = tuple(x for x in leaf_modules if isinstance(x, type))
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        named = module_qualified_name in self.leaf_names or isinstance(m, self.leaf_types)
+        return named or super().is_leaf_module(m, module_qualified_name)
+
+    def _proxy_placeholder(self, name: str, concrete_args, sig, fn_for_analysis) -> Any:
+        # fx keeps a placeholder and an assertion for a concrete argument; ours leaves the signature.
+        if name in self.fixed:
+            return self.fixed[name]
+        return super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
+
+
+def symbolic(
+    model: nn.Module, fixed: Mapping[str, Any], leaf_modules: tuple[str | type, ...]
+) -> fx.GraphModule:
+    """`model` as a GraphModule over the same modules; arguments in `fixed` become constants."""
+    graph = _Tracer(fixed, leaf_modules).trace(model)
+    return fx.GraphModule(model, graph, type(model).__name__)
+
+
+def frozen_functionals(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """Function calls with `training=False` baked in: train() cannot switch them on again."""
+    return [n for n in graph_module.graph.nodes if n.op == "call_function" and _training(n) is False]
+
+
+def _training(node: fx.Node) -> Any:
+    if not callable(node.target):
+        return None
+    try:
+        signature = inspect.signature(node.target)
+        bound = signature.bind(*node.args, **node.kwargs)
+    except (ValueError, TypeError):  # builtins without a signature
+        return node.kwargs.get("training")
+    bound.apply_defaults()
+    return bound.arguments.get("training")

@@ -1,0 +1,207 @@
+"""Proof on the user's own model that what was inferred is right: `verify`, and `scramble` for tests.
+
+In float64, with perturbed weights and calibrated norms: a random element of the inferred group must leave
+the output unchanged; leaving out one use of it must not (negative control). For roles: a unit is duplicated
+and consuming weight shifted between the copies; the output must not move, and must move when the weight is
+taken from one copy only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .errors import VerificationError
+from .infer import Spaces, infer
+from .infer.group import axis_indices, duplicated, permuted
+from .infer.sampling import sample
+from .rewrite.norms import recompute_statistics
+from .trace import Traced, bind, lower, rows, state_of, trace, unwrap
+
+TOLERANCE = 1e-6  # relative, float64; wrong rules give 1e-3 and more, rounding 1e-12
+_CONTROLS = 3
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Figures are relative to the largest output, in float64.
+
+    error: output change under random group elements. controls: output change with one use left out, by use.
+    roles: output change when weight moves between copies (nan: no space has a consumer); roles_control: when
+    it is taken from one. sensitivity: output change between two inputs (0: the output tells nothing).
+    """
+
+    error: float
+    controls: Mapping[str, float]
+    roles: float
+    roles_control: float
+    sensitivity: float
+    spaces: int
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why this is no proof; empty when it is one."""
+        found = []
+        noise = max(self.error, 1e-13)
+        if not self.error < TOLERANCE:
+            found.append(f"a random group element changes the output by {self.error:.1e} (tolerance {TOLERANCE:.0e})")
+        if not self.sensitivity > 1e3 * noise:
+            found.append(f"the output hardly depends on the input ({self.sensitivity:.1e}): nothing is proven")
+        fired = [c > 100 * noise for c in self.controls.values()]
+        if fired and not any(fired):
+            found.append("no negative control fired: leaving a use out changes nothing, so nothing is proven")
+        if not np.isnan(self.roles) and not self.roles < TOLERANCE:
+            found.append(f"moving weight between copies of a unit changes the output by {self.roles:.1e}: a role is wrong")
+        if not np.isnan(self.roles) and not self.roles_control > 100 * max(self.roles, 1e-13):
+            found.append("the negative control for roles did not fire")
+        return tuple(found)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        fired = sum(c > 100 * max(self.error, 1e-13) for c in self.controls.values())
+        head = "sound" if self.ok else "NOT SOUND"
+        text = (f"{head}: {self.spaces} spaces, error {self.error:.1e}, controls {fired}/{len(self.controls)} fired,"
+                f" roles {self.roles:.1e} (control {self.roles_control:.1e}), sensitivity {self.sensitivity:.1e}")
+        return "\n  - ".join([text, *self.problems])
+
+    def check(self) -> None:
+        """Raises VerificationError unless ok."""
+        if not self.ok:
+            raise VerificationError(f"{self}\nNothing was merged. Run fxzip.inspect(model, example_inputs) and report "
+                                    "the graph, or keep the part from the failing node on per model with until=.")
+
+
+def verify(model: nn.Module, example_inputs: Any, seed: int = 0) -> Verification:
+    """Prove (numerically, in float64) that the spaces inferred for `model` are feature spaces.
+
+    model: any traceable module; it is not changed. example_inputs: a batch (tensor, tuple or dict).
+    Raises TraceError when the model cannot be traced. Takes about ten forward passes of one sample.
+
+    >>> bool(verify(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4)))
+    True
+    """
+    traced = trace(model, example_inputs)
+    args = bind(example_inputs, signature(traced.graph_module.forward))
+    return verify_spaces(traced, infer(lower(traced.graph_module, rows(args, 1))), args, seed)
+
+
+def verify_spaces(traced: Traced, spaces: Spaces, args: tuple, seed: int = 0) -> Verification:
+    """As `verify`, for spaces that are known already. args: positional example arguments, any batch size."""
+    rng = np.random.default_rng(seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module = copy.deepcopy(traced.graph_module).double().eval()
+        first, other = _two_inputs(args)
+        _perturb(module, first, other)
+        state = state_of(module)
+
+        def outputs(parameters: Mapping[str, Tensor], inputs: tuple = first) -> list[Tensor]:
+            return _floating(functional_call(module, dict(parameters), inputs, tie_weights=True))
+
+        reference = outputs(state)
+        sensitivity = _distance(outputs(state, other), reference)
+        indices = axis_indices(spaces, sample(spaces, rng), state)
+        error = _distance(outputs(permuted(state, indices)), reference)
+        controls = {}
+        for i in rng.permutation(len(indices))[:_CONTROLS]:
+            use = list(indices)[i]
+            left_out = outputs(permuted(state, indices, leave_out=[use]))
+            controls[f"{use[0]}[{use[1]}]"] = _distance(left_out, reference)
+        roles, roles_control = _roles(spaces, state, outputs, rng)
+    return Verification(error, controls, roles, roles_control, sensitivity, len(spaces))
+
+
+def _roles(spaces: Spaces, state, outputs, rng) -> tuple[float, float]:
+    """Output change when weight moves between copies, and when it is taken from one; nan without consumers."""
+    above = {p.space for space in spaces for p in space.parents}
+    leaves = [s for s in spaces if s.name not in above]
+    if not any("consume" in s.roles for space in leaves if not space.orthogonal_only for s in space.segments):
+        return float("nan"), float("nan")
+    base, shifted, control = (outputs(s) for s in duplicated(state, leaves, rng))
+    return _distance(shifted, base), _distance(control, base)
+
+
+def scramble(model: nn.Module, example_inputs: Any, seed: int = 0) -> nn.Module:
+    """A copy of `model` that computes the same function with randomly re-coordinated features.
+
+    Every inferred space is permuted at random (structure respected). The standard test input of fxzip:
+    merging a model with its scrambled copy must give back the model.
+
+    >>> m = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)); x = torch.randn(2, 4)
+    >>> s = scramble(m, x); torch.allclose(s(x), m(x), atol=1e-6), torch.equal(s[0].weight, m[0].weight)
+    (True, False)
+    """
+    traced = trace(model, example_inputs)
+    args = bind(example_inputs, signature(traced.graph_module.forward))
+    spaces = infer(lower(traced.graph_module, rows(args, 1)))
+    other = copy.deepcopy(model)
+    bare = unwrap(other)[0]
+    tensors = {**dict(bare.named_parameters()), **dict(bare.named_buffers())}
+    state = {n: t.detach() for n, t in tensors.items()}
+    indices = axis_indices(spaces, sample(spaces, np.random.default_rng(seed)), state)
+    with torch.no_grad():
+        for name, value in permuted(state, indices).items():
+            if value is not state[name]:
+                tensors[name].copy_(value)
+    return other
+
+
+def _two_inputs(args: tuple) -> tuple[tuple, tuple]:
+    """Two single samples in float64: the example's first, and noise of the same scale (integers: shuffled)."""
+
+    def noise(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim():
+            return x
+        if x.is_floating_point():
+            scale = x.std() if x.numel() > 1 and x.std() > 0 else torch.ones((), dtype=x.dtype)
+            return x.mean() + scale * torch.randn_like(x)
+        return x.flatten()[torch.randperm(x.numel())].reshape(x.shape)
+
+    first = tree_map(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, rows(args, 1))
+    return first, tree_map(noise, first)
+
+
+def _perturb(module: fx.GraphModule, first: tuple, other: tuple) -> None:
+    """Make every parameter matter: noise on near-constant ones, norm statistics from data, then noise on them."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and parameter.numel() > 1 and _nearly_constant(parameter):
+            scale = 0.2 * max(float(parameter.abs().mean()), 1.0)
+            parameter.add_(scale * torch.randn_like(parameter))
+    several = tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.dim() else a, first, other)
+    recompute_statistics(module, [several], lambda batch: batch)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_var"):
+            buffer.clamp_(min=1e-6).mul_(0.6 + 0.8 * torch.rand_like(buffer))
+        elif name.endswith("running_mean"):
+            buffer.add_(0.2 * buffer.std(unbiased=False).clamp(min=1e-3) * torch.randn_like(buffer))
+
+
+def _nearly_constant(parameter: Tensor) -> bool:
+    return parameter.dim() <= 1 or bool(parameter.std() < 1e-2 * parameter.abs().max().clamp(min=1e-2))
+
+
+def _floating(outputs: Any) -> list[Tensor]:
+    return [x for x in tree_flatten(outputs)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))
+
+
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    return max((_apart(x, y) for x, y in zip(a, b, strict=True)), default=float("nan"))

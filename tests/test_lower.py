@@ -1,0 +1,444 @@
+"""Lowering to functional ATen graphs, and running them."""
+
+import operator
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from helpers import unchanged
+from torch import fx, nn
+
+from fxzip.errors import InputError, TraceError
+from fxzip.trace import corresponding, lower, run, state_of, trace
+
+torch.set_num_threads(1)
+
+
+def graph_of(model, *args):
+    """Traced GraphModule in eval."""
+    return trace(model, args).graph_module
+
+
+def lowered(model, *args):
+    return lower(graph_of(model, *args), args)
+
+
+class Leaf(nn.Module):
+    """Holds a module that is traced as one node: code that symbolic tracing itself cannot follow."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def leaf_graph(inner, *args):
+    return trace(Leaf(inner), args, leaf_modules=["inner"]).graph_module
+
+
+def ops(low):
+    return [str(n.target) for n in low.graph.nodes if n.op == "call_function"]
+
+
+def check_equal(model, *args, rtol=1e-5, leaf=False):
+    """Lowered and original agree; returns the lowered graph."""
+    model.eval()
+    gm = (graph_of if not leaf else leaf_graph)(model, *args)
+    low = lower(gm, args)
+    with torch.no_grad():
+        want = model(*[x.clone() for x in args])
+    got = run(low, state_of(gm), args)
+    assert got.shape == want.shape and got.dtype == want.dtype
+    assert (got - want).abs().max() <= rtol * want.abs().max() and want.abs().max() > 0
+    return low
+
+
+def is_functional(low):
+    for n in low.graph.nodes:
+        if isinstance(n.target, torch._ops.OpOverload):
+            assert not any(a.alias_info and a.alias_info.is_write for a in n.target._schema.arguments), (
+                n.target
+            )
+    return True
+
+
+ZOO = {
+    "resnet18": {},
+    "vit_b_16": {"image_size": 32},
+    "swin_t": {},
+    "shufflenet_v2_x0_5": {},
+    "densenet121": {},
+    "mobilenet_v3_small": {},
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_torchvision_runs_equal_and_is_functional(name):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, **ZOO[name]).eval()
+    for p in model.parameters():
+        if not p.any():  # ViT heads start at zero, which would make the comparison empty
+            nn.init.normal_(p, std=0.02)
+    low = check_equal(model, torch.randn(2, 3, *(2 * [ZOO[name].get("image_size", 64)])))
+    assert is_functional(low)
+    low.graph.lint()
+    assert set(low.parameters) == {n for n, _ in (*model.named_parameters(), *model.named_buffers())}
+    assert not any(n.meta.get("const") is None and "fixed" in n.meta for n in low.graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "shufflenet_v2_x0_5"])
+def test_batch_one_and_two_correspond(name):
+    size = ZOO[name].get("image_size", 64)
+    model = torchvision.models.get_model(name, weights=None, **ZOO[name]).eval()
+    gm = graph_of(model, torch.randn(2, 3, size, size))
+    a, b = (lower(gm, (torch.randn(n, 3, size, size),)) for n in (1, 2))
+    names = corresponding(a, b)
+    assert all(x == y for x, y in names.items())
+    assert len(names) == len(a.graph.nodes)
+    assert a.values.keys() == b.values.keys()
+
+
+class InPlace(nn.Module):
+    """Writes through views, on inputs, activations and a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x += 1
+        h = self.fc(x)
+        h[:, 1:3].mul_(2)
+        h.view(-1)[0] = 5.0
+        mask = torch.zeros(4)
+        mask[2] = 1
+        mask[:2].add_(3)
+        return F.relu_(h) * mask + x
+
+
+def test_in_place_writes_become_pure():
+    x = torch.randn(3, 4)
+    kept = x.clone()
+    low = check_equal(InPlace(), x, leaf=True)
+    assert is_functional(low)
+    assert torch.equal(x, kept)
+
+
+class Plain(nn.Module):
+    """Constants of every kind: factories, literals, a plain tensor attribute, index tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.scale = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        self.register_buffer("index", torch.tensor([3, 1, 0, 2]), persistent=False)
+
+    def forward(self, x):
+        h = self.fc(x)[:, self.index] * self.scale + torch.arange(4)
+        return h + torch.zeros_like(h) + torch.ones(4) * 2
+
+
+def test_constants_are_marked_and_keep_their_value():
+    low = check_equal(Plain(), torch.randn(2, 4), leaf=True)
+    constants = {n.name: n.meta["const"] for n in low.graph.nodes if "const" in n.meta}
+    assert any(torch.equal(c, torch.tensor([1.0, 2.0, 3.0, 4.0])) for c in constants.values())
+    assert any(torch.equal(c, torch.arange(4)) for c in constants.values())
+    assert torch.equal(constants["p_inner_index"], torch.tensor([3, 1, 0, 2]))
+    assert "zeros_like_default" in constants  # its operand only lends a shape
+    assert all(not c.requires_grad for c in constants.values())
+    assert "const" not in low.parameters["inner.fc.weight"].meta
+    assert not any("const" in n.meta for n in low.inputs)
+
+
+def test_index_tables_come_from_the_state_and_missing_ones_are_named():
+    model, x = Plain().eval(), torch.randn(2, 4)
+    gm = graph_of(model, x)
+    low, state = lower(gm, (x,)), state_of(gm)
+    state["index"] = torch.arange(4)
+    other = Plain().eval()
+    other.load_state_dict(model.state_dict())
+    other.index = torch.arange(4)
+    assert torch.allclose(run(low, state, (x,)), other(x))
+    with pytest.raises(InputError, match="state has no buffer '(index|scale)'. state_of"):
+        run(low, model.state_dict(), (x,))
+
+
+def test_a_tensor_changed_in_place_later_keeps_its_earlier_value():
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.ones(3)
+
+        def forward(self, x):
+            before = x * self.scale
+            return before + x * (self.scale + 1) + torch.tensor([1.0, 2.0, 3.0]).clone().fill_(2)
+
+    check_equal(Changing(), torch.randn(2, 3))
+
+
+def test_float64_state_runs_in_float64_throughout():
+    model, x = Plain().eval(), torch.randn(2, 4)
+    gm = leaf_graph(model, x)
+    low = lower(gm, (x,))
+    state = {k: v.double() if v.is_floating_point() else v for k, v in state_of(gm).items()}
+    got = run(low, state, (x,))
+    double = Plain().eval()
+    double.load_state_dict(model.state_dict())
+    double.double().scale = double.scale.double()
+    assert got.dtype == torch.float64
+    assert torch.allclose(got, double(x.double()), rtol=1e-12)
+
+    class Upcast(nn.Module):
+        def forward(self, x):
+            return F.softmax(x.float() * torch.tensor(1.0), -1)
+
+    gm = graph_of(nn.Sequential(nn.Linear(4, 4), Upcast()), x)
+    low = lower(gm, (x,))
+    state = {k: v.double() for k, v in state_of(gm).items()}  # the literal is one of its buffers
+    assert run(low, state, (x,)).dtype == torch.float64
+
+
+def test_other_parameter_shapes_where_the_operators_allow():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(2, 4)
+    low = lowered(model, x)
+    wide = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 2))
+    assert torch.allclose(run(low, state_of(wide), (x,)), wide(x))
+
+
+def test_tied_tensors_have_one_placeholder():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(7, 4)
+            self.head = nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.embed(x))
+
+    model = Tied().eval()
+    x = torch.tensor([[1, 2, 6]])
+    low = check_equal(model, x)
+    assert dict(low.tied) == {"head.weight": "embed.weight"}
+    assert list(low.parameters) == ["embed.weight"]
+    weight = model.embed.weight.detach()
+    assert torch.allclose(run(low, {"head.weight": weight}, (x,)), model(x))
+
+
+def test_several_results_have_getitem_nodes_and_values_map_fx_nodes():
+    class Split(nn.Module):
+        def forward(self, x):
+            a, b = x.split([1, 3], dim=1)
+            return {"wide": b * 2, "both": (a, a + 1)}
+
+    x = torch.randn(2, 4)
+    gm = graph_of(Split(), x)
+    low = lower(gm, (x,))
+    split = next(n for n in low.graph.nodes if "split" in n.name)
+    assert split.meta["results"] == (((2, 1), torch.float32), ((2, 3), torch.float32))
+    assert {n.target for n in split.users} == {operator.getitem}
+    assert [n.meta["shape"] for n in low.values["split"]] == [(2, 1), (2, 3)]
+    assert low.values["x"] == low.inputs
+    out = run(low, {}, (x,))
+    assert torch.equal(out["wide"], x[:, 1:] * 2) and torch.equal(out["both"][1], x[:, :1] + 1)
+    assert out["both"][0].shape == low.outputs["both"][0].meta["shape"]
+
+
+def test_every_node_knows_shape_origin_and_line():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.fc(x)
+            return F.relu(h) + x
+
+    gm = graph_of(Small(), torch.randn(3, 4))
+    low = lower(gm, (torch.randn(3, 4),))
+    linear = next(n for n in low.graph.nodes if n.target is torch.ops.aten.linear.default)
+    assert linear.meta["shape"] == (3, 4) and linear.meta["dtype"] is torch.float32
+    assert linear.meta["origin"] == "fc"
+    assert re.fullmatch(r"test_lower.py:\d+: h = self.fc\(x\)", linear.meta["line"])
+    names = {n.name for n in gm.graph.nodes}
+    assert all(n.meta["origin"] in names for n in low.graph.nodes if n.op == "call_function")
+
+
+def test_sink_sees_wanted_values_and_only_their_ancestors_run():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(2, 4)
+    low = lowered(model, x)
+    node = low.values["_1"][0]
+    seen = {}
+    state = {k: v for k, v in state_of(model).items() if not k.startswith("2")}
+    result = run(low, state, (x,), sink=seen.__setitem__, wanted=[node])  # works without the last layer
+    assert result is None and list(seen) == [node]
+    assert torch.equal(seen[node], model[1](model[0](x)))
+    result = run(low, state_of(model), (x,), sink=seen.__setitem__, wanted=[node], stop_early=False)
+    assert torch.allclose(result, model(x))
+    with pytest.raises(InputError, match="takes 1 input tensors, 2 given"):
+        run(low, state, (x, x))
+
+
+def test_random_forward_is_refused_with_the_line():
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x)
+
+    gm = fx.symbolic_trace(Noise().eval())
+    with pytest.raises(TraceError, match=r"random in eval mode: aten.rand_like.default at %rand_like"):
+        lower(gm, (torch.ones(2),))
+
+    class Active(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5, training=True)
+
+    with pytest.raises(TraceError, match="random in eval mode: aten.bernoulli"):
+        lower(fx.symbolic_trace(Active().eval()), (torch.ones(2),))
+
+    class Filled(nn.Module):
+        def forward(self, x):
+            return x + torch.empty(2).normal_()
+
+    class Unused(nn.Module):
+        def forward(self, x):
+            torch.rand(2)
+            return x + 1
+
+    gm = fx.GraphModule(Leaf(Filled()).eval(), _leaf_tracer(Filled).trace(Leaf(Filled()).eval()))
+    with pytest.raises(TraceError, match="random in eval mode: aten.normal.* at %inner"):
+        lower(gm, (torch.ones(2),))
+    gm = fx.GraphModule(Leaf(Unused()).eval(), _leaf_tracer(Unused).trace(Leaf(Unused()).eval()))
+    assert ops(lower(gm, (torch.ones(2),))) == ["aten.add.Tensor"]
+    idle = lower(fx.symbolic_trace(nn.Sequential(nn.Dropout(0.5), nn.ReLU()).eval()), (torch.ones(2),))
+    assert ops(idle) == ["aten.relu.default"]
+
+
+def test_reading_a_weight_into_python_is_refused():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x):
+            return x * self.w.item()
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Reads()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    gm = trace(Holder(), torch.ones(2), leaf_modules=[Reads]).graph_module
+    with pytest.raises(
+        TraceError, match=r"%inner \(test_lower.py:\d+: return self.inner\(x\)\) reads a parameter"
+    ):
+        lower(gm, (torch.ones(2),))
+
+
+def test_failures_name_node_and_line():
+    gm = graph_of(nn.Sequential(nn.Linear(3, 2)), torch.ones(1, 3))
+    with pytest.raises(TraceError, match="lowering stopped at %_0: RuntimeError: "):
+        lower(gm, (torch.ones(1, 4),))
+
+
+def test_corresponding_refuses_another_path():
+    class Shape(nn.Module):
+        def forward(self, x):
+            return x.relu() if x.shape[0] > 1 else x.sigmoid()
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shape = Shape()
+
+        def forward(self, x):
+            return self.shape(x)
+
+    gm = fx.GraphModule(Outer().eval(), _leaf_tracer(Shape).trace(Outer().eval()))
+    a, b = (lower(gm, (torch.ones(n, 2),)) for n in (1, 2))
+    with pytest.raises(TraceError, match=r"node 1: %sigmoid_default = aten.sigmoid.default .*against"):
+        corresponding(a, b)
+
+
+def _leaf_tracer(kind):
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m, module_qualified_name):
+            return isinstance(m, kind) or super().is_leaf_module(m, module_qualified_name)
+
+    return Tracer()
+
+
+@pytest.mark.parametrize("name", ["matmul", "operator", "vector", "batched", "attention", "lstm", "einsum"])
+def test_products_are_equal_at_any_layout(name):
+    class Products(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 5))
+            self.v = nn.Parameter(torch.randn(4))
+            self.mha = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.lstm = nn.LSTM(4, 3, batch_first=True)
+
+        def forward(self, x):
+            if name == "matmul":
+                return torch.matmul(x.transpose(0, 1), self.w)
+            if name == "operator":
+                return (self.w.t() @ x.transpose(1, 2)).sum() * (self.v[:3] @ x)
+            if name == "vector":
+                return x @ self.v
+            if name == "batched":
+                return x @ x.transpose(1, 2)
+            if name == "attention":
+                return self.mha(x, x, x)[0]
+            return self.lstm(x)[0] if name == "lstm" else torch.einsum("bij,jk->bik", x, self.w)
+
+    torch.manual_seed(0)
+    model = Products().eval()
+    low = check_equal(model, torch.randn(2, 3, 4))
+    assert ("aten.linear.default" in ops(low)) == (name in ("matmul", "operator", "vector", "attention"))
+    assert "aten.clone.default" not in ops(low)
+
+
+def test_lowering_leaves_no_trace_and_warns_of_nothing():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    gm = graph_of(model, x)
+    with unchanged([model, gm]), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(lower(gm, (x,)), state_of(gm), (x,))
+
+
+def test_training_mode_is_refused():
+    with pytest.raises(InputError, match="training mode; call eval"):
+        lower(fx.symbolic_trace(nn.Linear(2, 2)), (torch.ones(1, 2),))
+
+
+class Cell(nn.Module):
+    """nn.LSTM's C++ code changes its own temporaries in place, below functionalize."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(3, 4, num_layers=2, batch_first=True, bidirectional=True)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+
+def test_writes_inside_composite_operators_become_pure():
+    torch.manual_seed(0)
+    low = check_equal(Cell(), torch.randn(2, 3, 3))
+    assert is_functional(low) and "aten.sigmoid.default" in ops(low)
+    weights = {n.name: n for n in low.graph.nodes if n.name.startswith("p_rnn_weight")}
+    assert len(weights) == 8 and all(n.users for n in weights.values())
+
+
+def test_every_layer_kind_of_dropout_is_idle_in_eval():
+    layers = [nn.Dropout1d(), nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.Dropout()]
+    low = check_equal(nn.Sequential(*layers, nn.Tanh()), torch.randn(2, 3, 4))
+    assert not any(n.meta.get("random") for n in low.graph.nodes)

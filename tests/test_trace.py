@@ -1,0 +1,314 @@
+"""Binding batches, tracing, and what tracing refuses."""
+
+import copy
+import inspect
+import random
+from collections import UserDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from helpers import unchanged
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from fxzip.errors import InputError, TraceError
+from fxzip.trace import batch_size, bind, describe, rows, trace
+
+torch.set_num_threads(1)
+X, Y = torch.randn(4, 3), torch.arange(4)
+
+
+def signature(function):
+    return inspect.signature(function)
+
+
+# ---------------------------------------------------------------------------------------------- bind
+
+
+@pytest.mark.parametrize(
+    ("batch", "forward", "names"),
+    [
+        (X, lambda x: 0, "X"),
+        ((X, Y), lambda x: 0, "X"),
+        ([X, Y], lambda x: 0, "X"),
+        ((X, Y), lambda x, y: 0, "XY"),
+        ((X, Y), lambda x, mask=None: 0, "X"),
+        ((X, Y), lambda x=None, mask=None: 0, "X"),
+        ((X, Y), lambda *xs: 0, "XY"),
+        (({"x": X}, Y), lambda x: 0, "X"),
+        ({"y": Y, "x": X}, lambda x, y: 0, "XY"),
+        (UserDict(b=X, labels=Y), lambda a=None, b=None, labels=None: 0, "-X"),
+        ({"x": X, "other": Y}, lambda x: 0, "X"),
+        ({"labels": Y, "x": X}, lambda x, labels: 0, "XY"),
+    ],
+)
+def test_bind(batch, forward, names):
+    got = bind(batch, signature(forward))
+    want = tuple({"X": X, "Y": Y, "-": None}[n] for n in names)
+    assert len(got) == len(want) and all(a is b for a, b in zip(got, want, strict=True))
+
+
+def test_bind_takes_names_for_a_signature():
+    assert [t.shape for t in bind((X, Y), ["a", "b"])] == [(4, 3), (4,)]
+
+
+def f(input_ids, mask, labels=None):
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "function", "message"),
+    [
+        (
+            {"ids": X},
+            f,
+            "keys ['ids'] lacks 'input_ids', 'mask'; forward takes (input_ids, mask, labels=None)",
+        ),
+        ({"z": X}, lambda x=None: 0, "keys ['z'] has none of forward's parameters; forward takes (x=None)"),
+        ((X,), f, "has 1 item (float32[4, 3]), forward requires 2: (input_ids, mask, labels=None)"),
+        ((), f, "must be a tensor, a non-empty tuple or list, or a mapping; got ()"),
+        (None, f, "must be a tensor, a non-empty tuple or list, or a mapping; got None"),
+        (([1, 2], Y), lambda x: 0, "item 0 of the batch holds no tensor but [1, 2]; forward takes (x)"),
+        ({"x": X}, lambda *, x: 0, "forward takes 'x' by keyword only: (x). Wrap the model"),
+    ],
+)
+def test_bind_says_what_is_wrong(batch, function, message):
+    with pytest.raises(InputError) as error:
+        bind(batch, signature(function))
+    assert message in str(error.value)
+
+
+def test_rows_cut_and_repeat_what_has_the_batch_axis():
+    args = (X, torch.zeros(7), {"y": Y, "n": 3})
+    assert batch_size(args) == 4
+    cut, more = rows(args, 1), rows(args, 6)
+    assert torch.equal(cut[0], X[:1]) and cut[1].shape == (7,) and cut[2]["n"] == 3
+    assert torch.equal(more[0][4:], X[:2]) and torch.equal(more[2]["y"], torch.tensor([0, 1, 2, 3, 0, 1]))
+    assert describe(args) == "(float32[4, 3], float32[7], {'y': int64[4], 'n': 3})"
+
+
+# ---------------------------------------------------------------------------------------------- trace
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = F.relu(self.bn(self.conv(x)))
+        return self.head(h.mean((2, 3)))
+
+
+IMAGES = torch.randn(2, 3, 8, 8)
+
+
+def test_trace_keeps_names_and_leaves_the_model_alone():
+    model = Net().train()
+    with unchanged(model):
+        traced = trace(model, (IMAGES, Y))
+    gm = traced.graph_module
+    assert traced.rung == "symbolic" and traced.notices == ()
+    assert list(gm.state_dict()) == list(model.state_dict())
+    assert not gm.training and model.training
+    shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in gm.parameters()}
+    assert not shared
+    assert torch.allclose(gm(IMAGES), copy.deepcopy(model).eval()(IMAGES))
+    gm.load_state_dict(model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small", "googlenet"])
+def test_trace_torchvision(name):
+    more = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, weights=None, **more)
+    gm = trace(model, torch.randn(1, 3, 64, 64)).graph_module
+    assert list(gm.state_dict()) == list(model.state_dict())
+
+
+def test_optional_arguments_are_fixed_at_their_defaults():
+    class Masked(nn.Module):
+        def forward(self, x, mask=None, scale=2.0, flip=False):
+            if mask is not None:
+                x = x * mask
+            return (x.flip(0) if flip else x) * scale
+
+    gm = trace(Masked(), X).graph_module
+    assert list(inspect.signature(gm.forward).parameters) == ["x"]
+    assert torch.equal(gm(X), 2 * X)
+    gm = trace(Masked(), {"x": X, "mask": X}, concrete_args={"flip": True}).graph_module
+    assert list(inspect.signature(gm.forward).parameters) == ["x", "mask"]
+    assert torch.equal(gm(X, X), 2 * (X * X).flip(0))
+    gm = trace(Masked(), (X, Y), concrete_args={"mask": torch.ones(3), "scale": 3.0}).graph_module
+    assert torch.equal(gm(X), 3 * X)
+
+
+def test_leaf_modules_by_name_and_class():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.sum() > 1e9 else x * 3
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = Branch()
+
+        def forward(self, x):
+            return self.branch(x) + 1
+
+    with pytest.raises(TraceError) as error:
+        trace(Outer(), X)
+    text = str(error.value)
+    assert text.startswith("Outer could not be traced\n  symbolic: TraceError: symbolically traced variables")
+    assert (
+        "test_trace.py:" in text and "return x * 2 if x.sum() > 1e9 else x * 3 (in module 'branch')" in text
+    )
+    assert "leaf_modules=('name.of.module',)" in text and "concrete_args={'name': value}" in text
+    for leaf in ("branch", Branch):
+        gm = trace(Outer(), X, leaf_modules=[leaf]).graph_module
+        assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == ["branch"]
+        assert torch.equal(gm(X), 3 * X + 1)
+    with pytest.raises(InputError, match=r"no module is named 'brunch' \(did you mean 'branch'\?\)"):
+        trace(Outer(), X, leaf_modules=["brunch"])
+    with pytest.raises(InputError, match="takes module names and classes, not 3"):
+        trace(Outer(), X, leaf_modules=[3])
+    with pytest.raises(InputError, match=r"no parameter 'y'; it takes \(x\)"):
+        trace(Outer(), X, concrete_args={"y": 1})
+
+
+def test_second_batch_size_catches_a_frozen_shape():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = None
+
+        def forward(self, x):
+            if not isinstance(x, torch.Tensor):  # what tracing sees
+                return x.sum() / 4 + x * 0
+            return x.mean(0).sum() + x * 0
+
+    with pytest.raises(TraceError, match="does not compute the same at batch size 1: output 0 is off by"):
+        trace(Frozen(), X)
+
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.reshape(4, 3) * 2
+
+    traced = trace(Fixed(), X)
+    assert traced.notices[0].startswith(
+        "checked at batch size 4 only: the model itself fails at another (Runtime"
+    )
+
+
+def test_the_models_own_failure_is_named():
+    with pytest.raises(InputError) as error:
+        trace(Net(), torch.randn(2, 1, 8, 8))
+    text = str(error.value)
+    assert text.startswith(
+        "Net fails on the example inputs (float32[2, 1, 8, 8]); forward takes (x): RuntimeError"
+    )
+
+
+def test_random_and_constant_forwards():
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.rand(3) + random.random()
+
+    model = Noise()
+    with unchanged(model), pytest.raises(TraceError, match="Noise is random in eval mode: two passes"):
+        trace(model, X)
+
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return 3
+
+    with pytest.raises(TraceError, match="Nothing.forward returns no tensor"):
+        trace(Nothing(), X)
+
+
+def test_functional_dropout_is_noticed():
+    class Drops(nn.Module):
+        def forward(self, x):
+            x = F.dropout(x, 0.5, training=self.training)
+            return F.dropout(x, 0.1, self.training)
+
+    (notice,) = trace(Drops(), X).notices
+    assert notice.startswith("functional dropout is frozen in eval mode (2 calls, first at test_trace.py:")
+    assert trace(nn.Sequential(nn.Dropout(0.5)), X).notices == ()
+
+
+def test_nan_outputs_are_compared_as_such():
+    class Log(nn.Module):
+        def forward(self, x):
+            return {"a": torch.log(x), "b": [x > 0, None]}
+
+    assert trace(Log(), X).rung == "symbolic"
+
+
+# ---------------------------------------------------------------------------------- wrappers and hooks
+
+
+def test_wrappers_are_unwrapped_with_a_notice():
+    for wrapped, kind in [
+        (nn.DataParallel(Net()), "DataParallel"),
+        (torch.compile(Net()), "OptimizedModule"),
+        (nn.DataParallel(torch.compile(Net())), "DataParallel"),
+    ]:
+        traced = trace(wrapped, IMAGES)
+        assert traced.notices[0].startswith(f"unwrapped {kind}: the merge sees the ")
+        assert "conv.weight" in traced.graph_module.state_dict()
+
+
+def hook(*args):
+    return None
+
+
+REFUSED = {
+    "conv has a forward hook: remove it before merging (handle.remove())": lambda m: (
+        m.conv.register_forward_hook(hook)
+    ),
+    "conv has a forward pre-hook: remove it": lambda m: m.conv.register_forward_pre_hook(hook),
+    "bn has a backward hook: remove it": lambda m: m.bn.register_full_backward_hook(hook),
+    "the model has a backward pre-hook": lambda m: m.register_full_backward_pre_hook(hook),
+    "(torch.nn.utils.parametrize.remove_parametrizations(conv, 'weight'))": lambda m: (
+        parametrize.register_parametrization(m.conv, "weight", nn.Identity())
+    ),
+    "head.weight is parametrized: make it plain": lambda m: parametrizations.weight_norm(m.head),
+    "head.bias is pruned by a mask: make it plain before merging": lambda m: prune.random_unstructured(
+        m.head, "bias", 1
+    ),
+    "(torch.nn.utils.prune.remove(head, 'bias'))": lambda m: prune.random_unstructured(m.head, "bias", 1),
+    "conv.weight is computed by SpectralNorm: make it plain before merging": lambda m: nn.utils.spectral_norm(
+        m.conv
+    ),
+    "(torch.nn.utils.remove_spectral_norm(conv))": lambda m: nn.utils.spectral_norm(m.conv),
+    "head has uninitialised parameters: run one forward pass first": lambda m: setattr(
+        m, "head", nn.LazyLinear(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_a_trace_would_drop_is_refused(message):
+    model = Net()
+    REFUSED[message](model)
+    with pytest.raises(TraceError) as error:
+        trace(model, IMAGES)
+    assert message in str(error.value)
+
+
+def test_every_hook_is_listed():
+    model = Net()
+    model.conv.register_forward_hook(hook)
+    model.head.register_forward_hook(hook)
+    with pytest.raises(TraceError, match="conv has a forward hook.*; head has a forward hook"):
+        trace(model, IMAGES)
+
+
+def test_compiled_in_place_traces():
+    model = Net()
+    model.compile()
+    assert trace(model, IMAGES).rung == "symbolic"
