@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from .errors import FxzipError, InputError, SpaceError, TraceError, VerificationError
 from .evaluate import Accuracy, accuracy, cost
+from .files import load, save
 from .inspection import inspect
 from .match import MATCHERS, Average, Permute, Select, Zip
 from .measure.moments import Moments
 from .merge import METHODS, collect, merge
 from .report import Report, report
 from .rewrite import cut_points, extract
+from .solve import Solve
 from .verify import Verification, scramble, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "MATCHERS", "METHODS", "Accuracy", "Average", "FxzipError", "InputError", "Moments", "Permute", "Report", "Select",
-    "SpaceError", "TraceError", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points",
-    "extract", "inspect", "merge", "report", "scramble", "verify",
+    "MATCHERS", "METHODS", "Accuracy", "Average", "FxzipError", "InputError", "Moments", "Permute", "Report",
+    "Select", "Solve", "SpaceError", "TraceError", "Verification", "VerificationError", "Zip", "accuracy",
+    "collect", "cost", "cut_points", "extract", "inspect", "load", "merge", "report", "save", "scramble",
+    "verify",
 ]  # fmt: skip

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
 from torch import nn
 
-from .infer import Spaces, infer
+from .errors import SpaceError
+from .infer import Spaces, annotate, infer
+from .rewrite import partition
 from .trace import bind, lower, rows, trace
 
 
 def inspect(model: nn.Module, example_inputs: Any) -> Spaces:
     """Feature spaces of `model`: print() shows a row per space; `.explain("layer2.0.conv1")`, `.frozen`,
-    `.untouched`, `.to_networkx()` tell more.
+    `.untouched`, `.to_networkx()`, `.graph_module` (typed, see `readable()`) tell more.
 
     example_inputs: one batch (tensor, tuple, or dict bound to forward). The model is not changed.
     Raises TraceError when the model cannot be traced, SpaceError when inference finds no fixpoint.
@@ -24,4 +27,9 @@ def inspect(model: nn.Module, example_inputs: Any) -> Spaces:
     """
     traced = trace(model, example_inputs)
     args = bind(example_inputs, signature(traced.graph_module.forward))
-    return infer(lower(traced.graph_module, rows(args, 1)))
+    spaces = infer(lower(traced.graph_module, rows(args, 1)))
+    try:
+        private = partition(traced.graph_module, spaces.opaque).private
+    except SpaceError:  # nothing can be merged: then all of it stays per model
+        private = frozenset(n.name for n in traced.graph_module.graph.nodes)
+    return replace(spaces, graph_module=annotate(traced.graph_module, spaces, private))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,17 +15,18 @@ from .match import MATCHERS, Matcher, Matching, match, resolve
 from .measure.moments import Moments
 from .prepare import Clock, Prepared, calibration_batches, measure, prepare
 from .report import Report, Size, SpaceRow
-from .rewrite import build, head_parameters, merge_parameters, owned, recompute_statistics
+from .rewrite import Heads, build, head_parameters, merge_parameters, owned, recompute_statistics, state_of
 from .rewrite.zipped import KEY
+from .solve import Solve, solve_parameters
 
-METHODS = tuple(m.name for m in MATCHERS)
+METHODS = (*(m.name for m in MATCHERS), Solve.name)
 
 
 def merge(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],
     loader: Iterable | Mapping[str, Iterable] | None = None,
     *,
-    method: str | Matcher = "zip",
+    method: str | Matcher | Solve = "solve",
     until: str | None = None,
     heads: str = "separate",
     example_inputs: Any = None,
@@ -59,21 +61,32 @@ def merge(
     [(5, 2), (5, 3)]
     """
     clock = Clock()
-    matcher = resolve(method)
-    needs_data = matcher.correspondence != "identity" and moments is None
+    solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
+    matcher = solver.matcher if solver else resolve(method)  # type: ignore[arg-type]
+    needs_data = solver is not None or (matcher.correspondence != "identity" and moments is None)
     p = prepare(models, loader, call="fxzip.merge", clock=clock, example_inputs=example_inputs, until=until,
                 device=device, verify=verify, seed=seed, calibration=calibration, strict=strict, needs_data=needs_data)
     batches = calibration_batches(p, calibration, seed)
     with clock.stage("measure"):
-        moments = moments if moments is not None else measure(p, batches, seed, progress) if needs_data else Moments({})
+        if moments is None:
+            moments = measure(p, batches, seed, progress) if needs_data else Moments({})
     with clock.stage("match"):
         matchings = match(p.merged_spaces(), moments, matcher, models=len(p.names))
     with clock.stage("rewrite"):
-        zipped = rewrite(p, matchings, models, heads)
+        shared, private = merged_parameters(p, matchings)
+    if solver:
+        with clock.stage("solve"):
+            solved = solve_parameters(p.graph_modules, p.spaces, p.cut, matchings, shared, private, batches,
+                                      replace(solver.settings, seed=seed), progress)
+            shared, private = solved.shared, solved.heads
+    with clock.stage("rewrite"):
+        originals = [m.state_dict() for m in _list(models)]
+        zipped = build(p.graph_modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads,
+                       originals=originals)
     with clock.stage("calibrate"):
-        notices = calibrate(zipped, batches)
+        notices = [] if solver else calibrate(zipped, batches)
     zipped.to(next((t.device for m in _list(models) for t in (*m.parameters(), *m.buffers())), torch.device("cpu")))
-    zipped.meta[KEY]["report"] = describe(p, matcher.name, matchings, zipped, notices, clock)
+    zipped.meta[KEY]["report"] = describe(p, (solver or matcher).name, matchings, zipped, notices, clock)
     return zipped
 
 
@@ -96,14 +109,12 @@ def collect(
     return measure(p, calibration_batches(p, calibration, seed), seed, progress)
 
 
-def rewrite(p: Prepared, matchings: Mapping[str, Matching], models: Any, heads: str) -> fx.GraphModule:
-    """One GraphModule: merged shared parameters, private parts per model."""
+def merged_parameters(p: Prepared, matchings: Mapping[str, Matching]) -> tuple[dict[str, Tensor], Heads]:
+    """Zipped weights of the shared part, and what every model keeps with U absorbed or explicit."""
     modules = p.graph_modules
-    states = [{n: t.detach() for n, t in (*m.named_parameters(), *m.named_buffers())} for m in modules]
+    states = [state_of(m) for m in modules]
     shared = merge_parameters(states, p.spaces, matchings, owned(modules[0], p.cut.shared))
-    private = head_parameters(modules, p.cut, p.spaces, matchings, feature_axis(p.spaces), p.args)
-    originals = [m.state_dict() for m in _list(models)]
-    return build(modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads, originals=originals)
+    return shared, head_parameters(modules, p.cut, p.spaces, matchings, feature_axis(p.spaces), p.args)
 
 
 def feature_axis(spaces: Spaces):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .check import Checked, check_merge, compare_graphs, compare_shapes
 from .errors import InputError
-from .infer import FeatureSpace, Spaces, infer
+from .infer import FeatureSpace, Spaces, annotate, infer
 from .measure import Programs, collect_moments, read_batches
 from .measure.moments import Moments
 from .rewrite import Partition, owned, partition
-from .trace import Traced, bind, lower, rows, trace
+from .trace import Traced, bind, lower, rows, state_of, trace
 from .verify import Verification, verify_spaces
 
 
@@ -95,10 +95,12 @@ def prepare(
     if strict and spaces.frozen:
         raise InputError.listing(f"{call}(strict=True)", [str(f) for f in spaces.frozen])
     cut = partition(traced[0].graph_module, spaces.opaque, until, [str(f) for f in spaces.frozen])
-    shapes = compare_shapes([t.graph_module.state_dict() for t in traced], checked.names,
+    shapes = compare_shapes([state_of(t.graph_module) for t in traced], checked.names,
                             allowed=owned(traced[0].graph_module, cut.private))
     if shapes:
         raise InputError.listing(call, shapes)
+    for t in traced:
+        annotate(t.graph_module, spaces, cut.private)
     verification = None
     if verify:
         with clock.stage("verify"):

@@ -36,7 +36,7 @@ class Verification:
     """Figures are relative to the largest output, in float64.
 
     error: output change under random group elements. controls: output change with one use left out, by use.
-    roles: output change when weight moves between copies (nan: no space has a consumer); roles_control: when
+    roles: output change when weight moves between copies (nan: no unit can be copied); roles_control: when
     it is taken from one. sensitivity: output change between two inputs (0: the output tells nothing).
     """
 
@@ -127,12 +127,13 @@ def verify_spaces(traced: Traced, spaces: Spaces, args: tuple, seed: int = 0) ->
 
 
 def _roles(spaces: Spaces, state, outputs, rng) -> tuple[float, float]:
-    """Output change when weight moves between copies, and when it is taken from one; nan without consumers."""
+    """Output change when weight moves between copies, and when it is taken from one; nan when no space has
+    both a consumer and two exchangeable units to copy."""
     above = {p.space for space in spaces for p in space.parents}
-    leaves = [s for s in spaces if s.name not in above]
-    if not any("consume" in s.roles for space in leaves if not space.orthogonal_only for s in space.segments):
+    states = duplicated(state, [s for s in spaces if s.name not in above], rng)
+    if states is None:
         return float("nan"), float("nan")
-    base, shifted, control = (outputs(s) for s in duplicated(state, leaves, rng))
+    base, shifted, control = (outputs(s) for s in states)
     return _distance(shifted, base), _distance(control, base)
 
 

@@ -219,6 +219,15 @@ def test_inert_rest_of_a_making_axis_is_averaged():
     close(merged["w"], torch.tensor([1.0, 4.0, 3.0]))
 
 
+def test_one_axis_may_make_and_read():
+    """The reading half of a making axis is a mean over models, as if the axis did not make anything."""
+    read = Segment("w", 0, np.array([2, 3]), frozenset({"consume"}))
+    spaces = spaces_of(space("s0", 2, ("w", 0, "produce")), FeatureSpace("s1", 2, segments=(read,)))
+    swap = from_slots(np.array([0, 1, 1, 0]), 2, (2, 2))
+    states = [{"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}, {"w": torch.tensor([2.0, 1.0, 4.0, 3.0])}]
+    close(merge_parameters(states, spaces, {"s0": swap, "s1": swap}, ["w"])["w"], states[0]["w"])
+
+
 def test_integer_buffers():
     spaces = spaces_of()
     states = [

@@ -8,11 +8,13 @@ from typing import Any
 from torch import fx
 
 from ..trace.lower import Lowered
+from .annotate import annotate, readable
 from .engine import Inference, tensor_nodes
 from .families import read_spaces
-from .spaces import Anchor, FeatureSpace, Frozen, Parent, Segment, Spaces
+from .spaces import Anchor, FeatureSpace, Frozen, Layout, Parent, Segment, Spaces
 
-__all__ = ["Anchor", "FeatureSpace", "Frozen", "Parent", "Segment", "Spaces", "counted_outputs", "infer"]
+__all__ = ["Anchor", "FeatureSpace", "Frozen", "Layout", "Parent", "Segment", "Spaces", "annotate", "counted_outputs",
+           "infer", "readable"]  # fmt: skip
 
 
 def infer(lowered: Lowered, outputs: Callable[[Any], Any] | None = None) -> Spaces:

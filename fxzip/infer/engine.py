@@ -68,7 +68,7 @@ class Inference:
     def run(self, counted: Iterable[fx.Node]) -> Solution:
         """Type every node, pin the `counted` outputs, solve. Raises SpaceError when no fixpoint is found."""
         for name, node in self.lowered.parameters.items():
-            if "const" not in node.meta:  # an integer buffer is an index table, known by value
+            if "const" not in node.meta:  # index tables and buffers outside the checkpoint are known by value
                 self._parameter(name, node)
         for node in self.lowered.inputs:
             self.types[node] = inert(node.meta["shape"])

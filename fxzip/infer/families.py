@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -230,20 +231,21 @@ def _anchors(reader: _Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
 def _before_affine(reader: _Reader, node: fx.Node) -> fx.Node:
     """Step over norms and scales whose parameters live in the space: the stream itself is what is shared."""
     inference = reader.inference
-    while node.op == "call_function" and node not in inference.notes.contractions:
-        operands = [o for o in node.all_input_nodes if "const" not in o.meta]
+    while True:
+        op = node.args[0] if node.target is operator.getitem else node  # a norm has several results
+        if not isinstance(op, fx.Node) or op.op != "call_function" or op in inference.notes.contractions:
+            return node
+        operands = [o for o in op.all_input_nodes if "const" not in o.meta]
         data = [o for o in operands if o in inference.data]
-        if node.target.__name__ == "getitem" and len(data) == 1:  # type: ignore[union-attr]
-            node = data[0]
-            continue
         affine = any(o in inference.weights for o in operands)
         if not affine or len(data) != 1 or data[0].meta["shape"] != inference.types[node].shape:
             return node
         node = data[0]
-    return node
 
 
 def _collect(reader: _Reader, node: fx.Node, wanted: set[int], into: dict[int, dict]) -> None:
+    if node.meta["shape"] is None:  # several results: the first is the value
+        node = next((u for u in node.users if u.args[1] == 0), node)
     for axes, labels in reader.inference.types[node].groups:
         ascending, flat = _flat(axes, labels)
         for family, run in reader.split(flat):

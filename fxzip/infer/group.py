@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .spaces import FeatureSpace
+from .spaces import FeatureSpace, Segment
 
 Use = tuple[str, int]  # parameter, axis
 State = Mapping[str, Tensor]
@@ -39,42 +38,44 @@ def permuted(state: State, indices: Mapping[Use, np.ndarray], leave_out: Collect
 
 def duplicated(
     state: State, spaces: Iterable[FeatureSpace], rng: np.random.Generator
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Three states that test roles: (base, shifted, control).
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]] | None:
+    """Three states that test roles: (base, shifted, control); None when no space has both two exchangeable
+    units and a consumer.
 
-    base: in every space with a consumer one unit is made a copy of another (produce and vector axes).
-    shifted: consuming weight moved from the unit to its copy, so the function equals base's.
-    control: the same weight taken from the unit only, so the function differs.
+    base: in every such space one unit is made a copy of another (produce and vector axes).
+    shifted: all consuming weight of the copy is added to the unit's, so the function equals base's; and the
+    copy, which nobody reads now, is changed (where no op mixes features without weights).
+    control: the same weight taken from the copy and given to nobody, so the function differs.
     """
     base = {n: t.clone() for n, t in state.items()}
-    deltas: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
-    for space in spaces:
-        pair = _exchangeable_pair(space, rng)
-        if pair is None:
-            continue
-        source, copy = pair
+    pairs = [(s, p) for s in spaces if (p := _exchangeable_pair(s, rng)) is not None]
+    for space, (unit, twin) in pairs:
         for s in space.segments:
-            axis, a, b = s.axis, int(s.positions[source]), int(s.positions[copy])
+            if "consume" not in s.roles:
+                a, b = _entry(base, s, unit), _entry(base, s, twin)
+                b.copy_(a)
+    if not pairs:
+        return None
+    shifted = {n: t.clone() for n, t in base.items()}
+    control = {n: t.clone() for n, t in base.items()}
+    for space, (unit, twin) in pairs:
+        for s in space.segments:
             if "consume" in s.roles:
-                deltas[s.parameter].append((axis, a, b))
-            else:
-                base[s.parameter].select(axis, b).copy_(base[s.parameter].select(axis, a))
-    shifted = {n: t.clone() if n in deltas else t for n, t in base.items()}
-    control = {n: t.clone() if n in deltas else t for n, t in base.items()}
-    generator = torch.Generator().manual_seed(int(rng.integers(1 << 31)))
-    for name, moves in deltas.items():
-        # on one parameter several axes may consume; deltas along one must not touch units of another
-        for axis, a, b in moves[:1]:
-            delta = torch.randn(base[name].select(axis, a).shape, generator=generator, dtype=base[name].dtype)
-            delta = delta.to(base[name].device) * base[name].std()
-            shifted[name].select(axis, a).add_(delta)
-            shifted[name].select(axis, b).sub_(delta)
-            control[name].select(axis, a).add_(delta)
+                _entry(shifted, s, unit).add_(_entry(shifted, s, twin))
+                _entry(shifted, s, twin).zero_()
+                _entry(control, s, twin).zero_()
+            elif not space.nonlinear:
+                _entry(shifted, s, twin).mul_(1.7)
     return base, shifted, control
 
 
+def _entry(state: State, segment: Segment, feature: int) -> Tensor:
+    """View of what belongs to one feature of a segment."""
+    return state[segment.parameter].select(segment.axis, int(segment.positions[feature]))
+
+
 def _exchangeable_pair(space: FeatureSpace, rng: np.random.Generator) -> tuple[int, int] | None:
-    if space.orthogonal_only or not space.segments:
+    if space.orthogonal_only or not any("consume" in s.roles for s in space.segments):
         return None
     blocks = space.blocks
     for first in rng.permutation(space.size)[:16]:

@@ -32,8 +32,9 @@ def summary(spaces: Spaces) -> list[str]:
     if spaces.opaque:
         lines.append(f"per model from here on: {', '.join('%' + n for n in _short(sorted(spaces.opaque), 6))}")
     lines += [str(f) for f in spaces.frozen]
-    if spaces.untouched:
-        lines.append(f"not used by the traced path, left out: {', '.join(_short(spaces.untouched, 6))}")
+    unused = [n for n in spaces.untouched if spaces.lowered.parameters[n].meta.get("kind") == "parameter"]
+    if unused:
+        lines.append(f"not used by the traced path, left out: {', '.join(_short(unused, 6))}")
     return lines
 
 
@@ -72,8 +73,9 @@ def explain(spaces: Spaces, name: str) -> str:
         held = [(s, g) for s in spaces for g in s.segments if g.parameter == parameter]
         for axis, size in enumerate(shape):
             here = [f"{'/'.join(sorted(g.roles))} {s.name} ({s.structure})" for s, g in held if g.axis == axis]
+            counts = [f"{h}{f' x {here.count(h)}' if here.count(h) > 1 else ''}" for h in dict.fromkeys(here)]
             if size > 1:
-                lines.append(f"    axis {axis} ({size}): {', '.join(here) or 'inert: nobody may reorder it'}")
+                lines.append(f"    axis {axis} ({size}): {', '.join(counts) or 'inert: nobody may reorder it'}")
     touched = {s.name: s for s in spaces if set(s.parameters) & set(mine)}
     return "\n".join([*lines, *(_paragraph(s) for s in touched.values())])
 
@@ -85,7 +87,7 @@ def to_networkx(spaces: Spaces) -> nx.DiGraph:
         if node.op == "output":
             continue
         held = sorted({s for layout in spaces.layouts(node.name) for s, _ in layout.runs})
-        graph.add_node(node.name, op=str(node.target), shape=tuple(node.meta.get("shape", ())),
+        graph.add_node(node.name, op=str(node.target), shape=tuple(node.meta.get("shape") or ()),
                        origin=node.meta.get("origin") or "", spaces=tuple(held))
         graph.add_edges_from((i.name, node.name) for i in node.all_input_nodes)
     return graph
@@ -93,7 +95,9 @@ def to_networkx(spaces: Spaces) -> nx.DiGraph:
 
 def typed(node: fx.Node, spaces: Spaces) -> str:
     """`[b, s0:64, 8, 8]`: shape with the spaces on their axes."""
-    shape = [str(d) for d in node.meta.get("shape", ())]
+    if node.meta.get("shape") is None:
+        return "(several results)"
+    shape = [str(d) for d in node.meta["shape"]]
     for layout in spaces.layouts(node.name):
         label = "+".join(f"{s}:{p.size}" for s, p in layout.runs)
         shape[layout.axes[0]] = label if len(layout.axes) == 1 else f"({label}"
@@ -118,7 +122,7 @@ def _paragraph(space: FeatureSpace) -> str:
     if space.parents:
         lines.append(f"  blocks given by {', '.join(p.space for p in space.parents)}")
     for role in ("produce", "consume", "vector"):
-        uses = [f"{s.parameter}[{s.axis}]" for s in space.segments if role in s.roles]
+        uses = list(dict.fromkeys(f"{s.parameter}[{s.axis}]" for s in space.segments if role in s.roles))
         if uses:
             lines.append(f"  {role}: {', '.join(uses)}")
     if space.nonlinear:

@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import networkx as nx
+    from torch import fx
 
     from ..trace.lower import Lowered
 
@@ -118,6 +119,7 @@ class Spaces:
     opaque: frozenset[str]
     lowered: Lowered = field(repr=False)
     layouts: Callable[[str], tuple[Layout, ...]] = field(repr=False, default=lambda name: ())
+    graph_module: fx.GraphModule | None = field(repr=False, default=None)
 
     def __iter__(self) -> Iterator[FeatureSpace]:
         return iter(self.spaces)
@@ -147,3 +149,9 @@ class Spaces:
         from .show import to_networkx
 
         return to_networkx(self)
+
+    def readable(self) -> str:
+        """The traced graph, a line per node, with the spaces on its axes."""
+        from .annotate import readable
+
+        return readable(self.graph_module) if self.graph_module is not None else ""

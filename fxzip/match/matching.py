@@ -59,6 +59,7 @@ class Matching:
         return self.unmerge.split(self.sizes, 0)[model]
 
 
+TIE, NEAR = 1e-5, 0.999  # `similarity` breaks ties among correlations above NEAR, by at most TIE
 Correspondence = Literal["identity", "permutation", "free"]
 
 
@@ -80,9 +81,12 @@ class Matcher(Protocol):
 def similarity(moments: SpaceMoments) -> np.ndarray:
     """The correlation as matchers see it: dead features of two models with one constant value count as equal.
 
-    Without that, matching a dead unit with its own copy would be worth nothing. float64 [Sn, Sn], symmetric.
+    Without that, matching a dead unit with its own copy would be worth nothing. Features that fire on a single
+    sample all correlate perfectly: among (nearly) equal correlations the closer mean and deviation win.
+    float64 [Sn, Sn], symmetric.
     """
     result = moments.correlation().cpu().numpy()
+    result = result - TIE * _unlike(moments) * (result > NEAR)
     dead = np.flatnonzero(moments.dead.cpu().numpy())
     value = moments.mean.cpu().numpy()[dead]
     model = model_of(moments.sizes)[dead]
@@ -90,6 +94,13 @@ def similarity(moments: SpaceMoments) -> np.ndarray:
     rows, columns = np.nonzero(same & (model[:, None] != model[None, :]))
     result[dead[rows], dead[columns]] = 1
     return result
+
+
+def _unlike(moments: SpaceMoments) -> np.ndarray:
+    """In [0, 1]: relative difference of second moments' roots, 0 on the diagonal. float64 [Sn, Sn]"""
+    size = np.sqrt(np.maximum(moments.second.diagonal().cpu().numpy(), 0))
+    total = size[:, None] + size[None, :]
+    return np.abs(size[:, None] - size[None, :]) / np.where(total > 0, total, 1)
 
 
 def model_of(sizes: Sequence[int]) -> np.ndarray:

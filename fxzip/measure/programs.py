@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten
 
@@ -72,7 +73,7 @@ def rows_of(anchor: Anchor, value: Tensor) -> Tensor:
     flat = value.permute(*rest, *anchor.axes).flatten(len(rest))  # [..., features and what is flattened in]
     flat = flat.reshape(-1, flat.shape[-1])
     n, t = anchor.positions.shape
-    if t == 1 and (anchor.positions[:, 0] == range(flat.shape[1])).all():
+    if t == 1 and np.array_equal(anchor.positions[:, 0], np.arange(flat.shape[1])):
         return flat
     from torch import from_numpy
 

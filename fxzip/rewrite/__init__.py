@@ -6,21 +6,25 @@ from .heads import Heads, head_parameters
 from .norms import recompute_statistics
 from .parameters import merge_parameters, state_of
 from .partition import Partition, cut_points, owned, partition
+from .signature import Signature, difference, signature
 from .unmerge import Unmerge
 from .zipped import Zipped
 
 __all__ = [
     "Heads",
     "Partition",
+    "Signature",
     "Unmerge",
     "Zipped",
     "build",
     "cut_points",
+    "difference",
     "extract",
     "head_parameters",
     "merge_parameters",
     "owned",
     "partition",
     "recompute_statistics",
+    "signature",
     "state_of",
 ]

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InputError, SpaceError
 from .heads import Heads
 from .modules import Tensors, has_path, install
 from .parameters import state_of
 from .partition import Partition
+from .signature import signature
 from .zipped import KEY, Zipped
 
 HEADS = ("separate", "average")
@@ -61,6 +62,7 @@ def build(
         "targets": targets,
         "nodes": dict(plan.nodes),
         **_leftovers(graph_modules[0], {*merged, *private.states[0]}, names, originals),
+        **_recipe(plan, zipped, names, example_args),
     }
     graph.lint()
     _check_runs(zipped, example_args)
@@ -237,6 +239,27 @@ def _leftovers(
     left = [k for k in first if k not in used and k not in aliases]
     untouched = {n: {k: s[k].detach().clone() for k in left} for n, s in zip(names, originals, strict=True)}
     return {"untouched": untouched, "aliases": aliases, "state_names": tuple(originals[0])}
+
+
+def _recipe(plan: _Plan, zipped: fx.GraphModule, names: Sequence[str], args: tuple) -> dict[str, Any]:
+    """What fxzip.save needs so that fxzip.load can call build again; see Zipped."""
+    unmerges = {
+        target: (node, names[i])
+        for node, ops in plan.private.unmerge.items()
+        for i, op in enumerate(ops)
+        for target, module in plan.unmerges.items()
+        if module is op
+    }
+    return {
+        "cut": plan.cut,
+        "cloned": plan.private.cloned,
+        "unmerges": unmerges,
+        "example": tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args),
+        "originals": tuple(
+            {n: (tuple(t.shape), t.dtype) for n, t in state_of(g).items()} for g in plan.graph_modules
+        ),
+        "signature": signature(zipped),
+    }
 
 
 def _same_outputs(graph_modules: Sequence[fx.GraphModule], names: Sequence[str], args: tuple) -> None:

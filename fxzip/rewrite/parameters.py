@@ -85,14 +85,18 @@ def tied_names(spaces: Spaces) -> Mapping[str, str]:
 
 
 def apply(x: Tensor, axis: int, axis_map: AxisMap) -> Tensor:
-    """`x` with `axis` mapped: [.., length_in, ..] -> [.., length, ..]."""
-    moved = x.movedim(axis, 0)
-    flat = moved.reshape(moved.shape[0], -1)  # [length_in, *]
-    out = flat.new_zeros(axis_map.length, flat.shape[1])
-    out[axis_map.rest_target] = flat[axis_map.rest_source] * axis_map.scale
-    for run in axis_map.runs:
-        out[run.target] = _product(run.matrix.to(flat.dtype), flat[run.source])
-    return out.reshape(axis_map.length, *moved.shape[1:]).movedim(0, axis)
+    """`x` with `axis` mapped: [.., length_in, ..] -> [.., length, ..]. Sparse maps go by index, exactly."""
+    entries = _entries(axis_map)
+    if entries is None:
+        return _apply_dense(x, axis, axis_map)
+    target, source, value = entries
+    column = value.to(x.dtype).view([-1] + [1] * (x.dim() - axis - 1))
+    if len(target) == axis_map.length == len(target.unique()):  # every output copies (and scales) one input
+        order = target.argsort()
+        out = x.index_select(axis, source[order])
+        return out if bool((value == 1).all()) else out.mul_(column[order])
+    out = x.new_zeros([*x.shape[:axis], axis_map.length, *x.shape[axis + 1 :]])
+    return out.index_add_(axis, target, x.index_select(axis, source) * column)
 
 
 def axis_map(
@@ -106,8 +110,9 @@ def axis_map(
 
     a and b: widths of that space before and after; the axis is laid out for each. flip: transpose matrices.
     """
-    matrices = [m.detach().to("cpu", torch.float64) for _, _, m in pieces]
-    matrices = [m.T if flip else m for m in matrices]
+    once = {id(m): m.detach().to("cpu", torch.float64) for _, _, m in pieces}
+    once = {k: m.T if flip else m for k, m in once.items()}
+    matrices = [once[id(m)] for _, _, m in pieces]  # pieces that share a matrix still do
     positions = [p for _, p, _ in pieces]
     source, rest_source, length_in = layout(length, positions, [m.shape[1] for m in matrices], where)
     target, rest_target, length_out = layout(length, positions, [m.shape[0] for m in matrices], where)
@@ -196,9 +201,7 @@ def _merge(
         share = 1.0 / len(tensors)
         for axis, held in sorted(axes.items()):
             where = f"{name}[axis {axis}]"
-            pieces = [
-                (s, seg.positions, _matrix(seg, matchings[s], i, axis == making, share)) for s, seg in held
-            ]
+            pieces = _pieces(held, matchings, i, axis == making, share)
             step = axis_map(pieces, tensors[0].shape[axis], where, scale=share if axis == making else 1.0)
             if step.length_in != x.shape[axis]:
                 raise SpaceError(
@@ -215,20 +218,51 @@ def _merge(
     return total.contiguous().to(tensors[0].device, tensors[0].dtype)
 
 
-def _matrix(segment: Segment, matching: Matching, i: int, making: bool, share: float) -> Tensor:
-    """[m, n_i]: M_i, or U_i^T; on the summing axis U_i^T takes the model's share, so that rows are means."""
-    if making and segment.roles & MAKES:
-        return matching.blocks_merge(i)
-    return matching.blocks_unmerge(i).T * (share if making else 1.0)
+def _pieces(
+    held: Sequence[tuple[str, Segment]], matchings: Mapping[str, Matching], i: int, making: bool, share: float
+) -> list[tuple[str, np.ndarray, Tensor]]:
+    """(space, positions, matrix [m, n_i]) of every segment of an axis: M_i, or U_i^T.
+
+    On the summing axis U_i^T takes the model's share, so that its rows are means over models.
+    """
+    made: dict[tuple[str, bool], Tensor] = {}
+    pieces = []
+    for space, segment in held:
+        merges = making and bool(segment.roles & MAKES)
+        if (space, merges) not in made:
+            matching = matchings[space]
+            matrix = matching.blocks_merge(i) if merges else matching.blocks_unmerge(i).T
+            made[space, merges] = matrix * share if making and not merges else matrix
+        pieces.append((space, segment.positions, made[space, merges]))
+    return pieces
 
 
-def _product(matrix: Tensor, x: Tensor) -> Tensor:
-    """matrix @ x, by index when the matrix is sparse (permutation, zip, selection): exact, much faster."""
-    rows, columns = matrix.nonzero(as_tuple=True)
-    if len(rows) > 4 * max(matrix.shape):
-        return matrix @ x
-    out = x.new_zeros(matrix.shape[0], x.shape[1])
-    return out.index_add_(0, rows, matrix[rows, columns, None] * x[columns])
+def _entries(axis_map: AxisMap) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The map as (target, source, value) of its non-zero entries; None if it has too many for that to pay."""
+    target, source = [axis_map.rest_target], [axis_map.rest_source]
+    value = [torch.full((len(axis_map.rest_target),), axis_map.scale, dtype=torch.float64)]
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    for run in axis_map.runs:
+        if id(run.matrix) not in known:
+            held = run.matrix.nonzero()
+            known[id(run.matrix)] = held[:, 0], held[:, 1]
+        rows, columns = known[id(run.matrix)]
+        if len(rows) > 4 * max(run.matrix.shape):
+            return None
+        target.append(run.target[rows])
+        source.append(run.source[columns])
+        value.append(run.matrix[rows, columns])
+    return torch.cat(target), torch.cat(source), torch.cat(value)
+
+
+def _apply_dense(x: Tensor, axis: int, axis_map: AxisMap) -> Tensor:
+    moved = x.movedim(axis, 0)
+    flat = moved.reshape(moved.shape[0], -1)  # [length_in, *]
+    out = flat.new_zeros(axis_map.length, flat.shape[1])
+    out[axis_map.rest_target] = flat[axis_map.rest_source] * axis_map.scale
+    for run in axis_map.runs:
+        out[run.target] = run.matrix.to(flat.dtype) @ flat[run.source]
+    return out.reshape(axis_map.length, *moved.shape[1:]).movedim(0, axis)
 
 
 def _integers(name: str, tensors: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,20 @@ class Unmerge(nn.Module):
         self.register_buffer("order", None)
         if self.index is None:
             self._add_groups(axis_map, dtype)
+
+    @classmethod
+    def from_buffers(cls, axes: Sequence[int], buffers: Mapping[str, Tensor]) -> Unmerge:
+        """The op with these buffers, as `named_buffers` of another one gives them."""
+        op = cls.__new__(cls)
+        nn.Module.__init__(op)
+        op.axes = tuple(axes)
+        op.groups = sum(name.startswith("matrix_") for name in buffers)
+        for name in ("index", "rest", "order"):
+            op.register_buffer(name, buffers.get(name))
+        for k in range(op.groups):
+            op.register_buffer(f"matrix_{k}", buffers[f"matrix_{k}"])
+            op.register_buffer(f"source_{k}", buffers[f"source_{k}"])
+        return op
 
     def _add_groups(self, axis_map: AxisMap, dtype: torch.dtype) -> None:
         """One matrix per space, with the indices of all its runs; `order` puts the results in place."""

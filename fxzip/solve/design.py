@@ -46,8 +46,10 @@ def _pick(rows: int, count: int, generator: torch.Generator, device: torch.devic
 
 
 def _matmul_rows(data: Tensor, count: int, generator: torch.Generator) -> Rows:
-    index = _pick(data.shape[0], count, generator, data.device)
-    return Rows(data[index].unsqueeze(1), lambda t: t[index].unsqueeze(1))
+    """Rows of a matrix product: every axis of the data but the last is a sample."""
+    flat = data.reshape(-1, data.shape[-1])
+    index = _pick(len(flat), count, generator, data.device)
+    return Rows(flat[index].unsqueeze(1), lambda t: t.reshape(-1, t.shape[-1])[index].unsqueeze(1))
 
 
 def _transposed(operand: Tensor, groups: int) -> Tensor:
@@ -89,6 +91,14 @@ def _spread(value: Any, d: int) -> list[int]:
     return value * d if len(value) == 1 else value
 
 
+def _plain(operand: Tensor, groups: int) -> Tensor:
+    return operand.unsqueeze(0)  # [o, p] -> [1, o, p]
+
+
+def _unplain(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    return matrix[0].reshape(tuple(shape))
+
+
 def _conv_matrix(operand: Tensor, groups: int) -> Tensor:
     return operand.reshape(groups, operand.shape[0] // groups, -1)  # [g, o, c*k]
 
@@ -98,6 +108,7 @@ def _conv_operand(matrix: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 DESIGNS: Mapping[str, Design] = {
+    "linear": Design("input", "weight", "bias", lambda a, c, g: _matmul_rows(a["input"], c, g), _plain, _unplain),
     "addmm": Design("mat1", "mat2", "self", lambda a, c, g: _matmul_rows(a["mat1"], c, g), _transposed, _untransposed),
     "mm": Design("self", "mat2", None, lambda a, c, g: _matmul_rows(a["self"], c, g), _transposed, _untransposed),
     "convolution": Design("input", "weight", "bias", _conv_rows, _conv_matrix, _conv_operand),

@@ -46,26 +46,45 @@ class Fit:
     after: float
 
 
-def ridge(gram: Gram, start: Tensor, lam: float) -> Fit:
-    """Solve for weights [g, o, p], pulled towards `start` [g, o, p] by `lam` times each input's energy.
+class Ridge:
+    """The normal equations of one Gram, factored once and solved for any target.
 
     Cholesky with jitter; where that fails, eigen-decomposition with a warning.
+    """
+
+    def __init__(self, gram: Gram, start: Tensor, lam: float) -> None:
+        assert gram.second is not None and gram.cross is not None and gram.energy is not None
+        self.s, self.c = gram.second / gram.rows, gram.cross / gram.rows
+        self.energy = float((gram.energy / gram.rows).sum())
+        diagonal = self.s.diagonal(dim1=-2, dim2=-1)  # [g, p]
+        floor = 1e-10 * diagonal.mean(-1, keepdim=True).clamp(min=1e-30)
+        weight = lam * diagonal + floor  # [g, p]
+        self.start, self.pull = start, start * weight.unsqueeze(-2)
+        self.matrix = self.s + torch.diag_embed(weight)
+        self.factor, info = torch.linalg.cholesky_ex(self.matrix)
+        self.definite = not bool(info.any())
+
+    def solve(self, cross: Tensor | None = None) -> Tensor:
+        """Weights [g, o, p] for cross moments E[t x^T] [g, o, p], default the Gram's own."""
+        b = (self.c if cross is None else cross) + self.pull
+        return torch.cholesky_solve(b.mT, self.factor).mT if self.definite else _by_eigen(self.matrix, b)
+
+    def error(self, weights: Tensor) -> float:
+        """E|t - W x|^2 / E|t|^2 on the rows of the Gram."""
+        residual = self.energy - 2 * float((weights * self.c).sum()) + float(((weights @ self.s) * weights).sum())
+        return max(residual, 0.0) / max(self.energy, 1e-300)
+
+
+def ridge(gram: Gram, start: Tensor, lam: float) -> Fit:
+    """Solve for weights [g, o, p], pulled towards `start` [g, o, p] by `lam` times each input's energy.
 
     >>> g = Gram(); x = torch.randn(64, 1, 3); g.add(x, x @ torch.ones(3, 2))
     >>> ridge(g, torch.zeros(1, 2, 3, dtype=torch.float64), 1e-9).weights.round(decimals=3).unique().tolist()
     [1.0]
     """
-    assert gram.second is not None and gram.cross is not None and gram.energy is not None
-    s, c = gram.second / gram.rows, gram.cross / gram.rows
-    diagonal = s.diagonal(dim1=-2, dim2=-1)  # [g, p]
-    floor = 1e-10 * diagonal.mean(-1, keepdim=True).clamp(min=1e-30)
-    weight = lam * diagonal + floor  # [g, p]
-    a = s + torch.diag_embed(weight)
-    b = c + start * weight.unsqueeze(-2)
-    factor, info = torch.linalg.cholesky_ex(a)
-    solution = torch.cholesky_solve(b.mT, factor).mT if not bool(info.any()) else _by_eigen(a, b)
-    energy = float((gram.energy / gram.rows).sum())
-    return Fit(solution, _error(start, s, c, energy), _error(solution, s, c, energy))
+    problem = Ridge(gram, start, lam)
+    weights = problem.solve()
+    return Fit(weights, problem.error(start), problem.error(weights))
 
 
 def _by_eigen(a: Tensor, b: Tensor) -> Tensor:
@@ -73,9 +92,3 @@ def _by_eigen(a: Tensor, b: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(a)
     values = values.clamp(min=float(values.max()) * 1e-12)
     return ((b @ vectors) / values.unsqueeze(-2)) @ vectors.mT
-
-
-def _error(w: Tensor, s: Tensor, c: Tensor, energy: float) -> float:
-    """E|t - W x|^2 / E|t|^2."""
-    residual = energy - 2 * float((w * c).sum()) + float(((w @ s) * w).sum())
-    return max(residual, 0.0) / max(energy, 1e-300)

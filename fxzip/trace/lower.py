@@ -38,8 +38,8 @@ class Lowered:
     values: FX node name -> nodes of its tensor outputs, flattened.
 
     Every node has meta "shape", "dtype", "origin" (FX node name or None), "line" (`net.py:41: x = ...`).
-    "const" holds the tensor where the value depends on no parameter, floating buffer or input *value*
-    ("fixed" if not on their shapes or on index buffers either);
+    "const" holds the tensor where the value depends on no parameter, saved floating buffer or input *value*
+    ("fixed" if not on their shapes or on other buffers either);
     "results" is (shape, dtype) or None per result of an operator with several. Parameter placeholders also
     have "parameter" (name), "kind" ("parameter" or "buffer") and "value" (the tensor lowered with).
     """
@@ -68,9 +68,10 @@ def lower(graph_module: fx.GraphModule, args: tuple) -> Lowered:
     names, tied = _named_tensors(graph_module)
     recorder = Recorder()
     kinds = {name for name, _ in graph_module.named_parameters()}
+    learned = _learned(graph_module)
     parameters = {
-        name: recorder.parameter(name, tensor, "parameter" if name in kinds else "buffer")
-        for name, tensor in names.items()
+        name: recorder.parameter(name, x, "parameter" if name in kinds else "buffer", id(x) not in learned)
+        for name, x in names.items()
     }
     # Inputs are copied: functionalize writes in-place changes of its arguments back to them.
     args = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, args)
@@ -129,6 +130,16 @@ def _named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
         else:
             tied[name] = first[id(tensor)]
     return names, tied
+
+
+def _learned(module: nn.Module) -> set[int]:
+    """Ids of parameters and of buffers that a checkpoint holds. Others (rotary tables, masks) are part of the
+    code: no permutation of the checkpoint may move their entries."""
+    found = {id(p) for p in module.parameters()}
+    for inner in module.modules():
+        saved = inner._buffers.keys() - inner._non_persistent_buffers_set
+        found |= {id(inner._buffers[name]) for name in saved}
+    return found
 
 
 def _finish(recorder: Recorder, parameters, tied, inputs, outputs, values) -> Lowered:

@@ -61,11 +61,11 @@ class Recorder(TorchDispatchMode):
 
     # ------------------------------------------------------------------ placeholders
 
-    def parameter(self, name: str, tensor: Tensor, kind: str) -> fx.Node:
+    def parameter(self, name: str, tensor: Tensor, kind: str, constant: bool = False) -> fx.Node:
         """Placeholder of a parameter or buffer. Index tables and other non-floating buffers are constants."""
         node = self._placeholder("p_" + re.sub(r"\W", "_", name), tensor)
         node.meta.update(parameter=name, kind=kind, value=tensor.detach())
-        if not (tensor.is_floating_point() or tensor.is_complex()):
+        if constant or not (tensor.is_floating_point() or tensor.is_complex()):
             node.meta["const"] = tensor.detach()
         return node
 
@@ -171,6 +171,11 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         target = args[0] if args and isinstance(args[0], Tensor) else None
         pure = _pure(func)
+        if torch.Tag.inplace_view in func.tags and pure is not None and not constant:
+            # transpose_ and the like: the tensor gets a new shape, memory and other views of it keep their values
+            node = self.graph.call_function(pure, node_args, node_kwargs)
+            self._attach(node, func(*args, **kwargs), constant=False)
+            return target
         if _is_random(func, args, kwargs):
             raise random_forward(func, self.origin)
         if target is None or (pure is None and not constant):
@@ -238,10 +243,17 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _pure(func) -> Any:
-    """`aten.add.Tensor` for `aten.add_.Tensor`; None if there is no such operator."""
+    """`aten.add.Tensor` for `aten.add_.Tensor`, `aten.transpose.int` for `aten.transpose_`; None without one."""
     name = func._schema.name.removeprefix("aten::")
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    return getattr(packet, func._overloadname, None)
+    if packet is None or hasattr(packet, func._overloadname):
+        return getattr(packet, func._overloadname, None)
+    overloads = (getattr(packet, o) for o in packet.overloads())
+    return next((o for o in overloads if _arguments(o) == _arguments(func)), None)
+
+
+def _arguments(func) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in func._schema.arguments]
 
 
 def _same_view(tensor: Tensor, size, stride, storage_offset: int | None = None) -> bool:

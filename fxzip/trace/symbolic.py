@@ -34,7 +34,13 @@ def symbolic(
 ) -> fx.GraphModule:
     """`model` as a GraphModule over the same modules; arguments in `fixed` become constants."""
     graph = _Tracer(fixed, leaf_modules).trace(model)
-    return fx.GraphModule(model, graph, type(model).__name__)
+    graph_module = fx.GraphModule(model, graph, type(model).__name__)
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name, _ in graph_module.named_buffers(remove_duplicate=False):
+        if name not in buffers:  # a plain tensor attribute, which fx registers as a buffer
+            path, _, last = name.rpartition(".")
+            graph_module.get_submodule(path)._non_persistent_buffers_set.add(last)
+    return graph_module
 
 
 def frozen_functionals(graph_module: fx.GraphModule) -> list[fx.Node]:

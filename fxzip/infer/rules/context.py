@@ -141,10 +141,14 @@ class Context:
         """By position the last operand is the weight. If all are parametric, the others are what it acts on
         (learned queries). A weight computed from parameters allows no change of basis but permutation:
         its contracted axes count as both."""
-        meets_data = any(not v.parametric and not v.linear and v.const is None for v in operands)
+        data = [not v.parametric and not v.linear and v.const is None for v in operands]
+        meets_data = any(data)
         for i, (value, names) in enumerate(zip(operands, inputs, strict=True)):
             is_weight = i == len(operands) - 1
             computed = value.parametric and not value.linear
+            if all(data):
+                summed = [g for g in value.type.groups if any(names[a] not in out for a in g.axes)]
+                self.nonlinear(summed, "product")
             if not (meets_data or is_weight) or not (value.linear or computed and meets_data and is_weight):
                 continue
             for group in value.type.groups:

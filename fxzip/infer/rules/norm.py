@@ -19,8 +19,7 @@ def batch_norm(
     names = range(input.dim)
     channel = [v for v in (weight, bias, running_mean, running_var) if v is not None]
     if training or running_mean is None:
-        for group in input.type.groups:
-            ctx.relations.mixed(group, [a for a in names if a != 1])
+        ctx.mixed(input.type, [a for a in names if a != 1], "batch_norm")
     operands = [(input.type, names), *((v.type, [1]) for v in channel)]
     result = ctx.einsum(operands, names, out[0].shape)
     statistic = tuple(g.renamed({1: 0}) for g in ctx.project(result, [1]))

@@ -1,0 +1,121 @@
+"""Solve: closed-form fits of every merge point on the merged network's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from ..infer import Spaces
+from ..match import Matcher, Matching, Zip
+from ..measure import Programs
+from ..rewrite import Heads, Partition
+from ..trace import batch_size, state_of
+from .fit import Settings
+from .lanes import Lane
+from .sequence import Pass, Record
+
+__all__ = ["Record", "Settings", "Solve", "Solved", "solve_parameters"]
+
+CHUNK = 128  # samples that run at once
+
+
+@dataclass(frozen=True)
+class Solve:
+    """method="solve": match, merge, then fit every merge point in closed form (fxzip; see CONTRIBUTING, "Solve").
+
+    matcher: gives M, U and the weights the ridge pulls towards. settings: see `Settings`.
+    """
+
+    matcher: Matcher = field(default_factory=lambda: Zip(beta=1.0))
+    settings: Settings = field(default_factory=Settings)
+    name: ClassVar[str] = "solve"
+    paper: ClassVar[str] = "fxzip"
+    correspondence: ClassVar[str] = "free"
+
+
+@dataclass(frozen=True)
+class Solved:
+    """shared: name -> tensor; heads: private parameters; records: one per fit; peak: bytes of activations held."""
+
+    shared: Mapping[str, Tensor]
+    heads: Heads
+    records: tuple[Record, ...]
+    peak: int
+
+
+def solve_parameters(
+    graph_modules: Sequence[fx.GraphModule],
+    spaces: Spaces,
+    cut: Partition,
+    matchings: Mapping[str, Matching],
+    shared: Mapping[str, Tensor],
+    heads: Heads,
+    batches: Sequence[tuple],
+    settings: Settings | None = None,
+    progress: bool = True,
+) -> Solved:
+    """Fit shared and private parameters to the parents, in topological order, in closed form.
+
+    shared, heads: the zipped parameters, as `merge_parameters` and `head_parameters` make them; the starting
+    point that the ridge pulls towards. batches: positional-argument tuples; labels are not needed. Gradient-free
+    and deterministic. The inputs are not modified.
+    """
+    chunks = _chunks(batches)
+    programs = Programs(graph_modules, spaces)
+    parents = [_lane(programs, i, dict(programs.states[i]), chunks[0]) for i in range(len(graph_modules))]
+    merged = _lane(programs, 0, {**state_of(graph_modules[0]), **shared}, chunks[0])
+    private = [_lane(programs, i, {**state_of(m), **heads.states[i]}, chunks[0]) for i, m in enumerate(graph_modules)]
+    origin = {n.name: n.meta.get("origin") for n in spaces.lowered.graph.nodes}
+    is_private = frozenset(n for n, o in origin.items() if o in cut.private)
+    unmerged = {v.name: ops for name, ops in heads.unmerge.items() for v in spaces.lowered.values[name]}
+    for i, lane in enumerate(private):
+        lane.fallback = _through_unmerge(merged, unmerged, i)
+    for j, chunk in enumerate(chunks):
+        for lane in (*parents, merged):
+            for node, value in zip(lane.lowered.inputs, _tensors(chunk), strict=True):
+                lane.values.setdefault(lane.names[node], []).append(value)
+        del j
+    state = Pass(parents, merged, private, is_private, spaces, matchings, settings or Settings(), len(chunks))
+    with torch.no_grad():
+        state.run(progress)
+    fitted = tuple({n: lane.state[n] for n in s} for lane, s in zip(private, heads.states, strict=True))
+    return Solved({n: merged.state[n] for n in shared}, replace(heads, states=fitted), tuple(state.records), state.peak)
+
+
+def _chunks(batches: Sequence[tuple]) -> list[tuple]:
+    """All samples in chunks of one size; what does not fill a chunk is left out."""
+    total = sum(max(batch_size(b), 1) for b in batches)
+    size = min(CHUNK, total)
+    columns = list(zip(*batches, strict=True))
+    whole = [torch.cat(c) if isinstance(c[0], Tensor) and c[0].dim() else c[0] for c in columns]
+    return [
+        tuple(w[k * size : (k + 1) * size] if isinstance(w, Tensor) and w.dim() else w for w in whole)
+        for k in range(total // size)
+    ]
+
+
+def _lane(programs: Programs, model: int, state: dict[str, Tensor], args: tuple) -> Lane:
+    lowered, twin = programs.lowered(model, args)
+    by_name = {n.name: n for n in lowered.graph.nodes}
+    return Lane(lowered, {name: by_name[other] for name, other in twin.items()}, state)
+
+
+def _through_unmerge(merged: Lane, unmerged: Mapping[str, Sequence], model: int):
+    """What a private lane reads at the boundary: the shared value, through U where it is explicit."""
+
+    def read(name: str, chunk: int):
+        value = merged.values[name][chunk]
+        return unmerged[name][model](value) if name in unmerged else value
+
+    return read
+
+
+def _tensors(args: tuple) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map(lambda x: found.append(x) if isinstance(x, Tensor) else None, args)
+    return found

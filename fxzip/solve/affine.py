@@ -1,0 +1,112 @@
+"""From a merge point downstream to the last value that is affine in its output: where its target is taken.
+
+y -> norm in eval -> reshape -> + other branch -> T. Walking back from a target at T to the merge point's
+own output undoes moves and scalars and subtracts what the merged network really has in the other branch
+(error feedback); norms and learned scales are folded into the fit.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+MOVES = frozenset({"reshape", "view", "permute", "transpose", "t", "squeeze", "unsqueeze", "flatten", "clone"})
+BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"})
+
+
+@dataclass(frozen=True)
+class Link:
+    """One op on the way. kind: "move", "add", "subtract", "scalar", "scale" (by a parameter) or "norm".
+
+    node: the op (for a norm its first result); source: its operand on the way; other: the second operand.
+    """
+
+    kind: str
+    node: fx.Node
+    source: fx.Node
+    other: fx.Node | None = None
+
+
+def packet(node: fx.Node) -> str:
+    """`convolution` of aten.convolution.default; "" for what is no ATen op."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.split("::")[1] if schema is not None else ""
+
+
+def chain(start: fx.Node, dynamic: Mapping[str, fx.Node], inside: frozenset[str] | None) -> list[Link]:
+    """Links from `start` while the value has one reader and that is affine in it.
+
+    inside: names the way may not leave (the part of the graph that is shared, or private).
+    """
+    links: list[Link] = []
+    value = start
+    while True:
+        readers = [u for u in value.users if u.name in dynamic]
+        if len(readers) != 1 or (inside is not None and readers[0].name not in inside):
+            return links
+        link = _link(readers[0], value, dynamic)
+        if link is None or (link.kind in ("norm", "scale") and any(k.kind != "move" for k in links)):
+            return links
+        links.append(link)
+        value = link.node
+
+
+def _link(node: fx.Node, source: fx.Node, dynamic: Mapping[str, fx.Node]) -> Link | None:
+    name = packet(node)
+    if name in MOVES:
+        return Link("move", node, source)
+    if name in BATCH_NORMS and node.args[0] is source and _plain_norm(node):
+        first = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0 and u.name in dynamic]
+        return Link("norm", first[0], source, node) if len(first) == 1 else None
+    if name in ("add", "sub") and not node.kwargs.get("alpha") and len(node.args) == 2:
+        a, b = node.args
+        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
+            return None
+        if name == "sub" and b is source:
+            return None
+        other = b if a is source else a
+        return Link("add" if name == "add" else "subtract", node, source, other)
+    if name in ("mul", "div") and node.args[0] is source and isinstance(node.args[1], (int, float)):
+        return Link("scalar", node, source)
+    if name == "mul":
+        other = node.args[1] if node.args[0] is source else node.args[0]
+        learned = isinstance(other, fx.Node) and "parameter" in other.meta and "const" not in other.meta
+        return Link("scale", node, source, other) if learned and len(other.users) == 1 else None
+    return None
+
+
+def _plain_norm(node: fx.Node) -> bool:
+    """In eval, with learned scale and shift and running statistics that no other op uses."""
+    operands = node.args[1:5]
+    return not node.args[5] and all(
+        isinstance(o, fx.Node) and "parameter" in o.meta and len(o.users) == 1 for o in operands
+    )
+
+
+def undo(link: Link, target: Tensor, shape: tuple[int, ...], other: Tensor | None) -> Tensor:
+    """The target for the link's source, from the target for its result. shape: of the source's value."""
+    if link.kind == "add":
+        return target - other  # type: ignore[operator]
+    if link.kind == "subtract":
+        return target + other  # type: ignore[operator]
+    if link.kind == "scalar":
+        factor = float(link.node.args[1])  # type: ignore[arg-type]
+        return target / factor if packet(link.node) == "mul" else target * factor
+    if link.kind == "move":
+        return _unmove(link.node, target, shape)
+    return target  # norm and scale are folded into the fit
+
+
+def _unmove(node: fx.Node, target: Tensor, shape: tuple[int, ...]) -> Tensor:
+    name = packet(node)
+    if name == "permute":
+        dims = [int(d) % target.dim() for d in node.args[1]]  # type: ignore[union-attr]
+        return target.permute([dims.index(i) for i in range(len(dims))])
+    if name == "transpose":
+        return target.transpose(int(node.args[1]), int(node.args[2]))  # type: ignore[arg-type]
+    if name == "t":
+        return target.t()
+    return target.reshape(shape)

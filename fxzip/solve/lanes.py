@@ -1,0 +1,114 @@
+"""Lanes: the parents and the merged network, advanced through one lowered graph in step.
+
+A lane holds parameters and the values of one network on all calibration samples, chunk by chunk, keyed
+by the node names of the analysed graph. Values are freed after their last reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from ..trace.lower import Lowered
+
+
+@dataclass
+class Lane:
+    """One network. nodes: analysed name -> node of its own lowered graph; state: parameters by name."""
+
+    lowered: Lowered
+    nodes: Mapping[str, fx.Node]
+    state: dict[str, Tensor]
+    values: dict[str, list[Any]] = field(default_factory=dict)  # name -> one value per chunk
+    fallback: Callable[[str, int], Any] | None = None  # values that another lane computes
+    _static: dict[fx.Node, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = {node: name for name, node in self.nodes.items()}
+        self.aliases = {}
+        for other, first in self.lowered.tied.items():
+            self.aliases.setdefault(first, []).append(other)
+
+    def parameter(self, node: fx.Node) -> str:
+        """The name in `state` of a parameter placeholder (tied tensors go by any of their names)."""
+        first = node.meta["parameter"]
+        return next((n for n in (first, *self.aliases.get(first, ())) if n in self.state), first)
+
+    def static(self, node: fx.Node, given: Mapping[str, Tensor] | None = None) -> Any:
+        """The value of a node that depends on parameters and constants only; `given` replaces parameters."""
+        if "parameter" in node.meta and "const" not in node.meta:
+            name = self.parameter(node)
+            return given[name] if given is not None else self.state[name]
+        if "const" in node.meta:
+            return node.meta["const"]
+        if given is None and node in self._static:
+            return self._static[node]
+        value = self.apply(node, lambda n: self.static(n, given))
+        if given is None:
+            self._static[node] = value
+        return value
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Set a parameter; what was computed from parameters is forgotten."""
+        self.state[name] = value.to(self.state[name])
+        self._static.clear()
+
+    def apply(self, node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+        """Run one op with operands from `read`."""
+        args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
+        kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
+        return node.target(*args, **kwargs)
+
+    def value(self, name: str, chunk: int) -> Any:
+        if name in self.values:
+            return self.values[name][chunk]
+        assert self.fallback is not None, name
+        return self.fallback(name, chunk)
+
+    def operand(self, node: fx.Node, chunk: int, dynamic: Mapping[str, Any]) -> Any:
+        """The value of an operand node: computed in a lane if its name is in `dynamic`, static otherwise."""
+        name = self.names.get(node)
+        return self.value(name, chunk) if name in dynamic else self.static(node)
+
+    def compute(self, name: str, chunks: int, dynamic: Mapping[str, Any]) -> None:
+        """Values of one node on all chunks."""
+        if name in self.values:
+            return
+        node = self.nodes[name]
+        self.values[name] = [self.apply(node, lambda n, j=j: self.operand(n, j, dynamic)) for j in range(chunks)]
+
+
+def dynamic_nodes(lowered: Lowered) -> dict[str, fx.Node]:
+    """Nodes that depend on inputs and that an output depends on, in graph order, inputs included."""
+    depends = set(lowered.inputs)
+    for node in lowered.graph.nodes:
+        if node.op == "call_function" and any(i in depends for i in node.all_input_nodes):
+            depends.add(node)
+    needed: set[fx.Node] = set()
+    stack = [n for n in lowered.graph.output_node().all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in needed and node in depends:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return {n.name: n for n in lowered.graph.nodes if n in needed}
+
+
+def nbytes(lanes: list[Lane]) -> int:
+    """Bytes of all values held."""
+    return sum(_size(v) for lane in lanes for chunks in lane.values.values() for v in chunks)
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_size(v) for v in value) if isinstance(value, (tuple, list)) else 0
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape

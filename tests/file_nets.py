@@ -1,0 +1,152 @@
+"""Networks, and merges of them, that test_files.py saves and another process loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from toys import Recurrent, UNet, randomise
+
+import fxzip
+
+
+class Conv(nn.Module):
+    """Batch norms, a buffer that state_dict does not list, an auxiliary head, a tensor constant."""
+
+    def __init__(self, classes: int = 3, act: type[nn.Module] = nn.ReLU, width: int = 8, eps: float = 1e-5):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(2, width, 3, padding=1), nn.BatchNorm2d(width, eps)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.act = act()
+        self.aux, self.fc = nn.Linear(width, classes), nn.Linear(width, classes)
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.conv1(x * self.scale)))
+        x = self.act(self.norm2(self.conv2(x)) + x).mean((2, 3)) + torch.ones(1)
+        return self.fc(x) + self.aux(x) if self.training else self.fc(x)
+
+
+class Renamed(Conv):
+    """Conv with one more op."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.tanh(x))
+
+
+class Tied(nn.Module):
+    """The embedding is the output matrix, too; the input is integer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mid = nn.Embedding(7, 6), nn.Linear(6, 6)
+        self.out = nn.Linear(6, 7, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.mid(self.embed(x))))
+
+
+class TwoInputs(nn.Module):
+    """A dict of inputs, a dict of outputs, a parameter that the graph reads itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(3, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+        self.shift = nn.Parameter(torch.zeros(1, 6))
+
+    def forward(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+        h = F.gelu(self.a(left) + self.b(right) + self.shift)
+        return {"logits": self.out(h), "features": h.sum(1)}
+
+
+class SpectralConv(nn.Module):
+    """A complex parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.filter = nn.Parameter(torch.randn(1, 6, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.inp(x)) * self.filter.abs())
+
+
+IMAGES = torch.randn(8, 2, 5, 5, generator=torch.Generator().manual_seed(5))
+CLASSES = {"cats": 3, "big-dogs": 4, "emus": 5}
+
+
+def by_task(task: str) -> Conv:
+    return Conv(CLASSES[task])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One merge: how the models are built, on what, and with which options."""
+
+    model_fn: Any
+    batch: Any
+    tasks: tuple[str, ...] = ("a", "b")
+    keyed: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    change: Callable[[fx.GraphModule], Any] = lambda z: None
+
+    def models(self) -> list[nn.Module]:
+        made = []
+        for seed, task in enumerate(self.tasks):
+            fn = self.model_fn[task] if isinstance(self.model_fn, dict) else self.model_fn
+            made.append(randomise(fn(task) if fn is by_task else fn(), seed + 1))
+        return made
+
+    def merged(self) -> fx.GraphModule:
+        models: Any = self.models()
+        models = dict(zip(self.tasks, models, strict=True)) if self.keyed else models
+        zipped = fxzip.merge(models, [self.batch], progress=False, **{"method": "zip", **self.options})
+        self.change(zipped)
+        return zipped
+
+    def run(self, zipped: fx.GraphModule) -> list[Tensor]:
+        """All output tensors."""
+        with torch.no_grad():
+            out = zipped(**self.batch) if isinstance(self.batch, dict) else zipped(self.batch)
+        return torch.utils._pytree.tree_leaves(out)
+
+
+def trained_a_step(zipped: fx.GraphModule) -> None:
+    """Other values, and a frozen part."""
+    with torch.no_grad():
+        for p in zipped.parameters():
+            p.mul_(1.1)
+    zipped.get_submodule("conv1").requires_grad_(False)
+
+
+TOKENS = torch.arange(12).reshape(4, 3) % 7
+GENERATOR = torch.Generator().manual_seed(6)
+PAIRS = {"left": torch.randn(6, 3, generator=GENERATOR), "right": torch.randn(6, 4, generator=GENERATOR)}
+VECTORS = torch.randn(9, 4, generator=GENERATOR)
+CASES = {
+    "tuple": Case(Conv, IMAGES),
+    "dict, heads differ": Case(by_task, IMAGES, ("cats", "big-dogs"), True),
+    "functions by task": Case({"a": Conv, "b": lambda: Conv(5)}, IMAGES, ("a", "b"), True),
+    "three models": Case(by_task, IMAGES, ("cats", "big-dogs", "emus"), True),
+    "averaged heads": Case(Conv, IMAGES, options={"heads": "average"}),
+    "explicit unmerge": Case(Conv, IMAGES, options={"until": "norm2"}),
+    "unmerge by gather": Case(Conv, IMAGES, options={"until": "norm2", "method": "permute"}),
+    "three models, cut": Case(
+        by_task, IMAGES, ("cats", "big-dogs", "emus"), True, {"until": "conv2", "method": "average"}
+    ),
+    "skip unmerged": Case(UNet, torch.randn(4, 3, 6, 6, generator=GENERATOR), options={"until": "mid"}),
+    "tied": Case(Tied, TOKENS, options={"method": "average"}),
+    "tied, cut": Case(Tied, TOKENS, options={"until": "mid"}),
+    "dict inputs and outputs": Case(TwoInputs, PAIRS),
+    "recurrent": Case(
+        lambda: Recurrent(nn.GRU), torch.randn(4, 3, 5, generator=GENERATOR), options={"method": "average"}
+    ),
+    "complex": Case(SpectralConv, VECTORS, options={"method": "average", "verify": False}),
+    "channels last": Case(Conv, IMAGES, change=lambda z: z.to(memory_format=torch.channels_last)),
+    "trained": Case(Conv, IMAGES, change=trained_a_step),
+}
