@@ -9,13 +9,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 from toys import Recurrent, UNet, randomise
 
 import fxzip
+from fxzip.match import Matching
+from fxzip.measure.moments import SpaceMoments
 
 
 class Conv(nn.Module):
     """Batch norms, a buffer that state_dict does not list, an auxiliary head, a tensor constant."""
+
+    scale: Tensor
 
     def __init__(self, classes: int = 3, act: type[nn.Module] = nn.ReLU, width: int = 8, eps: float = 1e-5):
         super().__init__()
@@ -39,16 +44,17 @@ class Renamed(Conv):
 
 
 class Tied(nn.Module):
-    """The embedding is the output matrix, too; the input is integer."""
+    """Two layers have one weight, and so do the embedding and the output; the input is integer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.mid = nn.Embedding(7, 6), nn.Linear(6, 6)
+        self.embed, self.mid, self.mid2 = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.mid2.weight = self.mid.weight
         self.out = nn.Linear(6, 7, bias=False)
         self.out.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.relu(self.mid(self.embed(x))))
+        return self.out(F.relu(self.mid2(F.relu(self.mid(self.embed(x))))))
 
 
 class TwoInputs(nn.Module):
@@ -84,6 +90,16 @@ def by_task(task: str) -> Conv:
     return Conv(CLASSES[task])
 
 
+class Mixed(fxzip.Zip):
+    """Merged features that are mixtures of the models', so that reading them takes a matrix product."""
+
+    def __call__(self, moments: SpaceMoments, width: int) -> Matching:
+        plain = super().__call__(moments, width)
+        generator = torch.Generator().manual_seed(3)
+        mix = torch.linalg.qr(torch.randn(plain.width, plain.width, generator=generator).double())[0]
+        return Matching(mix.T @ plain.merge, plain.unmerge @ mix, plain.sizes)
+
+
 @dataclass(frozen=True)
 class Case:
     """One merge: how the models are built, on what, and with which options."""
@@ -113,7 +129,7 @@ class Case:
         """All output tensors."""
         with torch.no_grad():
             out = zipped(**self.batch) if isinstance(self.batch, dict) else zipped(self.batch)
-        return torch.utils._pytree.tree_leaves(out)
+        return tree_leaves(out)
 
 
 def trained_a_step(zipped: fx.GraphModule) -> None:
@@ -135,6 +151,7 @@ CASES = {
     "three models": Case(by_task, IMAGES, ("cats", "big-dogs", "emus"), True),
     "averaged heads": Case(Conv, IMAGES, options={"heads": "average"}),
     "explicit unmerge": Case(Conv, IMAGES, options={"until": "norm2"}),
+    "unmerge by matrix": Case(Conv, IMAGES, options={"until": "norm2", "method": Mixed()}),
     "unmerge by gather": Case(Conv, IMAGES, options={"until": "norm2", "method": "permute"}),
     "three models, cut": Case(
         by_task, IMAGES, ("cats", "big-dogs", "emus"), True, {"until": "conv2", "method": "average"}

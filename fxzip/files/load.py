@@ -50,6 +50,10 @@ def load(
     differs = difference(plan.signature, signature(zipped), "as saved", "from model_fn")
     if differs:
         raise wrong(plan, differs)
+    built = zipped.meta[KEY]
+    unmerges = {target: (spec.node, spec.task) for target, spec in plan.unmerges.items()}
+    if (built["targets"], built["nodes"], built["unmerges"]) != (plan.targets, plan.nodes, unmerges):
+        raise InputError(f"load: {PLAN} is malformed: targets, nodes or unmerges are not those of the graph")
     _fill(zipped, plan, tensors)
     zipped.meta[KEY] |= {
         "untouched": {t: {n: tensors[key] for n, key in held.items()} for t, held in plan.untouched.items()},

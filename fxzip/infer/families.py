@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import fx
@@ -13,6 +13,8 @@ from .engine import Inference
 from .labels import label_of, tag_of
 from .solver import Solution
 from .spaces import Anchor, FeatureSpace, Layout, Parent, Segment, Spaces
+
+QUIET = 1e-3  # weight of what producers write beside what consumers read
 
 
 @dataclass
@@ -216,7 +218,8 @@ def _kinds(reader: _Reader) -> dict[int, set[str]]:
 
 
 def _anchors(reader: _Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
-    """Where features are measured: what consumers read; without consumers, what producers write."""
+    """Where features are measured: what consumers read, and with little weight what producers write, which
+    tells apart features that stay silent behind a non-linearity; without consumers, the latter in full."""
     read, written = defaultdict(dict), defaultdict(dict)
     for node, roles in reader.inference.notes.contractions.items():
         if "consume" in roles:
@@ -225,7 +228,14 @@ def _anchors(reader: _Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
                     _collect(reader, _before_affine(reader, operand), wanted, read)
         if "produce" in roles:
             _collect(reader, node, wanted, written)
-    return {f: list((read[f] or written[f]).values()) for f in wanted if read[f] or written[f]}
+    found = {}
+    for family in wanted:
+        quiet = [a for key, a in written[family].items() if key not in read[family]]
+        if read[family]:
+            found[family] = [*read[family].values(), *(replace(a, weight=QUIET) for a in quiet)]
+        elif quiet:
+            found[family] = quiet
+    return found
 
 
 def _before_affine(reader: _Reader, node: fx.Node) -> fx.Node:

@@ -38,6 +38,7 @@ class Anchor:
     node: str
     axes: tuple[int, ...]
     positions: np.ndarray  # int64 [n, t]
+    weight: float = 1.0  # in the pooled moments
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..trace import batch_size
 from .moments import Accumulator, Moments
 from .programs import Programs, rows_of
 
-ROWS = 65_536  # per anchor and pass; at least 16 per feature (see `_quota`)
+ROWS = 16_384  # per anchor and pass; at least 16 per feature (see `_quota`)
 
 
 def collect_moments(
@@ -58,10 +58,12 @@ def _one_batch(programs: Programs, spaces, args, share: float, generator: torch.
 
     def sink(name: str, value: Tensor) -> None:
         for space, i in at[name]:
-            rows = rows_of(anchors[space.name][i], value)
+            anchor = anchors[space.name][i]
+            rows = rows_of(anchor, value)
             key = (space.name, i)
             if key not in chosen:
-                chosen[key] = _subsample(len(rows), _quota(space.size * models, share), generator)
+                quota = _quota(space.size * models, share)
+                chosen[key] = _subsample(len(rows), quota if anchor.weight == 1 else quota // 4, generator)
             index = chosen[key]
             rows = rows if index is None else rows[index.to(rows.device)]
             _check_finite(programs, name, current, rows)
@@ -72,7 +74,8 @@ def _one_batch(programs: Programs, spaces, args, share: float, generator: torch.
                 if space.name not in sums:
                     sums[space.name] = Accumulator([r.shape[1] for r in parts], joint.device)
                 # equal weight per anchor, however many pixels it has; a sample counts as one row
-                sums[space.name].add(joint, weight=size / len(joint) / len(anchors[space.name]))
+                total = sum(a.weight for a in anchors[space.name])
+                sums[space.name].add(joint, weight=size * anchor.weight / total / len(joint))
 
     models, size = len(programs.states), max(batch_size(args), 1)
     for current in range(models):

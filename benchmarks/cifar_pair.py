@@ -1,0 +1,104 @@
+"""Two ResNet-20 on disjoint halves of CIFAR-10: every method, full and cut, beside the published code.
+
+    python benchmarks/cifar_pair.py --data ../shared/data --checkpoints a.pt b.pt
+
+A checkpoint is a dict with "width", "classes" (of this half, in order of the logits) and "state_dict".
+Without --checkpoints, two networks are trained first (width 2, 20 epochs each: hours on two cores).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from common import METHODS, Bench, Recipe, Row, announce, machine, options, parse, save, show, train
+from data import load
+from nets import ResNet20
+from torch import nn
+from tqdm import tqdm
+
+HALVES = ([0, 1, 2, 8, 9], [3, 4, 5, 6, 7])
+RECIPE = Recipe("sgd", 0.2, 20)
+PUBLISHED_IMAGES, SOLVE_IMAGES = 16 * 256, 2048
+
+# (method, until): per-task mean / joint of the authors' own code on one pair of 2x-wide networks trained for
+# this project, 4,096 training images for alignment and batch-norm reset, all 10,000 test images. They are
+# anchors for that pair (cifar10_resnet20x2_{a,b}.pt), not for others. "*": on 2,500 test images.
+PUBLISHED = {
+    ("ensemble", None): "90.6 / 76.8",
+    ("average", None): "51.5 / 33.1",
+    ("permute", None): "78.5 / 51.4",
+    ("zip", None): "78.2 / 53.8",
+    ("zip-beta1", None): "83.2 / 63.4",
+    ("permute", "layer3"): "84.9 / 66.5",
+    ("zip-beta1", "layer3"): "85.7 / 69.2",
+    ("permute", "layer2"): "88.6 / 73.2 *",
+    ("zip-beta1", "layer2"): "88.5 / 73.1 *",
+}
+FOOTNOTE = "published: the authors' code on the project's own pair, 10,000 test images; *: 2,500."
+FULL = ("average", "permute", "zip", "zip-beta1", "select", "solve", "solve-zip")
+CUT = ("permute", "zip-beta1", "solve")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--checkpoints", nargs=2, metavar="FILE", help="the two networks")
+    parser.add_argument("--until", nargs="*", default=["layer3", "layer2"], help="also merge only up to here")
+    args = parse(parser, argv)
+    data = load("cifar10", args.data).with_test(args.test, args.seed)
+    parents, classes, seconds = parents_of(args, data)
+    most = args.calibration or PUBLISHED_IMAGES
+    bench = Bench(parents, classes, data.normalise(data.test[0]), data.test[1],
+                  data.calibration(most, args.seed), args.seed)  # fmt: skip
+    rows = run(bench, args, seconds)
+    notes = machine(args, **{
+        "test images": len(data.test[0]),
+        "calibration": args.calibration or f"{PUBLISHED_IMAGES} ({SOLVE_IMAGES} for solve)",
+        "data": data.source,
+    })  # fmt: skip
+    title = "CIFAR-10, 5 + 5 classes, two ResNet-20"
+    show(title, rows, [" ".join(map(str, own)) for own in classes], f"{notes}\n{FOOTNOTE}")
+    save(args.out, [(title, rows)], notes)
+
+
+def run(bench: Bench, args: argparse.Namespace, seconds: Sequence[float | None]) -> list[Row]:
+    """Parents, ensemble, then every method, full and cut."""
+    rows = bench.parent_rows(seconds, ["parent a", "parent b"])
+    rows[-1] = with_published(rows[-1], ("ensemble", None))
+    for row in rows:
+        announce(row)
+    wanted = args.methods or METHODS
+    plan = [(m, None) for m in FULL if m in wanted]
+    plan += [(m, until) for until in args.until for m in CUT if m in wanted]
+    for method, until in tqdm(plan, desc="merge", leave=False):
+        count = args.calibration or (SOLVE_IMAGES if method.startswith("solve") else PUBLISHED_IMAGES)
+        name = method if until is None else f'{method}, until="{until}"'
+        published = PUBLISHED.get((method, until), "")
+        rows.append(announce(bench.merged(name, method, count, until, published=published)))
+    return rows
+
+
+def with_published(row: Row, key: tuple[str, str | None]) -> Row:
+    return Row(**{**vars(row), "published": PUBLISHED.get(key, "")})
+
+
+def parents_of(args: argparse.Namespace, data) -> tuple[list[nn.Module], list[list[int]], list[float | None]]:
+    """The two networks, the classes of their logits, and seconds of training if they were trained here."""
+    if args.checkpoints:
+        found = [torch.load(path, weights_only=True) for path in args.checkpoints]
+        models: list[nn.Module] = []
+        for ck in found:
+            model = ResNet20(len(ck["classes"]), width=ck["width"])
+            model.load_state_dict(ck["state_dict"])
+            models.append(model.eval())
+        return models, [list(ck["classes"]) for ck in found], [None, None]
+    trained = [
+        train("resnet20x2", lambda: ResNet20(5, width=2), data, own, RECIPE, args.seed + k, args)
+        for k, own in enumerate(HALVES)
+    ]
+    return [m for m, _ in trained], [list(h) for h in HALVES], [s for _, s in trained]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""What every benchmark shares: options, training with a cache, merging and scoring, the table."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from data import CACHE, Data
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fxzip
+from fxzip.evaluate import Ensemble
+
+BATCH = 128
+METHODS: dict[str, Any] = {
+    "average": "average",
+    "permute": "permute",
+    "zip": fxzip.Zip(alpha=0.3, beta=0.125),
+    "zip-beta1": fxzip.Zip(alpha=0.3, beta=1.0),
+    "select": "select",
+    "solve": "solve",
+    "solve-zip": fxzip.Solve(matcher=fxzip.Zip(beta=1.0)),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of a table; None where it does not apply.
+
+    flops: times one parent's. seconds: to train or to merge.
+    forwards: the merge's seconds, in units of one forward of all parents over its calibration images.
+    """
+
+    name: str
+    per_task: tuple[float | None, ...]
+    mean: float | None
+    joint: float | None
+    parameters: int | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    forwards: float | None = None
+    published: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The parents, what to score on (float32 images), and what to calibrate on."""
+
+    parents: Sequence[nn.Module]
+    class_lists: Sequence[Sequence[int]]
+    images: Tensor
+    labels: Tensor
+    calibration: Tensor
+    seed: int
+
+    def parent_rows(self, seconds: Sequence[float | None], names: Sequence[str]) -> list[Row]:
+        """Every parent on its own task, then all of them as an ensemble."""
+        rows = []
+        for i, (model, classes) in enumerate(zip(self.parents, self.class_lists, strict=True)):
+            own = torch.isin(self.labels, torch.tensor(classes))
+            score = fxzip.accuracy(lambda x, m=model: (m(x),), [classes], self.images[own], self.labels[own])
+            per_task = tuple(score.mean if i == j else None for j in range(len(self.parents)))
+            size = fxzip.cost(model, self.images[:1]).parameters
+            rows.append(Row(names[i], per_task, None, None, size, 1.0, seconds[i]))
+        return [*rows, self.row("ensemble", Ensemble(list(self.parents)).eval())]
+
+    def row(self, name: str, model: nn.Module, **more: Any) -> Row:
+        """Accuracy and cost of a network with one output per task."""
+        score = fxzip.accuracy(model, self.class_lists, self.images, self.labels)
+        size, one = fxzip.cost(model, self.images[:1]), fxzip.cost(self.parents[0], self.images[:1])
+        flops = size.flops / one.flops
+        return Row(name, score.per_task, score.mean, score.joint, size.parameters, flops, **more)
+
+    def merged(self, name: str, method: str, count: int, until: str | None = None, **more: Any) -> Row:
+        """Merge with METHODS[method] on the first `count` calibration images, and score.
+
+        A refusal by fxzip becomes a row that says why; any other error is a bug and ends the run.
+        """
+        loader = self.calibration[:count].split(256)
+        start = time.perf_counter()
+        try:
+            zipped = fxzip.merge(self.parents, loader, method=METHODS[method], until=until, calibration=count,
+                                 seed=self.seed, progress=False)  # fmt: skip
+        except fxzip.FxzipError as error:
+            nothing = (None,) * len(self.parents)
+            return Row(name, nothing, None, None, note=f"{type(error).__name__}: {error}", **more)
+        seconds = time.perf_counter() - start
+        forwards = seconds / self.forward_seconds(count)
+        return self.row(name, zipped, seconds=seconds, forwards=forwards, **more)
+
+    @torch.no_grad()
+    def forward_seconds(self, count: int, sample: int = 512) -> float:
+        """Seconds that all parents need for `count` images, from the better of two runs over `sample`."""
+        images = self.calibration[:sample]
+        best = float("inf")
+        for _ in range(2):
+            start = time.perf_counter()
+            for model in self.parents:
+                for x in images.split(256):
+                    model(x)
+            best = min(best, time.perf_counter() - start)
+        return best * count / len(images)
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", metavar="DIR", help="image sets, see data.py; without it, torchvision downloads")
+    p.add_argument("--test", type=int, metavar="N", help="score on N test images instead of all")
+    p.add_argument("--train", type=int, metavar="N", help="train every parent on at most N images")
+    p.add_argument("--epochs", type=int, help="epochs for every parent")
+    p.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    p.add_argument("--calibration", type=int, metavar="N", help="images that merging sees, for every method")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, help="CPU threads (default: torch's, which follow OMP_NUM_THREADS)")
+    p.add_argument("--cache", metavar="DIR", default=str(CACHE), help="trained parents are kept here")
+    p.add_argument("--out", metavar="FILE", help="also write the rows as JSON")
+    return p
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train one family of networks: optimiser "sgd" or "adamw", peak learning rate, epochs."""
+
+    optimiser: str
+    rate: float
+    epochs: int
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.optimiser == "adamw":
+            return torch.optim.AdamW(model.parameters(), self.rate, weight_decay=0.05)
+        return torch.optim.SGD(model.parameters(), self.rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+
+def train(
+    key: str, make: Callable[[], nn.Module], data: Data, classes: Sequence[int], recipe: Recipe, seed: int,
+    args: argparse.Namespace,
+) -> tuple[nn.Module, float]:  # fmt: skip
+    """A network for `classes` of `data`, in eval mode, and the seconds its training took; kept in the cache.
+
+    key: names the architecture. Both its initialisation and its batches follow `seed`.
+    """
+    epochs = args.epochs or recipe.epochs
+    chosen = "".join(f"{c}." for c in classes)
+    name = f"{data.name}-{key}-c{chosen}s{seed}-e{epochs}-n{args.train or 'all'}.pt"
+    path = Path(args.cache) / name
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make()
+        if path.exists():
+            found = torch.load(path, weights_only=True)
+            model.load_state_dict(found["state_dict"])
+            return model.eval(), found["seconds"]
+        start = time.perf_counter()
+        _fit(model, data, classes, recipe, epochs, args.train, f"train {key} {chosen[:-1]}")
+    seconds = time.perf_counter() - start
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": model.state_dict(), "classes": list(classes), "seconds": seconds}, path)
+    return model.eval(), seconds
+
+
+def _fit(
+    model: nn.Module, data: Data, classes: Sequence[int], recipe: Recipe, epochs: int, count: int | None,
+    name: str,
+) -> None:  # fmt: skip
+    own = torch.tensor(classes)
+    images, labels = data.train
+    mine = torch.isin(labels, own).nonzero().flatten()
+    mine = mine[torch.randperm(len(mine))[:count]]
+    images, target = data.normalise(images[mine]), torch.full((int(own.max()) + 1,), -1)
+    target[own] = torch.arange(len(own))
+    labels = target[labels[mine]]
+    batches = list(_batches(len(images), epochs))
+    optimiser = recipe.build(model)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.rate, total_steps=len(batches))
+    model.train()
+    bar = tqdm(batches, desc=name, leave=False)
+    for step, pick in enumerate(bar):
+        loss = F.cross_entropy(model(augment(images[pick], data.flip)), labels[pick])
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimiser.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+
+
+def augment(images: Tensor, flip: bool, pixels: int = 2) -> Tensor:
+    """Shifted by up to `pixels` (the whole batch alike), and every other image mirrored."""
+    dy, dx = torch.randint(0, 2 * pixels + 1, (2,)).tolist()
+    height, width = images.shape[-2:]
+    images = F.pad(images, (pixels,) * 4, mode="replicate")[..., dy : dy + height, dx : dx + width]
+    if not flip:
+        return images
+    return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
+
+
+def _batches(count: int, epochs: int) -> Iterator[Tensor]:
+    size = min(BATCH, count)
+    for _ in range(epochs):
+        yield from torch.randperm(count)[: count // size * size].split(size)
+
+
+def markdown(rows: Sequence[Row], tasks: Sequence[str]) -> str:
+    """The table; the column of published figures only where there are any."""
+    published = any(r.published for r in rows)
+    header = ["network", *tasks, "mean", "joint", "parameters", "FLOPs", "seconds", "forwards"]
+    header += ["published (mean / joint)"] if published else []
+    lines = [header, [":--", *["--:"] * (len(header) - 1)]]
+    for r in rows:
+        cells = [*map(number, (*r.per_task, r.mean, r.joint)), f"{r.parameters:,}" if r.parameters else "-"]
+        cells += ["-" if r.flops is None else f"{r.flops:.2f}x", number(r.seconds), number(r.forwards)]
+        lines.append([r.name, *cells, *([r.published or "-"] if published else [])])
+    notes = [f"\n{r.name}: {r.note}" for r in rows if r.note]
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + notes)
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def machine(args: argparse.Namespace, **more: Any) -> str:
+    """What one needs to know to repeat and to judge the numbers."""
+    facts = {"seed": args.seed, **more}
+    threads = torch.get_num_threads()
+    unit = 2**30 if platform.system() == "Darwin" else 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return "\n".join((
+        ", ".join(f"{k} {v}" for k, v in facts.items()),
+        f"{_cpu()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}, fxzip {fxzip.__version__}, "
+        f"peak memory {peak:.1f} GiB, {datetime.date.today()}",
+        "mean: per task, own head; joint: arg max over all heads. FLOPs: times one parent's. "
+        "forwards: seconds in units of one forward of all parents on the calibration images.",
+    ))  # fmt: skip
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    models = [s for s in info.read_text().splitlines() if s.startswith("model name")] if info.exists() else []
+    return models[0].split(":", 1)[1].strip() if models else platform.processor() or platform.machine()
+
+
+def show(title: str, rows: Sequence[Row], tasks: Sequence[str], notes: str) -> None:
+    print(f"\n## {title}\n\n{markdown(rows, tasks)}\n\n{notes}", flush=True)
+
+
+def save(path: str | None, tables: Sequence[tuple[str, Sequence[Row]]], notes: str) -> None:
+    if path:
+        content = {"tables": {t: [asdict(r) for r in rows] for t, rows in tables}, "notes": notes}
+        Path(path).write_text(json.dumps(content, indent=1))
+
+
+def announce(row: Row) -> Row:
+    """Print a row as soon as it is there: runs are long."""
+    tqdm.write(f"{row.name:34s} mean {number(row.mean):>5s}  joint {number(row.joint):>5s}  "
+               f"{number(row.seconds):>6s} s  {row.note[:200]}")  # fmt: skip
+    return row

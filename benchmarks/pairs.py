@@ -1,0 +1,107 @@
+"""Pairs of small networks of one architecture, different initialisations, disjoint halves of the classes.
+
+    python benchmarks/pairs.py --pair vit --data ../shared/data
+    python benchmarks/pairs.py --pair resnet20-gn --dataset cifar10 --split 0 1 --epochs 10
+
+Every --split seed draws another 5 + 5 split and other initialisations; several print mean and spread as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from common import Bench, Recipe, Row, announce, machine, options, parse, save, show, train
+from data import Data, load
+from nets import VGG11, ResNet20, TinyConvNeXt, TinyViT, group_norm
+from torch import nn
+from tqdm import tqdm
+
+# name -> (classes, channels, image size) -> network, and how it is trained
+PAIRS: dict[str, tuple[Callable[[int, int, int], nn.Module], Recipe]] = {
+    "resnet20": (lambda k, c, s: ResNet20(k, c), Recipe("sgd", 0.2, 2)),
+    "resnet20-gn": (lambda k, c, s: ResNet20(k, c, norm=group_norm), Recipe("sgd", 0.1, 2)),
+    "vgg11": (lambda k, c, s: VGG11(k, c), Recipe("sgd", 0.03, 3)),
+    "vgg11-bn": (lambda k, c, s: VGG11(k, c, batch_norm=True), Recipe("sgd", 0.1, 3)),
+    "vit": (lambda k, c, s: TinyViT(k, c, s), Recipe("adamw", 2e-3, 6)),
+    "convnext": (lambda k, c, s: TinyConvNeXt(k, c), Recipe("adamw", 2e-3, 3)),
+}
+DEFAULT = ("average", "permute", "zip", "zip-beta1", "select", "solve", "solve-zip")
+CALIBRATION = 2048
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--pair", choices=PAIRS, required=True)
+    parser.add_argument("--dataset", choices=["fashion-mnist", "cifar10"], default="fashion-mnist")
+    parser.add_argument("--split", type=int, nargs="+", default=[0], metavar="SEED", help="one run per seed")
+    args = parse(parser, argv)
+    data = load(args.dataset, args.data).with_test(args.test, args.seed)
+    args.calibration = args.calibration or CALIBRATION
+    tables = []
+    for split in args.split:
+        halves = split_classes(split)
+        rows = run(args, data, split, halves)
+        notes = machine(args, **facts(args, data))
+        title = f"{args.pair}, {args.dataset}, split {split}: {halves[0]} + {halves[1]}"
+        show(title, rows, ["a", "b"], notes)
+        tables.append((title, rows))
+    notes = machine(args, **facts(args, data))
+    if len(tables) > 1:
+        print(f"\n## {args.pair}, {args.dataset}, splits {args.split}: mean and standard deviation\n")
+        print(summary([rows for _, rows in tables]))
+    save(args.out, tables, notes)
+
+
+def facts(args: argparse.Namespace, data: Data) -> dict:
+    return {
+        "calibration": args.calibration,
+        "test images": len(data.test[0]),
+        "epochs": args.epochs or PAIRS[args.pair][1].epochs,
+        "training images per parent": args.train or "all",
+        "data": data.source,
+    }
+
+
+def split_classes(seed: int, classes: int = 10) -> tuple[list[int], list[int]]:
+    """A random half of the classes, and the other."""
+    order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[: classes // 2]), sorted(order[classes // 2 :])
+
+
+def run(args: argparse.Namespace, data: Data, split: int, halves: tuple[list[int], list[int]]) -> list[Row]:
+    """Train or load the two parents, then merge them with every method."""
+    build, recipe = PAIRS[args.pair]
+    channels, size = data.shape
+    parents, seconds = [], []
+    for k, own in enumerate(halves):
+        seed = 100 * split + k + 1
+        model, took = train(args.pair, lambda: build(5, channels, size), data, own, recipe, seed, args)
+        parents.append(model)
+        seconds.append(took)
+    bench = Bench(parents, halves, data.normalise(data.test[0]), data.test[1],
+                  data.calibration(args.calibration, args.seed), args.seed)  # fmt: skip
+    rows = [announce(r) for r in bench.parent_rows(seconds, ["parent a", "parent b"])]
+    for method in tqdm(args.methods or DEFAULT, desc="merge", leave=False):
+        rows.append(announce(bench.merged(method, method, args.calibration)))
+    return rows
+
+
+def summary(tables: Sequence[Sequence[Row]]) -> str:
+    """Mean and standard deviation over splits, of the rows that all of them have figures for."""
+    lines = ["| network | mean | joint |", "| :-- | --: | --: |"]
+    for rows in zip(*tables, strict=True):
+        if all(r.mean is not None and r.joint is not None for r in rows):
+            mean, joint = _spread([r.mean for r in rows]), _spread([r.joint for r in rows])
+            lines.append(f"| {rows[0].name} | {mean} | {joint} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+if __name__ == "__main__":
+    main()
