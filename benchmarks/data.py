@@ -127,7 +127,8 @@ def _download(name: str) -> tuple[Part, Part, str]:
 
 def _folder(path: Path) -> Part:
     found = datasets.ImageFolder(str(path))
-    images = [np.asarray(image.convert("RGB")) for image, _ in tqdm(found, desc=str(path), leave=False)]
+    indices = tqdm(range(len(found)), desc=str(path), leave=False)
+    images = [np.asarray(found[k][0].convert("RGB")) for k in indices]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
 
 
@@ -139,8 +140,10 @@ def _tar(path: Path) -> tuple[Part, Part]:
         np.savez(partial, allow_pickle=False, **_decode(path))
         partial.rename(cached)
     found = np.load(cached)
-    parts = [(torch.from_numpy(found[f"{s}_x"]), torch.from_numpy(found[f"{s}_y"])) for s in ("train", "test")]
-    return parts[0], parts[1]
+    train_x, train_y, test_x, test_y = (
+        torch.from_numpy(found[key]) for key in ("train_x", "train_y", "test_x", "test_y")
+    )
+    return (train_x, train_y), (test_x, test_y)
 
 
 def _decode(path: Path) -> dict[str, np.ndarray]:

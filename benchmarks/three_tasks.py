@@ -2,7 +2,8 @@
 
     python benchmarks/three_tasks.py --data ../shared/data
 
-The networks start from different initialisations. Each task has 8,000 training images unless --train says otherwise; joint accuracy is over all 30 classes.
+The networks start from different initialisations. Each task has 8,000 training images unless --train says
+otherwise; joint accuracy is over all 30 classes.
 """
 
 from __future__ import annotations

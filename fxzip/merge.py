@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .errors import InputError
 from .evaluate import cost
 from .infer import Spaces
 from .match import MATCHERS, Matcher, Matching, match, resolve
@@ -18,6 +19,7 @@ from .report import Report, Size, SpaceRow
 from .rewrite import Heads, build, head_parameters, merge_parameters, owned, recompute_statistics, state_of
 from .rewrite.zipped import KEY
 from .solve import Solve, solve_parameters
+from .widths import allocate, cost_terms, probe, resizable
 
 METHODS = (*(m.name for m in MATCHERS), Solve.name)
 
@@ -28,6 +30,7 @@ def merge(
     *,
     method: str | Matcher | Solve = "solve",
     until: str | None = None,
+    budget: float | None = None,
     heads: str = "separate",
     example_inputs: Any = None,
     calibration: int = 2048,
@@ -46,6 +49,7 @@ def merge(
         of loaders, read in turn. The first `calibration` samples are used.
     method: a name of `METHODS` or a matcher object, such as `Zip(alpha=0.3, beta=1.0)`.
     until: path of the first module that stays per model (`"layer3"`): only what is not downstream is merged.
+    budget: FLOPs of the result, times those of one model: widths are chosen to fit. Default: the models' widths.
     heads: "separate" or "average". example_inputs: one batch, if there is no loader.
     moments: from `collect`, instead of measuring. device: "auto" uses a GPU if there is one.
     verify: prove the inferred spaces on model 0 first. strict: refuse if any op has no rule.
@@ -71,18 +75,18 @@ def merge(
         if moments is None:
             moments = measure(p, batches, seed, progress) if needs_data else Moments({})
     with clock.stage("match"):
-        matchings = match(p.merged_spaces(), moments, matcher, models=len(p.names))
+        widths = choose_widths(p, moments, budget, models) if budget is not None else {}
+        matchings = match(p.merged_spaces(), moments, matcher, widths, models=len(p.names))
     with clock.stage("rewrite"):
         shared, private = merged_parameters(p, matchings)
     if solver:
         with clock.stage("solve"):
+            resized = assemble(p, shared, private, models, heads) if widths else None
             solved = solve_parameters(p.graph_modules, p.spaces, p.cut, matchings, shared, private, batches,
-                                      replace(solver.settings, seed=seed), progress)
+                                      replace(solver.settings, seed=seed), progress, resized)
             shared, private = solved.shared, solved.heads
     with clock.stage("rewrite"):
-        originals = [m.state_dict() for m in _list(models)]
-        zipped = build(p.graph_modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads,
-                       originals=originals)
+        zipped = assemble(p, shared, private, models, heads)
     with clock.stage("calibrate"):
         notices = [] if solver else calibrate(zipped, batches)
     zipped.to(next((t.device for m in _list(models) for t in (*m.parameters(), *m.buffers())), torch.device("cpu")))
@@ -115,6 +119,43 @@ def merged_parameters(p: Prepared, matchings: Mapping[str, Matching]) -> tuple[d
     states = [state_of(m) for m in modules]
     shared = merge_parameters(states, p.spaces, matchings, owned(modules[0], p.cut.shared))
     return shared, head_parameters(modules, p.cut, p.spaces, matchings, feature_axis(p.spaces), p.args)
+
+
+def assemble(p: Prepared, shared: Mapping[str, Tensor], private: Heads, models: Any, heads: str) -> fx.GraphModule:
+    """One GraphModule of these parameters."""
+    originals = [m.state_dict() for m in _list(models)]
+    return build(p.graph_modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads,
+                 originals=originals)
+
+
+def choose_widths(p: Prepared, moments: Moments, budget: float, models: Any) -> dict[str, int]:
+    """Widths within the budget. Spaces that turn out not to take a new width keep theirs, and we allocate again."""
+    merged = p.merged_spaces()
+    terms = cost_terms(p.spaces, p.cut, len(p.names))
+    free = resizable(p.spaces, merged, 8)
+
+    def build_at(widths: Mapping[str, int]) -> fx.GraphModule:
+        matchings = {s.name: plain_matching(s.size, widths.get(s.name, s.size), len(p.names)) for s in merged}
+        return assemble(p, *merged_parameters(p, matchings), models, "separate")
+
+    while free:
+        widths = allocate(terms, merged, moments, free, budget, len(p.names))
+        wrong = probe(build_at, p.spaces, p.graph_modules[0], p.args, widths)
+        if not wrong:
+            return widths
+        free -= wrong
+    raise InputError(f"budget={budget}: no space of this network can change its width; use until= to spend more")
+
+
+def plain_matching(size: int, width: int, models: int) -> Matching:
+    """Some matching of the right shape: slot k holds feature k (mod n) of every model."""
+    slots = torch.arange(width) % size
+    unmerge = torch.zeros(size, width, dtype=torch.float64)
+    unmerge[slots, torch.arange(width)] = 1
+    unmerge = unmerge / unmerge.sum(1, keepdim=True).clamp(min=1)
+    chosen = torch.zeros(width, size, dtype=torch.float64)
+    chosen[torch.arange(width), slots] = 1
+    return Matching(chosen.repeat(1, models) / models, unmerge.repeat(models, 1), (size,) * models)
 
 
 def feature_axis(spaces: Spaces):

@@ -62,9 +62,35 @@ def fill(module: nn.Module, prefix: str, tensors: Tensors) -> None:
     """Give every parameter and buffer below `module` (at `prefix`) its new value."""
     for path, inner in list(module.named_modules(remove_duplicate=False)):
         base = f"{prefix}.{path}" if path else prefix
+        sizes: dict[int, set[int]] = {}
         for name, old in [*inner._parameters.items(), *inner._buffers.items()]:
             if old is not None:
-                setattr(inner, name, tensors.get(f"{base}.{name}", old))
+                new = tensors.get(f"{base}.{name}", old)
+                for a, b in zip(old.shape, new.shape, strict=False):
+                    sizes.setdefault(a, set()).add(b)
+                setattr(inner, name, new)
+        _follow(inner, {a: b.pop() for a, b in sizes.items() if len(b) == 1})
+
+
+def _follow(module: nn.Module, sizes: Mapping[int, int]) -> None:
+    """Give integer attributes that equal an old size (groups, normalized_shape) the one new size it has.
+
+    A size that became two different ones is left alone. Whether the module then computes what it should is
+    not assumed: `widths.probe` runs the result and compares every shape with what the types say.
+    """
+    if all(a == b for a, b in sizes.items()):
+        return
+
+    def renewed(value: object) -> object:
+        if type(value) is int:
+            return sizes.get(value, value)
+        if isinstance(value, (tuple, list)) and value and all(type(v) is int for v in value):
+            return type(value)(sizes.get(v, v) for v in value)
+        return value
+
+    for name, value in list(vars(module).items()):
+        if not name.startswith("_") and name != "training":
+            setattr(module, name, renewed(value))
 
 
 def attribute(root: nn.Module, path: str) -> object:

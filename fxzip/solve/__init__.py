@@ -14,7 +14,7 @@ from ..infer import Spaces
 from ..match import Matcher, Matching, Zip
 from ..measure import Programs
 from ..rewrite import Heads, Partition
-from ..trace import batch_size, state_of
+from ..trace import Lowered, batch_size, lower, state_of
 from .fit import Settings
 from .lanes import Lane
 from .sequence import Pass, Record
@@ -58,33 +58,35 @@ def solve_parameters(
     batches: Sequence[tuple],
     settings: Settings | None = None,
     progress: bool = True,
+    resized: fx.GraphModule | None = None,
 ) -> Solved:
     """Fit shared and private parameters to the parents, in topological order, in closed form.
 
     shared, heads: the zipped parameters, as `merge_parameters` and `head_parameters` make them; the starting
     point that the ridge pulls towards. batches: positional-argument tuples; labels are not needed. Gradient-free
-    and deterministic. The inputs are not modified.
+    and deterministic. The inputs are not modified. resized: the zipped GraphModule, where widths have changed: it
+    has the right shapes.
     """
     chunks = _chunks(batches)
     programs = Programs(graph_modules, spaces)
     parents = [_lane(programs, i, dict(programs.states[i]), chunks[0]) for i in range(len(graph_modules))]
-    merged = _lane(programs, 0, {**state_of(graph_modules[0]), **shared}, chunks[0])
+    state = {**state_of(graph_modules[0]), **shared}
+    merged = _lane(programs, 0, state, chunks[0]) if resized is None else _resized_lane(resized, spaces, state, chunks[0])
     private = [_lane(programs, i, {**state_of(m), **heads.states[i]}, chunks[0]) for i, m in enumerate(graph_modules)]
     origin = {n.name: n.meta.get("origin") for n in spaces.lowered.graph.nodes}
     is_private = frozenset(n for n, o in origin.items() if o in cut.private)
     unmerged = {v.name: ops for name, ops in heads.unmerge.items() for v in spaces.lowered.values[name]}
     for i, lane in enumerate(private):
         lane.fallback = _through_unmerge(merged, unmerged, i)
-    for j, chunk in enumerate(chunks):
+    for chunk in chunks:
         for lane in (*parents, merged):
             for node, value in zip(lane.lowered.inputs, _tensors(chunk), strict=True):
                 lane.values.setdefault(lane.names[node], []).append(value)
-        del j
-    state = Pass(parents, merged, private, is_private, spaces, matchings, settings or Settings(), len(chunks))
+    steps = Pass(parents, merged, private, is_private, spaces, matchings, settings or Settings(), len(chunks))
     with torch.no_grad():
-        state.run(progress)
+        steps.run(progress)
     fitted = tuple({n: lane.state[n] for n in s} for lane, s in zip(private, heads.states, strict=True))
-    return Solved({n: merged.state[n] for n in shared}, replace(heads, states=fitted), tuple(state.records), state.peak)
+    return Solved({n: merged.state[n] for n in shared}, replace(heads, states=fitted), tuple(steps.records), steps.peak)
 
 
 def _chunks(batches: Sequence[tuple]) -> list[tuple]:
@@ -103,6 +105,28 @@ def _lane(programs: Programs, model: int, state: dict[str, Tensor], args: tuple)
     lowered, twin = programs.lowered(model, args)
     by_name = {n.name: n for n in lowered.graph.nodes}
     return Lane(lowered, {name: by_name[other] for name, other in twin.items()}, state)
+
+
+def _resized_lane(zipped: fx.GraphModule, spaces: Spaces, state: dict[str, Tensor], args: tuple) -> Lane:
+    """The shared part at its new widths. Nodes correspond by FX origin and by their order within it."""
+    lowered = lower(zipped, args)
+    found: dict[tuple, fx.Node] = {}
+    for key, node in _in_order(lowered):
+        found[key] = node
+    nodes = {node.name: found[key] for key, node in _in_order(spaces.lowered) if key in found}
+    nodes |= {a.name: b for a, b in zip(spaces.lowered.inputs, lowered.inputs, strict=True)}
+    return Lane(lowered, nodes, state)
+
+
+def _in_order(lowered: Lowered) -> list[tuple[tuple, fx.Node]]:
+    count: dict[tuple, int] = {}
+    keyed = []
+    for node in lowered.graph.nodes:
+        if node.op == "call_function":
+            key = (node.meta.get("origin"), str(node.target))
+            count[key] = count.get(key, 0) + 1
+            keyed.append(((*key, count[key]), node))
+    return keyed
 
 
 def _through_unmerge(merged: Lane, unmerged: Mapping[str, Sequence], model: int):

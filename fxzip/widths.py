@@ -1,0 +1,169 @@
+"""Budgets: how wide every merged space may be, so that the result costs what the user allows.
+
+FLOPs of every contraction scale with the widths of the spaces it reads and writes. Widths grow in steps of
+`round_to`, each time where a FLOP buys most: the drop in unexplained variance of a space's joint correlation
+(eigenvalues beyond the width), per FLOP. A space whose width cannot change keeps it, and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from .errors import InputError, SpaceError
+from .infer import FeatureSpace, Spaces
+from .measure.moments import Moments
+from .rewrite import Partition
+from .rewrite.parameters import layout
+
+LEAST = 0.25  # no space becomes narrower than this share of one model's width
+
+
+@dataclass(frozen=True)
+class Term:
+    """FLOPs of one contraction at the parents' widths, times (m / n) for every space in `spaces`."""
+
+    flops: float
+    spaces: tuple[str, ...]
+
+
+def cost_terms(spaces: Spaces, cut: Partition, models: int) -> list[Term]:
+    """One Term per contraction with a parameter, per sample; private ones count once per model."""
+    axes: dict[str, dict[int, str]] = {}
+    for space in spaces:
+        for s in space.segments:
+            axes.setdefault(s.parameter, {})[s.axis] = space.name
+    terms = []
+    for name, node in spaces.lowered.parameters.items():
+        shape = node.meta["shape"]
+        for user in _contractions(node):
+            out = user.meta["shape"]
+            rows = int(np.prod(out)) // max(int(shape[0]) if len(shape) else 1, 1)
+            many = models if user.meta.get("origin") in cut.private else 1
+            terms.append(Term(2.0 * rows * int(np.prod(shape)) * many, tuple(axes.get(name, {}).values())))
+    return terms
+
+
+def _contractions(parameter: fx.Node) -> list[fx.Node]:
+    """Ops that multiply data by this (at least two-dimensional) parameter."""
+    return [u for u in parameter.users if len(parameter.meta["shape"]) >= 2 and u.op == "call_function"
+            and u.meta.get("shape") is not None and u.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+            in ("linear", "convolution", "addmm", "mm")]
+
+
+def flops(terms: Sequence[Term], ratio: Mapping[str, float]) -> float:
+    """Total at widths m = ratio * n."""
+    return sum(t.flops * float(np.prod([ratio.get(s, 1.0) for s in t.spaces])) for t in terms)
+
+
+def resizable(spaces: Spaces, merged: Sequence[FeatureSpace], step: int) -> set[str]:
+    """Spaces without block structure, on axes that can be laid out anew at another width."""
+    above = {p.space for s in spaces for p in s.parents}
+    free = {s.name for s in merged if not s.parents and s.name not in above and not s.orthogonal_only and s.segments}
+    by_axis: dict[tuple[str, int], list[tuple[str, np.ndarray]]] = {}
+    for space in spaces:
+        for s in space.segments:
+            by_axis.setdefault((s.parameter, s.axis), []).append((space.name, s.positions))
+    for (name, axis), held in by_axis.items():
+        length = spaces.lowered.parameters[name].meta["shape"][axis]
+        sizes = [len(p) + step * (s in free) for s, p in held]
+        try:
+            layout(length, [p for _, p in held], sizes, name)
+        except SpaceError:
+            free -= {s for s, _ in held}
+    return free
+
+
+def allocate(
+    terms: Sequence[Term], merged: Sequence[FeatureSpace], moments: Moments, free: Collection[str], budget: float,
+    models: int, round_to: int = 8,
+) -> dict[str, int]:
+    """Widths [space -> m] of the `free` spaces whose FLOPs stay within `budget` times one network's.
+
+    Raises InputError when even the narrowest widths cost more, naming the least possible budget.
+    """
+    size = {s.name: s.size for s in merged if s.name in free and s.name in moments}
+    one = flops([Term(t.flops, ()) for t in terms], {})
+    width = {s: max(1, min(n, int(np.ceil(LEAST * n / round_to) * round_to))) for s, n in size.items()}
+    if flops(terms, {s: width[s] / size[s] for s in size}) > budget * one:
+        least = flops(terms, {s: width[s] / size[s] for s in size}) / one
+        raise InputError(f"budget={budget}: the narrowest merge costs {least:.2f} times one network; allow that or more")
+    left = {s: _unexplained(moments[s].correlation()) for s in size}
+    growing = set(size)
+    while growing:
+        now = flops(terms, {s: width[s] / size[s] for s in size})
+        best, gain = None, 0.0
+        for s in sorted(growing):
+            wider = min(width[s] + round_to, models * size[s])
+            extra = flops(terms, {k: (wider if k == s else width[k]) / size[k] for k in size}) - now
+            if wider == width[s] or now + extra > budget * one:
+                growing.discard(s)
+                continue
+            value = float(left[s][width[s]] - left[s][wider]) / max(extra, 1.0)
+            if best is None or value > gain:
+                best, gain = s, value
+        if best is not None:
+            width[best] = min(width[best] + round_to, models * size[best])
+    return width
+
+
+def _unexplained(correlation: Tensor) -> np.ndarray:
+    """[Sn + 1]: share of variance left when the k largest principal directions are kept."""
+    values = torch.linalg.eigvalsh(correlation).flip(0).clamp(min=0)
+    left = 1 - torch.cat([values.new_zeros(1), values.cumsum(0)]) / values.sum().clamp(min=1e-30)
+    return left.cpu().numpy()
+
+
+def probe(
+    build_at: Callable[[Mapping[str, int]], fx.GraphModule], spaces: Spaces, graph_module: fx.GraphModule, args: tuple,
+    widths: Mapping[str, int],
+) -> set[str]:
+    """Spaces that do not take their new width: where the rewritten network stops, or has another shape than the
+    types say. build_at: widths -> the merged GraphModule, any weights."""
+    try:
+        zipped = build_at(widths)
+    except SpaceError as error:
+        return _mentioned(error, widths) or set(widths)
+    expected = _shapes(graph_module, args)
+    found = _shapes(zipped, args)
+    wrong: set[str] = set()
+    for name, shape in expected.items():
+        nodes = spaces.lowered.values.get(name, ())
+        if name in found and nodes and found[name] != _resized(shape, spaces.layouts(nodes[0].name), spaces, widths):
+            wrong |= {s for k in spaces.layouts(nodes[0].name) for s, _ in k.runs} & set(widths)
+    return wrong
+
+
+def _mentioned(error: SpaceError, widths: Mapping[str, int]) -> set[str]:
+    return {s for s in widths if f" {s} " in f" {error} "}
+
+
+def _shapes(graph_module: fx.GraphModule, args: tuple) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node):
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                found[n.name] = tuple(value.shape)
+            return value
+
+    with torch.no_grad():
+        Shapes(graph_module).run(*args)
+    return found
+
+
+def _resized(shape: tuple[int, ...], layouts, spaces: Spaces, widths: Mapping[str, int]) -> tuple[int, ...]:
+    """`shape` with every feature axis grown by what its spaces grow."""
+    out = list(shape)
+    for k in layouts:
+        grow = sum((widths.get(s, spaces[s].size) - spaces[s].size) * p.shape[1] for s, p in k.runs)
+        if grow and len(k.axes) == 1:
+            out[k.axes[0]] += grow
+        elif grow:
+            return ()  # several axes label these features jointly: no width fits but the old one
+    return tuple(out)
