@@ -71,7 +71,7 @@ def run(bench: Bench, args: argparse.Namespace, seconds: Sequence[float | None])
     wanted = args.methods or METHODS
     plan = [(m, None) for m in FULL if m in wanted]
     plan += [(m, until) for until in args.until for m in CUT if m in wanted]
-    for method, until in tqdm(plan, desc="merge", leave=False):
+    for method, until in tqdm(plan, desc="merge", leave=False, disable=None):
         count = args.calibration or (SOLVE_IMAGES if method.startswith("solve") else PUBLISHED_IMAGES)
         name = method if until is None else f'{method}, until="{until}"'
         published = PUBLISHED.get((method, until), "")

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -194,7 +195,7 @@ def _fit(
     optimiser = recipe.build(model)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.rate, total_steps=len(batches))
     model.train()
-    bar = tqdm(batches, desc=name, leave=False)
+    bar = tqdm(batches, desc=name, leave=False, disable=None)
     for step, pick in enumerate(bar):
         loss = F.cross_entropy(model(augment(images[pick], data.flip)), labels[pick])
         optimiser.zero_grad()
@@ -275,5 +276,5 @@ def save(path: str | None, tables: Sequence[tuple[str, Sequence[Row]]], notes: s
 def announce(row: Row) -> Row:
     """Print a row as soon as it is there: runs are long."""
     tqdm.write(f"{row.name:34s} mean {number(row.mean):>5s}  joint {number(row.joint):>5s}  "
-               f"{number(row.seconds):>6s} s  {row.note[:200]}")  # fmt: skip
+               f"{number(row.seconds):>6s} s  {row.note[:200]}", file=sys.stderr)  # fmt: skip
     return row

@@ -127,7 +127,7 @@ def _download(name: str) -> tuple[Part, Part, str]:
 
 def _folder(path: Path) -> Part:
     found = datasets.ImageFolder(str(path))
-    indices = tqdm(range(len(found)), desc=str(path), leave=False)
+    indices = tqdm(range(len(found)), desc=str(path), leave=False, disable=None)
     images = [np.asarray(found[k][0].convert("RGB")) for k in indices]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
 
@@ -154,7 +154,7 @@ def _decode(path: Path) -> dict[str, np.ndarray]:
     images: dict[str, list] = {"train": [], "test": []}
     names: dict[str, list[str]] = {"train": [], "test": []}
     with tarfile.open(path) as tar:
-        for member in tqdm(tar, desc=f"decode {path.name}", leave=False):
+        for member in tqdm(tar, desc=f"decode {path.name}", leave=False, disable=None):
             side, *rest = member.name.removeprefix("./").split("/")
             if member.isfile() and side in images and len(rest) == 2:
                 content = tar.extractfile(member)

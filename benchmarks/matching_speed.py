@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| n | zip | permute | select | naive zip | published zip |")
     print("| --: | --: | --: | --: | --: | --: |")
     took = {}
-    for n in tqdm(args.widths, leave=False):
+    for n in tqdm(args.widths, leave=False, disable=None):
         moments = two_models(n, args.seed)
         found, took[n] = timed(lambda m=moments, n=n: ZIP(m, n), args.repeat)
         others = [timed(lambda m=moments, n=n, f=f: f(m, n), 1)[1] for f in (fxzip.Permute(), fxzip.Select())]

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, data: Data, split: int, halves: tuple[list[int
     bench = Bench(parents, halves, data.normalise(data.test[0]), data.test[1],
                   data.calibration(args.calibration, args.seed), args.seed)  # fmt: skip
     rows = [announce(r) for r in bench.parent_rows(seconds, ["parent a", "parent b"])]
-    for method in tqdm(args.methods or DEFAULT, desc="merge", leave=False):
+    for method in tqdm(args.methods or DEFAULT, desc="merge", leave=False, disable=None):
         rows.append(announce(bench.merged(method, method, args.calibration)))
     return rows
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from .errors import SpaceError
-from .infer import Spaces, annotate, infer
+from .infer import Spaces, analyse, annotate
 from .rewrite import partition
-from .trace import bind, lower, rows, trace
+from .trace import bind, trace
 
 
 def inspect(model: nn.Module, example_inputs: Any) -> Spaces:
@@ -27,7 +27,7 @@ def inspect(model: nn.Module, example_inputs: Any) -> Spaces:
     """
     traced = trace(model, example_inputs)
     args = bind(example_inputs, signature(traced.graph_module.forward))
-    spaces = infer(lower(traced.graph_module, rows(args, 1)))
+    spaces = analyse(traced.graph_module, args)
     try:
         private = partition(traced.graph_module, spaces.opaque).private
     except SpaceError:  # nothing can be merged: then all of it stays per model

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .check import Checked, check_merge, compare_graphs, compare_shapes
 from .errors import InputError
-from .infer import FeatureSpace, Spaces, annotate, infer
+from .infer import FeatureSpace, Spaces, analyse, annotate
 from .measure import Programs, collect_moments, read_batches
 from .measure.moments import Moments
 from .rewrite import Partition, owned, partition
-from .trace import Traced, bind, lower, rows, state_of, trace
+from .trace import Traced, bind, rows, state_of, trace
 from .verify import Verification, verify_spaces
 
 
@@ -91,7 +91,7 @@ def prepare(
         args = bind(few[0], signature(traced[0].graph_module.forward))
         args = torch.utils._pytree.tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
     with clock.stage("infer"):
-        spaces = infer(lower(traced[0].graph_module, rows(args, 1)))
+        spaces = analyse(traced[0].graph_module, args)
     if strict and spaces.frozen:
         raise InputError.listing(f"{call}(strict=True)", [str(f) for f in spaces.frozen])
     cut = partition(traced[0].graph_module, spaces.opaque, until, [str(f) for f in spaces.frozen])

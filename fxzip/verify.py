@@ -21,11 +21,11 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .errors import VerificationError
-from .infer import Spaces, infer
+from .infer import Spaces, analyse
 from .infer.group import axis_indices, duplicated, permuted
 from .infer.sampling import sample
 from .rewrite.norms import recompute_statistics
-from .trace import Traced, bind, lower, rows, state_of, trace, unwrap
+from .trace import Traced, bind, rows, state_of, trace, unwrap
 
 TOLERANCE = 1e-6  # relative, float64; wrong rules give 1e-3 and more, rounding 1e-12
 _CONTROLS = 3
@@ -97,7 +97,7 @@ def verify(model: nn.Module, example_inputs: Any, seed: int = 0) -> Verification
     """
     traced = trace(model, example_inputs)
     args = bind(example_inputs, signature(traced.graph_module.forward))
-    return verify_spaces(traced, infer(lower(traced.graph_module, rows(args, 1))), args, seed)
+    return verify_spaces(traced, analyse(traced.graph_module, args), args, seed)
 
 
 def verify_spaces(traced: Traced, spaces: Spaces, args: tuple, seed: int = 0) -> Verification:
@@ -149,7 +149,7 @@ def scramble(model: nn.Module, example_inputs: Any, seed: int = 0) -> nn.Module:
     """
     traced = trace(model, example_inputs)
     args = bind(example_inputs, signature(traced.graph_module.forward))
-    spaces = infer(lower(traced.graph_module, rows(args, 1)))
+    spaces = analyse(traced.graph_module, args)
     other = copy.deepcopy(model)
     bare = unwrap(other)[0]
     tensors = {**dict(bare.named_parameters()), **dict(bare.named_buffers())}

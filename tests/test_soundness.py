@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from toys import Residual, randomise
 
 import fxzip
-from fxzip.infer import Spaces, infer
+from fxzip.infer import Spaces, analyse
 from fxzip.infer.labels import Group, LabelledType
 from fxzip.infer.rules import names
 from fxzip.infer.rules.registry import _RULES, Rule
 from fxzip.infer.show import typed
-from fxzip.trace import Traced, lower, rows, trace
+from fxzip.trace import Traced, trace
 from fxzip.verify import Verification, verify_spaces
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,7 +35,7 @@ BY_NAME = {e.name: e for e in EXAMPLES}
 def analysed(example: Example) -> tuple[Traced, Spaces, tuple]:
     model, inputs = example.make(), example.inputs()
     traced = trace(model, inputs)
-    return traced, infer(lower(traced.graph_module, rows(inputs, 1))), inputs
+    return traced, analyse(traced.graph_module, inputs), inputs
 
 
 once = cache(analysed)  # nothing below changes what it returns

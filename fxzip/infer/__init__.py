@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import fx
 
-from ..trace.lower import Lowered
+from ..errors import TraceError
+from ..trace import rows
+from ..trace.lower import Lowered, corresponding, lower
 from .annotate import annotate, readable
 from .engine import Inference, tensor_nodes
 from .families import read_spaces
 from .spaces import Anchor, FeatureSpace, Frozen, Layout, Parent, Segment, Spaces
 
-__all__ = ["Anchor", "FeatureSpace", "Frozen", "Layout", "Parent", "Segment", "Spaces", "annotate", "counted_outputs",
+__all__ = ["Anchor", "FeatureSpace", "Frozen", "Layout", "Parent", "Segment", "Spaces", "analyse", "annotate", "counted_outputs",
            "infer", "readable"]  # fmt: skip
 
 
@@ -31,6 +33,20 @@ def infer(lowered: Lowered, outputs: Callable[[Any], Any] | None = None) -> Spac
     chosen = outputs(lowered.outputs) if outputs else counted_outputs(lowered.outputs)
     inference = Inference(lowered)
     return read_spaces(inference, inference.run(tensor_nodes(chosen)))
+
+
+def analyse(graph_module: fx.GraphModule, args: tuple) -> Spaces:
+    """`infer` at the smallest batch that is typical: one sample, or two where the graph at one is another.
+
+    Some ops take a short cut at batch size 1 (recurrent layers drop an axis); calibration then could not be
+    matched with the analysed graph node by node.
+    """
+    one = lower(graph_module, rows(args, 1))
+    try:
+        corresponding(one, lower(graph_module, rows(args, 3)))
+    except TraceError:
+        one = lower(graph_module, rows(args, 2))
+    return infer(one)
 
 
 def counted_outputs(outputs: Any) -> Any:

@@ -64,12 +64,14 @@ class Inference:
         self.axes: dict[str, tuple[np.ndarray, ...]] = {}  # parameter -> labels of every axis
         self.frozen: list[Frozen] = []
         self.frozen_nodes: list[fx.Node] = []
+        self.owned = 0
 
     def run(self, counted: Iterable[fx.Node]) -> Solution:
         """Type every node, pin the `counted` outputs, solve. Raises SpaceError when no fixpoint is found."""
         for name, node in self.lowered.parameters.items():
             if "const" not in node.meta:  # index tables and buffers outside the checkpoint are known by value
                 self._parameter(name, node)
+        self.owned = self.notes.relations.size  # labels below are parameters' own
         for node in self.lowered.inputs:
             self.types[node] = inert(node.meta["shape"])
             self.data.add(node)
@@ -112,7 +114,7 @@ class Inference:
         else:
             self.weights.add(node)
         moved = node.target is operator.getitem or propagates_linear(_packet(node))
-        if moved and all(o in self.linear for o in operands):
+        if moved and operands and all(o in self.linear for o in operands):
             self.linear.add(node)
 
     def _value(self, leaf: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx
 
 from .engine import Inference
-from .labels import label_of, tag_of
+from .labels import LabelledType, label_of, tag_of
 from .solver import Solution
 from .spaces import Anchor, FeatureSpace, Layout, Parent, Segment, Spaces
 
@@ -271,14 +271,22 @@ def _opaque_nodes(reader: _Reader) -> frozenset[str]:
     opaque = _alone_and(reader, inference.notes.relations.opaque)
     pinned = _alone_and(reader, inference.notes.relations.pinned)
     nodes = {n.meta.get("origin") for n in inference.frozen_nodes}
-    for node in inference.types:
-        if node.op != "call_function" or not any(o in inference.linear for o in node.all_input_nodes):
+    for node, kind in inference.types.items():
+        mine = [inference.types[o] for o in node.all_input_nodes if o in inference.linear]
+        if node.op != "call_function" or not mine:
             continue
         produced = inference.notes.contractions.get(node, {}).get("produce", ())
-        fixed = any(pinned[reader.atoms(labels)].any() for labels in produced)
-        if fixed or any(opaque[reader.atoms(g.labels)].any() for g in inference.types[node].groups):
+        fixed = any(pinned[reader.atoms(labels[labels < inference.owned])].any() for labels in produced)
+        # features that a parameter brings to the result; other axes of it (batch, tokens) are not the parameter's
+        brought = np.intersect1d(_atoms_in(reader, mine), _atoms_in(reader, [kind]))
+        if fixed or opaque[brought].any():
             nodes.add(node.meta.get("origin"))
     return frozenset(n for n in nodes if n)
+
+
+def _atoms_in(reader: _Reader, types: list[LabelledType]) -> np.ndarray:
+    arrays = [reader.atoms(g.labels).ravel() for t in types for g in t.groups]
+    return np.unique(np.concatenate(arrays)) if arrays else np.zeros(0, np.int64)
 
 
 def _alone_and(reader: _Reader, labels: list[np.ndarray]) -> np.ndarray:

@@ -86,6 +86,7 @@ def tied_names(spaces: Spaces) -> Mapping[str, str]:
 
 def apply(x: Tensor, axis: int, axis_map: AxisMap) -> Tensor:
     """`x` with `axis` mapped: [.., length_in, ..] -> [.., length, ..]. Sparse maps go by index, exactly."""
+    axis %= x.dim()
     entries = _entries(axis_map)
     if entries is None:
         return _apply_dense(x, axis, axis_map)
