@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 # name -> (classes, channels, image size) -> network, and how it is trained
 PAIRS: dict[str, tuple[Callable[[int, int, int], nn.Module], Recipe]] = {
-    "resnet20": (lambda k, c, s: ResNet20(k, c), Recipe("sgd", 0.2, 2)),
-    "resnet20-gn": (lambda k, c, s: ResNet20(k, c, norm=group_norm), Recipe("sgd", 0.1, 2)),
-    "vgg11": (lambda k, c, s: VGG11(k, c), Recipe("sgd", 0.03, 3)),
-    "vgg11-bn": (lambda k, c, s: VGG11(k, c, batch_norm=True), Recipe("sgd", 0.1, 3)),
-    "vit": (lambda k, c, s: TinyViT(k, c, s), Recipe("adamw", 2e-3, 6)),
-    "convnext": (lambda k, c, s: TinyConvNeXt(k, c), Recipe("adamw", 2e-3, 3)),
+    "resnet20": (lambda k, c, s: ResNet20(k, c), Recipe("sgd", 0.2, 3, 12_000)),
+    "resnet20-gn": (lambda k, c, s: ResNet20(k, c, norm=group_norm), Recipe("sgd", 0.1, 3, 12_000)),
+    "vgg11": (lambda k, c, s: VGG11(k, c), Recipe("sgd", 0.03, 4, 12_000)),
+    "vgg11-bn": (lambda k, c, s: VGG11(k, c, batch_norm=True), Recipe("sgd", 0.1, 3, 12_000)),
+    "vit": (lambda k, c, s: TinyViT(k, c, s), Recipe("adamw", 2e-3, 3)),
+    "convnext": (lambda k, c, s: TinyConvNeXt(k, c), Recipe("adamw", 2e-3, 2, 20_000)),
 }
 DEFAULT = ("average", "permute", "zip", "zip-beta1", "select", "solve", "solve-zip")
 CALIBRATION = 2048
@@ -56,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def facts(args: argparse.Namespace, data: Data) -> dict:
+    recipe = PAIRS[args.pair][1].adjusted(args)
     return {
         "calibration": args.calibration,
         "test images": len(data.test[0]),
-        "epochs": args.epochs or PAIRS[args.pair][1].epochs,
-        "training images per parent": args.train or "all",
+        "epochs": recipe.epochs,
+        "training images per parent": recipe.images or "all",
         "data": data.source,
     }
 

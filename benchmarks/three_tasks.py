@@ -17,16 +17,15 @@ from nets import ResNet20
 from tqdm import tqdm
 
 TASKS = ("mnist", "kmnist", "fashion-mnist")
-RECIPE = Recipe("sgd", 0.2, 6)
+RECIPE = Recipe("sgd", 0.2, 4, 8000)
 DEFAULT = ("average", "permute", "zip", "zip-beta1", "solve")
-CALIBRATION, TRAIN, TEST = 3072, 8000, 2000
+CALIBRATION, TEST = 3072, 2000
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--width", type=int, default=1, help="times 16, 32, 64 channels")
     args = parse(parser, argv)
-    args.train = args.train or TRAIN
     args.calibration = args.calibration or CALIBRATION
     # As many test images of every task, or the largest test set would decide the joint accuracy.
     parts = [load(name, args.data, args.seed).with_test(args.test or TEST, args.seed) for name in TASKS]
@@ -35,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     notes = machine(args, **{
         "calibration": args.calibration,
         "test images": len(data.test[0]),
-        "training images per parent": args.train,
-        "epochs": args.epochs or RECIPE.epochs,
+        "training images per parent": RECIPE.adjusted(args).images,
+        "epochs": RECIPE.adjusted(args).epochs,
         "data": data.source,
     })  # fmt: skip
     title = f"Three tasks, ResNet-8 x{args.width}"

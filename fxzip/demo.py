@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ def run(data: Digits, seed: int, width: int, epochs: int, progress: bool) -> tup
     return tuple(rows)
 
 
-def merge(parents: list[DigitNet], calibration: Tensor, seed: int, options: dict[str, str]) -> nn.Module:
+def merge(parents: list[DigitNet], calibration: Tensor, seed: int, options: dict[str, Any]) -> nn.Module:
     """The one line this demo is about."""
     import fxzip
 

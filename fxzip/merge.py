@@ -68,8 +68,20 @@ def merge(
     solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
     matcher = solver.matcher if solver else resolve(method)  # type: ignore[arg-type]
     needs_data = solver is not None or (matcher.correspondence != "identity" and moments is None)
-    p = prepare(models, loader, call="fxzip.merge", clock=clock, example_inputs=example_inputs, until=until,
-                device=device, verify=verify, seed=seed, calibration=calibration, strict=strict, needs_data=needs_data)
+    p = prepare(
+        models,
+        loader,
+        call="fxzip.merge",
+        clock=clock,
+        example_inputs=example_inputs,
+        until=until,
+        device=device,
+        verify=verify,
+        seed=seed,
+        calibration=calibration,
+        strict=strict,
+        needs_data=needs_data,
+    )
     batches = calibration_batches(p, calibration, seed)
     with clock.stage("measure"):
         if moments is None:
@@ -79,16 +91,27 @@ def merge(
         matchings = match(p.merged_spaces(), moments, matcher, widths, models=len(p.names))
     with clock.stage("rewrite"):
         shared, private = merged_parameters(p, matchings)
+    notices: list[str] = []
     if solver:
         with clock.stage("solve"):
             resized = assemble(p, shared, private, models, heads) if widths else None
-            solved = solve_parameters(p.graph_modules, p.spaces, p.cut, matchings, shared, private, batches,
-                                      replace(solver.settings, seed=seed), progress, resized)
-            shared, private = solved.shared, solved.heads
+            solved = solve_parameters(
+                p.graph_modules,
+                p.spaces,
+                p.cut,
+                matchings,
+                shared,
+                private,
+                batches,
+                replace(solver.settings, seed=seed),
+                progress,
+                resized,
+            )
+            shared, private, notices = solved.shared, solved.heads, [*notices, *solved.notices]
     with clock.stage("rewrite"):
         zipped = assemble(p, shared, private, models, heads)
     with clock.stage("calibrate"):
-        notices = [] if solver else calibrate(zipped, batches)
+        notices += [] if solver else calibrate(zipped, batches)
     zipped.to(next((t.device for m in _list(models) for t in (*m.parameters(), *m.buffers())), torch.device("cpu")))
     zipped.meta[KEY]["report"] = describe(p, (solver or matcher).name, matchings, zipped, notices, clock)
     return zipped
@@ -108,8 +131,17 @@ def collect(
 
     Arguments and errors as for `merge`. Count, mean [Sn] and second moment [Sn, Sn] (float64) per space.
     """
-    p = prepare(models, loader, call="fxzip.collect", clock=Clock(), until=until, device=device, verify=False,
-                seed=seed, calibration=calibration)
+    p = prepare(
+        models,
+        loader,
+        call="fxzip.collect",
+        clock=Clock(),
+        until=until,
+        device=device,
+        verify=False,
+        seed=seed,
+        calibration=calibration,
+    )
     return measure(p, calibration_batches(p, calibration, seed), seed, progress)
 
 
@@ -124,8 +156,9 @@ def merged_parameters(p: Prepared, matchings: Mapping[str, Matching]) -> tuple[d
 def assemble(p: Prepared, shared: Mapping[str, Tensor], private: Heads, models: Any, heads: str) -> fx.GraphModule:
     """One GraphModule of these parameters."""
     originals = [m.state_dict() for m in _list(models)]
-    return build(p.graph_modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads,
-                 originals=originals)
+    return build(
+        p.graph_modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads, originals=originals
+    )
 
 
 def choose_widths(p: Prepared, moments: Moments, budget: float, models: Any) -> dict[str, int]:
@@ -183,7 +216,12 @@ def calibrate(zipped: fx.GraphModule, batches: list[tuple]) -> list[str]:
 
 
 def describe(
-    p: Prepared, method: str, matchings: Mapping[str, Matching], zipped: fx.GraphModule, notices: list[str], clock: Clock
+    p: Prepared,
+    method: str,
+    matchings: Mapping[str, Matching],
+    zipped: fx.GraphModule,
+    notices: list[str],
+    clock: Clock,
 ) -> Report:
     """What was done, for `report`."""
     device = next((t.device for t in zipped.parameters()), torch.device("cpu"))
@@ -193,13 +231,20 @@ def describe(
     result = Size("merged", *_cost(zipped, one))
     private = sum(t.numel() for n, t in zipped.named_parameters() if n in _private(zipped))
     structure = {s.name: s.structure for s in p.spaces}
-    rows = tuple(
-        SpaceRow(n, structure[n], m.sizes, m.width, m.quality, m.baseline) for n, m in matchings.items()
-    )
+    rows = tuple(SpaceRow(n, structure[n], m.sizes, m.width, m.quality, m.baseline) for n, m in matchings.items())
     notices = [*dict.fromkeys(n for t in p.traced for n in t.notices), *notices]
-    return Report(method, p.names, tuple(sizes), result, 1 - private / max(result.parameters, 1), rows,
-                  tuple(str(f) for f in p.spaces.frozen), tuple(notices),
-                  str(p.verification) if p.verification else "", dict(clock.seconds))
+    return Report(
+        method,
+        p.names,
+        tuple(sizes),
+        result,
+        1 - private / max(result.parameters, 1),
+        rows,
+        tuple(str(f) for f in p.spaces.frozen),
+        tuple(notices),
+        str(p.verification) if p.verification else "",
+        dict(clock.seconds),
+    )
 
 
 def _private(zipped: fx.GraphModule) -> set[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .check import Checked, check_merge, compare_graphs, compare_shapes
 from .errors import InputError
@@ -89,14 +90,15 @@ def prepare(
         for t in traced:
             t.graph_module.to(where)
         args = bind(few[0], signature(traced[0].graph_module.forward))
-        args = torch.utils._pytree.tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
+        args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
     with clock.stage("infer"):
         spaces = analyse(traced[0].graph_module, args)
     if strict and spaces.frozen:
         raise InputError.listing(f"{call}(strict=True)", [str(f) for f in spaces.frozen])
     cut = partition(traced[0].graph_module, spaces.opaque, until, [str(f) for f in spaces.frozen])
-    shapes = compare_shapes([state_of(t.graph_module) for t in traced], checked.names,
-                            allowed=owned(traced[0].graph_module, cut.private))
+    shapes = compare_shapes(
+        [state_of(t.graph_module) for t in traced], checked.names, allowed=owned(traced[0].graph_module, cut.private)
+    )
     if shapes:
         raise InputError.listing(call, shapes)
     for t in traced:
@@ -106,16 +108,27 @@ def prepare(
         with clock.stage("verify"):
             verification = verify_spaces(traced[0], spaces, args, seed)
             verification.check()
-    return Prepared(tuple(checked.names), isinstance(models, Mapping), traced, rows(args, 2), spaces, cut, verification, where,
-                    checked.loader)
+    return Prepared(
+        tuple(checked.names),
+        isinstance(models, Mapping),
+        traced,
+        rows(args, 2),
+        spaces,
+        cut,
+        verification,
+        where,
+        checked.loader,
+    )
 
 
 def shared_spaces(spaces: Spaces, cut: Partition, parameters: Iterable[str]) -> list[FeatureSpace]:
-    """Spaces with a segment on one of `parameters` that makes features, and all their ancestors."""
+    """Spaces that a shared parameter holds, or a value that private parts read, and all their ancestors."""
     from dataclasses import replace
 
     shared = {spaces.lowered.tied.get(p, p) for p in parameters}
     wanted = {s.name for s in spaces if any(g.parameter in shared for g in s.segments)}
+    for node in (v for name in cut.boundary for v in spaces.lowered.values.get(name, ())):
+        wanted |= {name for layout in spaces.layouts(node.name) for name, _ in layout.runs}
     for space in reversed(spaces.spaces):
         if space.name in wanted:
             wanted |= {p.space for p in space.parents}
@@ -143,7 +156,7 @@ def calibration_batches(prepared: Prepared, count: int, seed: int) -> list[tuple
 
 
 def _device(device: str | torch.device, models: Sequence[nn.Module]) -> torch.device:
-    """"auto": where the models are, or a GPU if they are on the CPU and there is one."""
+    """ "auto": where the models are, or a GPU if they are on the CPU and there is one."""
     if device != "auto":
         return torch.device(device)
     at = next((t.device for m in models for t in (*m.parameters(), *m.buffers())), torch.device("cpu"))

@@ -60,7 +60,9 @@ class Verification:
         if fired and not any(fired):
             found.append("no negative control fired: leaving a use out changes nothing, so nothing is proven")
         if not np.isnan(self.roles) and not self.roles < TOLERANCE:
-            found.append(f"moving weight between copies of a unit changes the output by {self.roles:.1e}: a role is wrong")
+            found.append(
+                f"moving weight between copies of a unit changes the output by {self.roles:.1e}: a role is wrong"
+            )
         if not np.isnan(self.roles) and not self.roles_control > 100 * max(self.roles, 1e-13):
             found.append("the negative control for roles did not fire")
         return tuple(found)
@@ -75,15 +77,19 @@ class Verification:
     def __str__(self) -> str:
         fired = sum(c > 100 * max(self.error, 1e-13) for c in self.controls.values())
         head = "sound" if self.ok else "NOT SOUND"
-        text = (f"{head}: {self.spaces} spaces, error {self.error:.1e}, controls {fired}/{len(self.controls)} fired,"
-                f" roles {self.roles:.1e} (control {self.roles_control:.1e}), sensitivity {self.sensitivity:.1e}")
+        text = (
+            f"{head}: {self.spaces} spaces, error {self.error:.1e}, controls {fired}/{len(self.controls)} fired,"
+            f" roles {self.roles:.1e} (control {self.roles_control:.1e}), sensitivity {self.sensitivity:.1e}"
+        )
         return "\n  - ".join([text, *self.problems])
 
     def check(self) -> None:
         """Raises VerificationError unless ok."""
         if not self.ok:
-            raise VerificationError(f"{self}\nNothing was merged. Run fxzip.inspect(model, example_inputs) and report "
-                                    "the graph, or keep the part from the failing node on per model with until=.")
+            raise VerificationError(
+                f"{self}\nNothing was merged. Run fxzip.inspect(model, example_inputs) and report "
+                "the graph, or keep the part from the failing node on per model with until=."
+            )
 
 
 def verify(model: nn.Module, example_inputs: Any, seed: int = 0) -> Verification:
@@ -173,7 +179,9 @@ def _two_inputs(args: tuple) -> tuple[tuple, tuple]:
             return x.mean() + scale * torch.randn_like(x)
         return x.flatten()[torch.randperm(x.numel())].reshape(x.shape)
 
-    first = tree_map(lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, rows(args, 1))
+    first = tree_map(
+        lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, rows(args, 1)
+    )
     return first, tree_map(noise, first)
 
 

@@ -50,9 +50,15 @@ def cost_terms(spaces: Spaces, cut: Partition, models: int) -> list[Term]:
 
 def _contractions(parameter: fx.Node) -> list[fx.Node]:
     """Ops that multiply data by this (at least two-dimensional) parameter."""
-    return [u for u in parameter.users if len(parameter.meta["shape"]) >= 2 and u.op == "call_function"
-            and u.meta.get("shape") is not None and u.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-            in ("linear", "convolution", "addmm", "mm")]
+    return [
+        u
+        for u in parameter.users
+        if len(parameter.meta["shape"]) >= 2
+        and u.op == "call_function"
+        and u.meta.get("shape") is not None
+        and u.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+        in ("linear", "convolution", "addmm", "mm")
+    ]
 
 
 def flops(terms: Sequence[Term], ratio: Mapping[str, float]) -> float:
@@ -79,8 +85,13 @@ def resizable(spaces: Spaces, merged: Sequence[FeatureSpace], step: int) -> set[
 
 
 def allocate(
-    terms: Sequence[Term], merged: Sequence[FeatureSpace], moments: Moments, free: Collection[str], budget: float,
-    models: int, round_to: int = 8,
+    terms: Sequence[Term],
+    merged: Sequence[FeatureSpace],
+    moments: Moments,
+    free: Collection[str],
+    budget: float,
+    models: int,
+    round_to: int = 8,
 ) -> dict[str, int]:
     """Widths [space -> m] of the `free` spaces whose FLOPs stay within `budget` times one network's.
 
@@ -91,7 +102,9 @@ def allocate(
     width = {s: max(1, min(n, int(np.ceil(LEAST * n / round_to) * round_to))) for s, n in size.items()}
     if flops(terms, {s: width[s] / size[s] for s in size}) > budget * one:
         least = flops(terms, {s: width[s] / size[s] for s in size}) / one
-        raise InputError(f"budget={budget}: the narrowest merge costs {least:.2f} times one network; allow that or more")
+        raise InputError(
+            f"budget={budget}: the narrowest merge costs {least:.2f} times one network; allow that or more"
+        )
     left = {s: _unexplained(moments[s].correlation()) for s in size}
     growing = set(size)
     while growing:
@@ -119,7 +132,10 @@ def _unexplained(correlation: Tensor) -> np.ndarray:
 
 
 def probe(
-    build_at: Callable[[Mapping[str, int]], fx.GraphModule], spaces: Spaces, graph_module: fx.GraphModule, args: tuple,
+    build_at: Callable[[Mapping[str, int]], fx.GraphModule],
+    spaces: Spaces,
+    graph_module: fx.GraphModule,
+    args: tuple,
     widths: Mapping[str, int],
 ) -> set[str]:
     """Spaces that do not take their new width: where the rewritten network stops, or has another shape than the

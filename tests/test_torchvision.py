@@ -106,9 +106,14 @@ def test_spaces_are_found_and_sound(net):
     assert proof.ok and proof.error < 1e-9, str(proof)
 
 
-def with_statistics(net: Net) -> tuple[nn.Module, list[Tensor]]:
-    """The model with batch-norm statistics of the calibration batches, which a merge recomputes from them."""
+def trained(net: Net) -> tuple[nn.Module, list[Tensor]]:
+    """A model in which every scale and bias matters, with batch-norm statistics of the calibration batches,
+    which a merge recomputes from them."""
     model, batches = net.make(), list(net.images(32).split(16))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.numel() > 1 and (p == p.flatten()[0]).all():
+                p.clamp_(min=0.3 if p.flatten()[0] > 0 else 0).add_(0.1 * torch.randn_like(p))
     recompute_statistics(model, batches, lambda batch: (batch,))
     return model, batches
 
@@ -117,8 +122,8 @@ def far(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-RECOVERED = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1", "regnet_y_400mf"]
-SLOWLY_RECOVERED = ["densenet121", "googlenet", "resnext50_32x4d", "mobilenet_v2", "efficientnet_b0", "mnasnet0_5",
+RECOVERED = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1"]
+SLOWLY_RECOVERED = ["regnet_y_400mf", "densenet121", "googlenet", "resnext50_32x4d", "mobilenet_v2", "efficientnet_b0", "mnasnet0_5",
                     "regnet_x_400mf", "inception_v3", "convnext_tiny", "swin_t", "swin_v2_t", "vit_b_16", "maxvit_t"]  # fmt: skip
 
 
@@ -126,14 +131,14 @@ SLOWLY_RECOVERED = ["densenet121", "googlenet", "resnext50_32x4d", "mobilenet_v2
     "name", [*RECOVERED, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOWLY_RECOVERED)]
 )
 def test_a_scrambled_copy_merges_back_to_the_model(name):
-    model, batches = with_statistics(BY_NAME[name])
+    model, batches = trained(BY_NAME[name])
     with unchanged(model):
         twin = fxzip.scramble(model, batches[0][:2])
     with torch.no_grad():
         wanted = model(batches[0])
         assert far(twin(batches[0]), wanted) < 1e-3, "scramble changed the function"
     moved = sum(not torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    assert moved > 0.5 * len(list(model.parameters()))
+    assert moved > 0.95 * len(list(model.parameters()))  # all but head biases
     moments = fxzip.collect([model, twin], batches, calibration=32, progress=False)
     for method in ("permute", "zip"):
         with unchanged([model, twin]):
@@ -153,7 +158,7 @@ def test_a_scrambled_copy_merges_back_to_the_model(name):
 
 @pytest.mark.parametrize("name, until", [("resnet18", "layer3"), ("mobilenet_v3_small", "features.7")])
 def test_partial_recovery(name, until):
-    model, batches = with_statistics(BY_NAME[name])
+    model, batches = trained(BY_NAME[name])
     twin = fxzip.scramble(model, batches[0][:2], seed=1)
     zipped = fxzip.merge([model, twin], batches, method="permute", until=until, calibration=32, verify=False,
                          progress=False)  # fmt: skip
@@ -165,7 +170,7 @@ def test_partial_recovery(name, until):
 
 @pytest.mark.parametrize("method", ["average", "permute", "zip"])
 def test_a_model_merged_with_itself_is_the_model(method):
-    model, batches = with_statistics(BY_NAME["mobilenet_v3_small"])
+    model, batches = trained(BY_NAME["mobilenet_v3_small"])
     zipped = fxzip.merge([model, model], batches, method=method, calibration=32, verify=False, progress=False)
     with torch.no_grad():
         wanted = model(batches[0])

@@ -15,8 +15,10 @@ from .engine import Inference, tensor_nodes
 from .families import read_spaces
 from .spaces import Anchor, FeatureSpace, Frozen, Layout, Parent, Segment, Spaces
 
-__all__ = ["Anchor", "FeatureSpace", "Frozen", "Layout", "Parent", "Segment", "Spaces", "analyse", "annotate", "counted_outputs",
-           "infer", "readable"]  # fmt: skip
+__all__ = [
+    "Anchor", "FeatureSpace", "Frozen", "Layout", "Parent", "Segment", "Spaces", "analyse", "annotate",
+    "counted_outputs", "infer", "readable",
+]  # fmt: skip
 
 
 def infer(lowered: Lowered, outputs: Callable[[Any], Any] | None = None) -> Spaces:

@@ -101,7 +101,7 @@ class Inference:
         operands = [n for n in node.all_input_nodes if "const" not in n.meta]
         args, kwargs = tree_map(self._value, (node.args, node.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
         specs = _specs(node)
-        result = apply(self.notes, node.target, args, kwargs, specs)
+        result = apply(self.notes, node.target, args, kwargs, specs)  # type: ignore[arg-type]
         if isinstance(result, Refusal):
             result = self._freeze(node, operands, specs, result.reason)
         self.outputs[node] = result

@@ -14,7 +14,9 @@ Use = tuple[str, int]  # parameter, axis
 State = Mapping[str, Tensor]
 
 
-def axis_indices(spaces: Iterable[FeatureSpace], permutations: Mapping[str, np.ndarray], state: State) -> dict[Use, np.ndarray]:
+def axis_indices(
+    spaces: Iterable[FeatureSpace], permutations: Mapping[str, np.ndarray], state: State
+) -> dict[Use, np.ndarray]:
     """(parameter, axis) -> int64 index: the permuted axis is `old.index_select(axis, index)`. Identities left out."""
     indices: dict[Use, np.ndarray] = {}
     for space in spaces:

@@ -88,7 +88,9 @@ class LabelledType:
             lost = [group.labels.shape[i] for i, a in enumerate(group.axes) if a not in mapping]
             if any(d != 1 for d in lost):
                 raise ValueError(f"axes {group.axes} are labelled jointly; {mapping} drops one of them")
-            labels = group.labels.reshape([d for a, d in zip(group.axes, group.labels.shape, strict=True) if a in mapping])
+            labels = group.labels.reshape(
+                [d for a, d in zip(group.axes, group.labels.shape, strict=True) if a in mapping]
+            )
             groups.append(Group(tuple(mapping[a] for a in kept), labels))
         return LabelledType(tuple(shape), tuple(groups))
 

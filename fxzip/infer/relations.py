@@ -197,7 +197,10 @@ class Relations:
     # -- einsum -----------------------------------------------------------------------------------
 
     def einsum(
-        self, operands: Sequence[tuple[LabelledType, Sequence[Name | None]]], out: Collection[Name], pin: Collection[Name] = ()
+        self,
+        operands: Sequence[tuple[LabelledType, Sequence[Name | None]]],
+        out: Collection[Name],
+        pin: Collection[Name] = (),
     ) -> list[Group]:
         """Relate operands along the names they share; -> disjoint groups over the names in `out`.
 

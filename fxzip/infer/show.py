@@ -27,8 +27,10 @@ def summary(spaces: Spaces) -> list[str]:
     """Counts, free share, and what stays unmerged and why."""
     free, total = free_parameters(spaces)
     owners = sum(bool(s.segments) for s in spaces)
-    lines = [f"{owners} spaces with parameters, {len(spaces) - owners} block spaces without; "
-             f"{100 * free / max(total, 1):.2f} % of {total:,} parameters lie on a space"]
+    lines = [
+        f"{owners} spaces with parameters, {len(spaces) - owners} block spaces without; "
+        f"{100 * free / max(total, 1):.2f} % of {total:,} parameters lie on a space"
+    ]
     if spaces.opaque:
         lines.append(f"per model from here on: {', '.join('%' + n for n in _short(sorted(spaces.opaque), 6))}")
     lines += [str(f) for f in spaces.frozen]
@@ -87,8 +89,13 @@ def to_networkx(spaces: Spaces) -> nx.DiGraph:
         if node.op == "output":
             continue
         held = sorted({s for layout in spaces.layouts(node.name) for s, _ in layout.runs})
-        graph.add_node(node.name, op=str(node.target), shape=tuple(node.meta.get("shape") or ()),
-                       origin=node.meta.get("origin") or "", spaces=tuple(held))
+        graph.add_node(
+            node.name,
+            op=str(node.target),
+            shape=tuple(node.meta.get("shape") or ()),
+            origin=node.meta.get("origin") or "",
+            spaces=tuple(held),
+        )
         graph.add_edges_from((i.name, node.name) for i in node.all_input_nodes)
     return graph
 
@@ -113,8 +120,16 @@ def _row(space: FeatureSpace) -> tuple[str, ...]:
 
     notes = sorted(space.nonlinear) + (["permutation only"] if space.orthogonal_only else [])
     parents = " ".join(p.space for p in space.parents)
-    return (space.name, str(space.size), space.structure, parents, who("produce"), who("consume"), who("vector"),
-            ", ".join(notes))
+    return (
+        space.name,
+        str(space.size),
+        space.structure,
+        parents,
+        who("produce"),
+        who("consume"),
+        who("vector"),
+        ", ".join(notes),
+    )
 
 
 def _paragraph(space: FeatureSpace) -> str:

@@ -101,8 +101,10 @@ class _State:
         one, many, n = self.one, self.many, self.count
         colour = pair(mix(self.home + U64(77)), multiset(self.marked, mix(self.keys + U64(12345)), n))
         distinct = -1
-        sides = [(e[a], e[b], e[2] * U64(4) + U64(k)) for k, (e, a, b) in enumerate(
-            [(one, 0, 1), (one, 1, 0), (many, 0, 1), (many, 1, 0)])]
+        sides = [
+            (e[a], e[b], e[2] * U64(4) + U64(k))
+            for k, (e, a, b) in enumerate([(one, 0, 1), (one, 1, 0), (many, 0, 1), (many, 1, 0)])
+        ]
         while True:
             total = np.zeros(n, U64)
             for source, target, kind in sides:

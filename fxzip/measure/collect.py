@@ -96,7 +96,8 @@ def _check_finite(programs: Programs, name: str, model: int, rows: Tensor) -> No
     if bool(torch.isfinite(rows).all()):
         return
     node = next(n for n in programs.spaces.lowered.graph.nodes if n.name == name)
+    where = f"%{node.meta.get('origin') or name} ({node.meta.get('line') or node.target})"
     raise InputError(
-        f"model {model} yields NaN or Inf at %{node.meta.get('origin') or name} ({node.meta.get('line') or node.target}) "
-        "on the calibration data; check the data's normalisation and the model's weights"
+        f"model {model} yields NaN or Inf at {where} on the calibration data; "
+        "check the data's normalisation and the model's weights"
     )

@@ -28,7 +28,7 @@ def read_batches(
     seen = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        source = _in_turn(loader) if _is_tasks(loader) else iter(loader)
+        source = _in_turn(loader) if isinstance(loader, Mapping) and _is_tasks(loader) else iter(loader)
         while seen < count:
             batch = next(source, None)
             if batch is None:
@@ -45,7 +45,7 @@ def read_batches(
 
 def _is_tasks(loader: Any) -> bool:
     """A dict of loaders, as opposed to a batch that is a dict (whose values are tensors)."""
-    return isinstance(loader, Mapping) and not any(isinstance(v, Tensor) for v in loader.values())
+    return not any(isinstance(v, Tensor) for v in loader.values())
 
 
 def _in_turn(loaders: Mapping[str, Iterable]) -> Iterator[Any]:

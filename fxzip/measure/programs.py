@@ -58,8 +58,10 @@ class Programs:
         then = {n.name: n.meta.get("shape") for n in self.spaces.lowered.graph.nodes}
         fits = [a for a in space.anchors if all(now[twin[a.node]][x] == then[a.node][x] for x in a.axes)]
         if space.anchors and not fits:
-            raise SpaceError(f"{space.name}: at this batch size its features are flattened together with the batch in "
-                             f"%{space.anchors[0].node}; it cannot be measured")
+            raise SpaceError(
+                f"{space.name}: at this batch size its features are flattened together with the batch in "
+                f"%{space.anchors[0].node}; it cannot be measured"
+            )
         return fits
 
 

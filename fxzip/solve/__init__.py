@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
@@ -16,7 +17,7 @@ from ..measure import Programs
 from ..rewrite import Heads, Partition
 from ..trace import Lowered, batch_size, lower, state_of
 from .fit import Settings
-from .lanes import Lane
+from .lanes import Lane, dynamic_nodes
 from .sequence import Pass, Record
 
 __all__ = ["Record", "Settings", "Solve", "Solved", "solve_parameters"]
@@ -40,12 +41,14 @@ class Solve:
 
 @dataclass(frozen=True)
 class Solved:
-    """shared: name -> tensor; heads: private parameters; records: one per fit; peak: bytes of activations held."""
+    """shared: name -> tensor; heads: private parameters; records: one per fit; peak: bytes of activations held;
+    notices: what the user should know."""
 
     shared: Mapping[str, Tensor]
     heads: Heads
     records: tuple[Record, ...]
     peak: int
+    notices: tuple[str, ...] = ()
 
 
 def solve_parameters(
@@ -69,9 +72,21 @@ def solve_parameters(
     """
     chunks = _chunks(batches)
     programs = Programs(graph_modules, spaces)
+    settings = settings or Settings()
+    afford = affordable(programs.lowered(0, chunks[0])[0], len(graph_modules) + 1, settings.memory)
+    notices = ()
+    if afford < len(chunks):
+        size = max(batch_size(chunks[0]), 1)
+        notices = (
+            f"solve used {afford * size} of {len(chunks) * size} samples: activations of more would take over "
+            f"{settings.memory / 1e9:.1f} GB; pass Solve(settings=Settings(memory=...)) to allow more",
+        )
+        chunks = chunks[:afford]
     parents = [_lane(programs, i, dict(programs.states[i]), chunks[0]) for i in range(len(graph_modules))]
     state = {**state_of(graph_modules[0]), **shared}
-    merged = _lane(programs, 0, state, chunks[0]) if resized is None else _resized_lane(resized, spaces, state, chunks[0])
+    merged = (
+        _lane(programs, 0, state, chunks[0]) if resized is None else _resized_lane(resized, spaces, state, chunks[0])
+    )
     private = [_lane(programs, i, {**state_of(m), **heads.states[i]}, chunks[0]) for i, m in enumerate(graph_modules)]
     origin = {n.name: n.meta.get("origin") for n in spaces.lowered.graph.nodes}
     is_private = frozenset(n for n, o in origin.items() if o in cut.private)
@@ -82,11 +97,30 @@ def solve_parameters(
         for lane in (*parents, merged):
             for node, value in zip(lane.lowered.inputs, _tensors(chunk), strict=True):
                 lane.values.setdefault(lane.names[node], []).append(value)
-    steps = Pass(parents, merged, private, is_private, spaces, matchings, settings or Settings(), len(chunks))
+    steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, len(chunks))
     with torch.no_grad():
         steps.run(progress)
     fitted = tuple({n: lane.state[n] for n in s} for lane, s in zip(private, heads.states, strict=True))
-    return Solved({n: merged.state[n] for n in shared}, replace(heads, states=fitted), tuple(steps.records), steps.peak)
+    return Solved(
+        {n: merged.state[n] for n in shared}, replace(heads, states=fitted), tuple(steps.records), steps.peak, notices
+    )
+
+
+def affordable(lowered: Lowered, lanes: int, memory: float) -> int:
+    """How many chunks (of the batch that was lowered) `lanes` networks can hold live at once; at least one."""
+    dynamic = dynamic_nodes(lowered)
+    last = {i: n for n in dynamic.values() for i in (n, *n.all_input_nodes)}
+    live = most = 0
+    for node in dynamic.values():
+        live += _bytes(node)
+        most = max(most, live)
+        live -= sum(_bytes(i) for i in {node, *node.all_input_nodes} if i.name in dynamic and last[i] is node)
+    return max(1, int(memory // max(most * lanes, 1)))
+
+
+def _bytes(node: fx.Node) -> int:
+    shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
+    return 0 if shape is None or dtype is None else int(np.prod(shape)) * dtype.itemsize
 
 
 def _chunks(batches: Sequence[tuple]) -> list[tuple]:

@@ -67,21 +67,21 @@ def _link(node: fx.Node, source: fx.Node, dynamic: Mapping[str, fx.Node]) -> Lin
             return None
         if name == "sub" and b is source:
             return None
-        other = b if a is source else a
-        return Link("add" if name == "add" else "subtract", node, source, other)
+        return Link("add" if name == "add" else "subtract", node, source, b if a is source else a)
     if name in ("mul", "div") and node.args[0] is source and isinstance(node.args[1], (int, float)):
         return Link("scalar", node, source)
     if name == "mul":
         other = node.args[1] if node.args[0] is source else node.args[0]
-        learned = isinstance(other, fx.Node) and "parameter" in other.meta and "const" not in other.meta
-        return Link("scale", node, source, other) if learned and len(other.users) == 1 else None
+        if isinstance(other, fx.Node) and "parameter" in other.meta and "const" not in other.meta:
+            return Link("scale", node, source, other) if len(other.users) == 1 else None
     return None
 
 
 def _plain_norm(node: fx.Node) -> bool:
     """In eval, with learned scale and shift and running statistics that no other op uses."""
     operands = node.args[1:5]
-    return not node.args[5] and all(
+    training = len(node.args) > 5 and node.args[5] is True
+    return not training and all(
         isinstance(o, fx.Node) and "parameter" in o.meta and len(o.users) == 1 for o in operands
     )
 

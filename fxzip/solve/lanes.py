@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
@@ -62,7 +61,7 @@ class Lane:
         """Run one op with operands from `read`."""
         args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
         kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
-        return node.target(*args, **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def value(self, name: str, chunk: int) -> Any:
         if name in self.values:
@@ -73,7 +72,7 @@ class Lane:
     def operand(self, node: fx.Node, chunk: int, dynamic: Mapping[str, Any]) -> Any:
         """The value of an operand node: computed in a lane if its name is in `dynamic`, static otherwise."""
         name = self.names.get(node)
-        return self.value(name, chunk) if name in dynamic else self.static(node)
+        return self.value(name, chunk) if name is not None and name in dynamic else self.static(node)
 
     def compute(self, name: str, chunks: int, dynamic: Mapping[str, Any]) -> None:
         """Values of one node on all chunks."""
@@ -108,7 +107,3 @@ def _size(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(_size(v) for v in value) if isinstance(value, (tuple, list)) else 0
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape

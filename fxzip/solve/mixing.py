@@ -50,8 +50,12 @@ def mixer(
     if max(int(p.max()) for _, p in runs) >= length:
         return None  # at this batch size the batch is flattened into these axes
     maps = tuple(
-        axis_map([(s, column, matchings[s].blocks_merge(i)) for s, p in runs for column in p.T], length, where,
-                 scale=1.0 / models)
+        axis_map(
+            [(s, column, matchings[s].blocks_merge(i)) for s, p in runs for column in p.T],
+            length,
+            where,
+            scale=1.0 / models,
+        )
         for i in range(models)
     )
     return Mixer(((layout.axes, maps),))
@@ -62,6 +66,6 @@ def _along(value: Tensor, axes: tuple[int, ...], step: AxisMap) -> Tensor:
         return apply(value, axes[0], step)
     last = tuple(range(-len(axes), 0))
     moved = value.movedim(axes, last)
-    sizes = moved.shape[moved.dim() - len(axes):]
+    sizes = moved.shape[moved.dim() - len(axes) :]
     out = apply(moved.flatten(-len(axes)), -1, step)
     return out.unflatten(-1, sizes).movedim(last, axes)  # jointly labelled axes keep their sizes

@@ -6,7 +6,7 @@ non-linearity, minimise E |f(t) - f(W x)|^2 by majorisation: replace the target 
     t' = y + w (t - y),   y = W x,   w = clip(max(|f(t) - f(y)| / |t - y|, |f'(t)|), 0, 1)
 
 and solve again with the same factored Gram matrix. For ReLU t' projects y on {y: f(y) = f(t)}, so this is
-alternating projection onto a convex set: the error falls monotonically. Closed form, a few sweeps.
+alternating projection, and the distance to that convex set falls monotonically. Closed form, a few sweeps.
 """
 
 from __future__ import annotations

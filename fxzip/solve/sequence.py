@@ -24,8 +24,10 @@ from ..infer import Spaces
 from ..match import Matching
 from .affine import Link, chain, packet
 from .design import DESIGNS
-from .fit import NORMS, Point, Settings, argument, solve_norm, solve_point
+from .fit import Point, Settings, solve_point
 from .lanes import Lane, dynamic_nodes, nbytes
+from .norms import NORMS, solve_norm
+from .slots import argument
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,11 @@ class Pass:
 
     def _there(self, link: Link) -> bool:
         other = link.other
-        return link.kind not in ("add", "subtract") or other is None or (
-            other.name not in self.dynamic or other.name in self.done)
+        return (
+            link.kind not in ("add", "subtract")
+            or other is None
+            or (other.name not in self.dynamic or other.name in self.done)
+        )
 
     def _contracts(self, node: fx.Node) -> bool:
         """Data times parameters, as one of DESIGNS knows to regress."""
@@ -114,8 +119,12 @@ class Pass:
         if design is None:
             return False
         data, weight = (argument(node, n) for n in (design.data, design.weight))
-        return (isinstance(weight, fx.Node) and weight.name not in self.dynamic
-                and isinstance(data, fx.Node) and data.name in self.dynamic)
+        return (
+            isinstance(weight, fx.Node)
+            and weight.name not in self.dynamic
+            and isinstance(data, fx.Node)
+            and data.name in self.dynamic
+        )
 
     def _columns(self, node: fx.Node) -> int:
         weight = argument(node, DESIGNS[packet(node)].weight)
@@ -148,9 +157,13 @@ class Pass:
                     parent.compute(link.other.name, self.chunks, self.dynamic)
                 parent.compute(link.node.name, self.chunks, self.dynamic)
         point = Point(name, last, links, lane, self.parents if model is None else [self.parents[model]], model is None)
-        record = solve_point(point, self.spaces, self.matchings, self.settings, self.chunks, self.dynamic, self.generator)
+        record = solve_point(
+            point, self.spaces, self.matchings, self.settings, self.chunks, self.dynamic, self.generator
+        )
         if record is not None:
-            self.records.append(Record(self.dynamic[name].meta.get("origin") or name, packet(self.dynamic[name]), *record))
+            self.records.append(
+                Record(self.dynamic[name].meta.get("origin") or name, packet(self.dynamic[name]), *record)
+            )
             self.folded.update(k.other.name for k in links if k.kind == "norm" and k.other is not None)
 
     def _fit_norm(self, node: fx.Node, lane: Lane, model: int | None) -> None:
@@ -160,8 +173,18 @@ class Pass:
         parents = self.parents if model is None else [self.parents[model]]
         for parent in parents:
             parent.compute(first.name, self.chunks, self.dynamic)
-        record = solve_norm(node, first.name, lane, parents, model is None, self.spaces, self.matchings, self.settings,
-                            self.chunks, self.dynamic)
+        record = solve_norm(
+            node,
+            first.name,
+            lane,
+            parents,
+            model is None,
+            self.spaces,
+            self.matchings,
+            self.settings,
+            self.chunks,
+            self.dynamic,
+        )
         if record is not None:
             self.records.append(Record(node.meta.get("origin") or node.name, packet(node), *record))
 

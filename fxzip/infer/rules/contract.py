@@ -45,17 +45,13 @@ def addmm(ctx: Context, out: Sequence[OutSpec], self: Value, mat1: Value, mat2: 
 
 
 @rule("baddbmm")
-def baddbmm(
-    ctx: Context, out: Sequence[OutSpec], self: Value, batch1: Value, batch2: Value, **_
-) -> LabelledType:
+def baddbmm(ctx: Context, out: Sequence[OutSpec], self: Value, batch1: Value, batch2: Value, **_) -> LabelledType:
     product = ctx.contract("bik,bkj->bij", [batch1, batch2], out[0].shape)
     return ctx.pointwise([product, self.type], out[0].shape)
 
 
 @rule("addbmm")
-def addbmm(
-    ctx: Context, out: Sequence[OutSpec], self: Value, batch1: Value, batch2: Value, **_
-) -> LabelledType:
+def addbmm(ctx: Context, out: Sequence[OutSpec], self: Value, batch1: Value, batch2: Value, **_) -> LabelledType:
     product = ctx.contract("bik,bkj->ij", [batch1, batch2], out[0].shape)
     return ctx.pointwise([product, self.type], out[0].shape)
 

@@ -105,16 +105,12 @@ def roll(
 
 
 @rule("index_select", moves=True)
-def index_select(
-    ctx: Context, out: Sequence[OutSpec], self: Value, dim: int, index: Value, **_
-) -> LabelledType:
+def index_select(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int, index: Value, **_) -> LabelledType:
     return index_one(ctx, self.type, dim % self.dim if self.dim else 0, index, out[0].shape)
 
 
 @rule("index", "_unsafe_index", moves=True)
-def index(
-    ctx: Context, out: Sequence[OutSpec], self: Value, indices: Sequence[Value | None], **_
-) -> LabelledType:
+def index(ctx: Context, out: Sequence[OutSpec], self: Value, indices: Sequence[Value | None], **_) -> LabelledType:
     """x[:, i] with one index tensor, or several adjacent or separate ones, as numpy counts their axes."""
     given = {axis: i for axis, i in enumerate(indices) if i is not None}
     if any(i.dtype in (torch.bool, torch.uint8) for i in given.values()):
@@ -125,14 +121,10 @@ def index(
     picked = torch.broadcast_shapes(*(i.shape for i in given.values()))
     axes = list(given)
     adjacent = axes == list(range(axes[0], axes[0] + len(axes)))
-    return _indexed(
-        ctx, self.type, axes, list(given.values()), axes[0] if adjacent else 0, picked, out[0].shape
-    )
+    return _indexed(ctx, self.type, axes, list(given.values()), axes[0] if adjacent else 0, picked, out[0].shape)
 
 
-def index_one(
-    ctx: Context, labelled: LabelledType, axis: int, index: Value, shape: Sequence[int]
-) -> LabelledType:
+def index_one(ctx: Context, labelled: LabelledType, axis: int, index: Value, shape: Sequence[int]) -> LabelledType:
     """One index tensor of any rank along `axis`; known values act on the labels."""
     if index.const is None or labelled.group_of(axis) is None:
         return _indexed(ctx, labelled, [axis], [index], axis, index.shape, shape)
@@ -200,9 +192,7 @@ def index_write(
 
 
 @rule("index_fill")
-def index_fill(
-    ctx: Context, out: Sequence[OutSpec], self: Value, dim: int, index: Value, **_
-) -> LabelledType:
+def index_fill(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int, index: Value, **_) -> LabelledType:
     ctx.pin(index.type, range(index.dim))
     return _written(ctx, dim % self.dim, [self], out[0].shape)
 

@@ -67,9 +67,7 @@ def _part(ctx: Context, labelled: LabelledType, joint: tuple[int, ...], axis: in
     if batch:  # inert along `axis`: labels of the batch axes, tagged with the position
         return ctx.relations.join(joint, sizes, batch).labels
     labels = ctx.relations.fresh([sizes[a] for a in joint])
-    ctx.pin(
-        LabelledType(tuple(sizes.values()), (Group(tuple(range(len(joint))), labels),)), range(len(joint))
-    )
+    ctx.pin(LabelledType(tuple(sizes.values()), (Group(tuple(range(len(joint))), labels),)), range(len(joint)))
     return labels
 
 
@@ -167,9 +165,7 @@ def select_scatter(
     return _replaced(ctx, self.type, written, axis, range(position, position + 1))
 
 
-def _replaced(
-    ctx: Context, labelled: LabelledType, written: LabelledType, axis: int, positions: range
-) -> LabelledType:
+def _replaced(ctx: Context, labelled: LabelledType, written: LabelledType, axis: int, positions: range) -> LabelledType:
     shape = labelled.shape
     stay = [i for i in range(shape[axis]) if i not in positions]
     if not stay:

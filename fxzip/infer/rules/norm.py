@@ -25,10 +25,7 @@ def batch_norm(
     statistic = tuple(g.renamed({1: 0}) for g in ctx.project(result, [1]))
     return [
         result,
-        *(
-            LabelledType(o.shape, statistic) if o.shape == input.shape[1:2] else inert(o.shape)
-            for o in out[1:]
-        ),
+        *(LabelledType(o.shape, statistic) if o.shape == input.shape[1:2] else inert(o.shape) for o in out[1:]),
     ]
 
 
@@ -76,9 +73,7 @@ def softmax(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int, **_) ->
 
 
 @rule("_weight_norm_interface")
-def weight_norm(
-    ctx: Context, out: Sequence[OutSpec], v: Value, g: Value, dim: int = 0, **_
-) -> list[LabelledType]:
+def weight_norm(ctx: Context, out: Sequence[OutSpec], v: Value, g: Value, dim: int = 0, **_) -> list[LabelledType]:
     """g v / |v|, the norm along all axes but `dim`."""
     names = range(v.dim)
     ctx.mixed(v.type, [a for a in names if a != dim], "weight_norm")

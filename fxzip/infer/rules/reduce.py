@@ -23,9 +23,7 @@ def reduction(
         return elementwise(ctx, "maximum", [self, other], out)
     reduced = _axes(dim, self.dim)
     kept = [a for a in range(self.dim) if a not in reduced]
-    if (
-        len(out) == 2 and isinstance(dim, int) and out[1].dtype == torch.int64
-    ):  # max, min, median along an axis
+    if len(out) == 2 and isinstance(dim, int) and out[1].dtype == torch.int64:  # max, min, median along an axis
         ctx.pin(self.type, reduced)
     ctx.nonlinear([g for g in self.type.groups if any(a in reduced for a in g.axes)], "reduction")
     place = {a: a if len(out[0].shape) == self.dim else i for i, a in enumerate(kept)}

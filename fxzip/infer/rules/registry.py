@@ -103,9 +103,7 @@ def apply(
         return Refusal(str(refusal))
     types = types if isinstance(types, list) else [types]
     if [t.shape for t in types] != [tuple(o.shape) for o in out]:
-        raise AssertionError(
-            f"the rule for {op} returned {[t.shape for t in types]} for {[o.shape for o in out]}"
-        )
+        raise AssertionError(f"the rule for {op} returned {[t.shape for t in types]} for {[o.shape for o in out]}")
     return types
 
 
@@ -133,17 +131,13 @@ def values_in(arguments: Iterable[Any]) -> list[Value]:
     return found
 
 
-def elementwise(
-    ctx: Context, kind: str, values: Sequence[Value], out: Sequence[OutSpec]
-) -> list[LabelledType]:
+def elementwise(ctx: Context, kind: str, values: Sequence[Value], out: Sequence[OutSpec]) -> list[LabelledType]:
     """Entry by entry under broadcasting: aligned axes are related, an inert one pins a labelled one."""
     shape = torch.broadcast_shapes(*(v.shape for v in values))
     if any(tuple(o.shape) != tuple(shape) and 0 not in o.shape for o in out):
         raise Refuse(f"{kind} does not broadcast {[v.shape for v in values]} to {[o.shape for o in out]}")
     labelled = ctx.pointwise([v.type for v in values], shape)
-    activations = [
-        v for v in values if not v.linear and not v.parametric and v.const is None and v.type.groups
-    ]
+    activations = [v for v in values if not v.linear and not v.parametric and v.const is None and v.type.groups]
     if len(activations) > 1 and kind not in _SUMS:
         ctx.nonlinear(labelled.groups, kind)
     return [labelled if 0 not in o.shape else inert(o.shape) for o in out]

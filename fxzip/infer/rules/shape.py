@@ -22,9 +22,7 @@ def permute(ctx: Context, out: Sequence[OutSpec], self: Value, dims: Sequence[in
 
 
 @rule("t", "transpose", moves=True)
-def transpose(
-    ctx: Context, out: Sequence[OutSpec], self: Value, dim0: int = 0, dim1: int = 1, **_
-) -> LabelledType:
+def transpose(ctx: Context, out: Sequence[OutSpec], self: Value, dim0: int = 0, dim1: int = 1, **_) -> LabelledType:
     if self.dim < 2:
         return self.type
     a, b = dim0 % self.dim, dim1 % self.dim
@@ -84,9 +82,7 @@ def view_as_complex(ctx: Context, out: Sequence[OutSpec], self: Value, **_) -> L
 
 
 @rule("pixel_shuffle", moves=True)
-def pixel_shuffle(
-    ctx: Context, out: Sequence[OutSpec], self: Value, upscale_factor: int, **_
-) -> LabelledType:
+def pixel_shuffle(ctx: Context, out: Sequence[OutSpec], self: Value, upscale_factor: int, **_) -> LabelledType:
     """(c r q) h w -> c (h r) (w q)"""
     *lead, c, h, w = self.shape
     r, n = upscale_factor, len(self.shape) - 3
@@ -96,9 +92,7 @@ def pixel_shuffle(
 
 
 @rule("pixel_unshuffle", moves=True)
-def pixel_unshuffle(
-    ctx: Context, out: Sequence[OutSpec], self: Value, downscale_factor: int, **_
-) -> LabelledType:
+def pixel_unshuffle(ctx: Context, out: Sequence[OutSpec], self: Value, downscale_factor: int, **_) -> LabelledType:
     """c (h r) (w q) -> (c r q) h w"""
     *lead, c, h, w = self.shape
     r, n = downscale_factor, len(self.shape) - 3
@@ -115,9 +109,7 @@ def channel_shuffle(ctx: Context, out: Sequence[OutSpec], self: Value, groups: i
     return _reordered(ctx, split, [0, 2, 1, *range(3, len(rest) + 3)], out[0].shape)
 
 
-def _reordered(
-    ctx: Context, split: LabelledType, order: Sequence[int], shape: tuple[int, ...]
-) -> LabelledType:
+def _reordered(ctx: Context, split: LabelledType, order: Sequence[int], shape: tuple[int, ...]) -> LabelledType:
     """Permute the split axes, then join them into `shape`."""
     permuted = split.mapped([split.shape[a] for a in order], {a: i for i, a in enumerate(order)})
     return ctx.relations.reshape(permuted, shape)

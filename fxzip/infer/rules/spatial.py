@@ -43,9 +43,7 @@ def grid_sampler(ctx: Context, out: Sequence[OutSpec], input: Value, grid: Value
     rank = input.dim - 2
     before, after = "pqr"[:rank], "PQR"[:rank]
     pinned = {*before, *after, "x"}
-    return ctx.einsum(
-        [(input.type, f"nc{before}"), (grid.type, f"n{after}x")], f"nc{after}", out[0].shape, pin=pinned
-    )
+    return ctx.einsum([(input.type, f"nc{before}"), (grid.type, f"n{after}x")], f"nc{after}", out[0].shape, pin=pinned)
 
 
 @rule("im2col", moves=True)

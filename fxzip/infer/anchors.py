@@ -1,0 +1,98 @@
+"""Where features are visible: anchors to measure them at, and the layout of any value."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import fx
+
+from .reader import Reader
+from .spaces import Anchor, Layout
+
+QUIET = 1e-3  # weight of what producers write beside what consumers read
+
+
+def anchors_of(reader: Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
+    """Where features are measured: what consumers read, and with little weight what producers write, which
+    tells apart features that stay silent behind a non-linearity; without consumers, the latter in full."""
+    read, written = defaultdict(dict), defaultdict(dict)
+    for node, roles in reader.inference.notes.contractions.items():
+        if "consume" in roles:
+            for operand in node.all_input_nodes:
+                if operand in reader.inference.data:
+                    _collect(reader, _before_affine(reader, operand), wanted, read)
+        if "produce" in roles:
+            _collect(reader, node, wanted, written)
+    found = {}
+    for family in wanted:
+        quiet = [a for key, a in written[family].items() if key not in read[family]]
+        if read[family]:
+            found[family] = [*read[family].values(), *(replace(a, weight=QUIET) for a in quiet)]
+        elif quiet:
+            found[family] = quiet
+    return found
+
+
+def _before_affine(reader: Reader, node: fx.Node) -> fx.Node:
+    """Step over norms and scales whose parameters live in the space: the stream itself is what is shared."""
+    inference = reader.inference
+    while True:
+        op = node.args[0] if node.target is operator.getitem else node  # a norm has several results
+        if not isinstance(op, fx.Node) or op.op != "call_function" or op in inference.notes.contractions:
+            return node
+        operands = [o for o in op.all_input_nodes if "const" not in o.meta]
+        data = [o for o in operands if o in inference.data]
+        affine = any(o in inference.weights for o in operands)
+        if not affine or len(data) != 1 or _places(reader, data[0]) != _places(reader, node):
+            return node
+        node = data[0]
+
+
+def _places(reader: Reader, node: fx.Node) -> tuple:
+    """Shape of a value, and which feature sits where in it."""
+    labelled = reader.inference.types[node]
+    flat = (_flat(*group) for group in labelled.groups)
+    return labelled.shape, sorted((axes, reader.atoms(labels).tobytes()) for axes, labels in flat)
+
+
+def _collect(reader: Reader, node: fx.Node, wanted: set[int], into: dict[int, dict]) -> None:
+    if node.meta["shape"] is None:  # several results: the first is the value
+        node = next((u for u in node.users if u.args[1] == 0), node)
+    for axes, labels in reader.inference.types[node].groups:
+        ascending, flat = _flat(axes, labels)
+        for family, run in reader.split(flat):
+            positions = reader.positions(family, flat, run) if family in wanted else None
+            if positions is not None:
+                into[family].setdefault((node, ascending, run[0]), Anchor(node.name, ascending, positions))
+
+
+@dataclass
+class Layouts:
+    """Where the spaces sit in any value of the lowered graph, worked out when asked."""
+
+    reader: Reader
+    names: dict[int, str]
+    nodes: dict[str, fx.Node]
+
+    def __call__(self, name: str) -> tuple[Layout, ...]:
+        """The feature layouts of the lowered node `name`; () when its type carries no space."""
+        found = []
+        for axes, labels in self.reader.inference.types[self.nodes[name]].groups if name in self.nodes else ():
+            ascending, flat = _flat(axes, labels)
+            runs = []
+            for family, run in self.reader.split(flat):
+                positions = self.reader.positions(family, flat, run) if family in self.names else None
+                if positions is not None:
+                    runs.append((self.names[family], positions))
+            if runs:
+                found.append(Layout(ascending, tuple(runs)))
+        return tuple(found)
+
+
+def _flat(axes: tuple, labels: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """Axes in ascending order and the labels flattened row-major over them."""
+    ascending = tuple(sorted(axes))
+    return ascending, np.ascontiguousarray(labels.transpose([axes.index(a) for a in ascending])).ravel()

@@ -1,0 +1,79 @@
+"""Norms that no contraction absorbed: scale and shift fitted per feature, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..infer import Spaces
+from ..match import Matching
+from .affine import BATCH_NORMS, packet
+from .fit import Outcome, Settings, mixer_at
+from .lanes import Lane
+from .slots import Slot, argument, arguments
+
+NORMS = BATCH_NORMS | {"native_layer_norm", "native_group_norm"}
+
+
+def solve_norm(
+    node: fx.Node,
+    first: str,
+    lane: Lane,
+    parents: Sequence[Lane],
+    shared: bool,
+    spaces: Spaces,
+    matchings: Mapping[str, Matching],
+    settings: Settings,
+    chunks: int,
+    dynamic: Mapping[str, fx.Node],
+) -> Outcome | None:
+    """Scale and shift of a norm, per feature, towards the parents' outputs; batch statistics are set first."""
+    op = lane.nodes[node.name]
+    scale, shift = (Slot.of(lane, argument(op, n)) for n in ("weight", "bias"))
+    mix = mixer_at(first, parents, shared, spaces, matchings)
+    if scale is None or shift is None or mix is None or len(lane.state[scale.name].shape) != 1:
+        return None
+    if packet(op) in BATCH_NORMS:
+        _set_statistics(op, lane, chunks, dynamic)
+    size = lane.state[scale.name].shape[0]
+    sums = torch.zeros(5, size, dtype=torch.float64, device=lane.state[scale.name].device)
+    count = 0
+    given = {scale.name: torch.ones_like(lane.state[scale.name]), shift.name: torch.zeros_like(lane.state[shift.name])}
+    for j in range(chunks):
+        plain = lane.apply(op, lambda n, j=j: _plain(lane, n, j, dynamic, given))[0]
+        target = mix([p.value(first, j) for p in parents])
+        axis = -1 if packet(op) == "native_layer_norm" else 1
+        x, t = (v.movedim(axis, 0).reshape(size, -1).double() for v in (plain, target))
+        sums += torch.stack([x.sum(1), t.sum(1), (x * x).sum(1), (x * t).sum(1), (t * t).sum(1)])
+        count += x.shape[1]
+    mx, mt, xx, xt, tt = sums / count
+    old = lane.state[scale.name].double()
+    var, cov = xx - mx * mx, xt - mx * mt
+    gamma = (cov + settings.lam * var * old) / ((1 + settings.lam) * var).clamp(min=1e-12)
+    beta = mt - gamma * mx
+    before = float((tt - 2 * old * xt + old * old * xx).sum() / tt.sum().clamp(min=1e-300))
+    after = float((tt - mt * mt - 2 * gamma * cov + gamma * gamma * var).sum() / tt.sum().clamp(min=1e-300))
+    lane.write(scale.name, gamma)
+    lane.write(shift.name, beta)
+    return 2, count, before, max(after, 0.0)
+
+
+def _plain(lane: Lane, node: fx.Node, chunk: int, dynamic: Mapping[str, fx.Node], given: Mapping[str, Tensor]) -> Any:
+    if "parameter" in node.meta and "const" not in node.meta and lane.parameter(node) in given:
+        return given[lane.parameter(node)]
+    return lane.operand(node, chunk, dynamic)
+
+
+def _set_statistics(op: fx.Node, lane: Lane, chunks: int, dynamic: Mapping[str, fx.Node]) -> None:
+    """Running mean and variance of a batch norm: those of what it reads in the merged network."""
+    total = square = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for j in range(chunks):
+        x = lane.operand(op.args[0], j, dynamic).movedim(1, 0).flatten(1).double()  # type: ignore[arg-type]
+        total, square, count = total + x.sum(1), square + (x * x).sum(1), count + x.shape[1]
+    mean, given = total / count, arguments(op)
+    lane.write(lane.parameter(given["running_mean"]), mean)
+    lane.write(lane.parameter(given["running_var"]), (square / count - mean**2).clamp(min=1e-8))

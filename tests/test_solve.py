@@ -1,0 +1,169 @@
+"""The solve pass: closed-form fits on the merged network's own inputs."""
+
+import pytest
+import torch
+from helpers import unchanged
+from torch import nn
+from torchvision.models import VisionTransformer
+
+import fxzip
+from fxzip.solve import Settings, affordable
+from fxzip.solve.refine import refine
+from fxzip.solve.ridge import Gram, Ridge, ridge
+
+
+class Residual(nn.Module):
+    """A stem, one residual block with a projecting shortcut, one without, and a head."""
+
+    def __init__(self, classes, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.stem, self.n0 = nn.Conv2d(3, 16, 3, padding=1, bias=False), norm(16)
+        self.a1, self.na1 = nn.Conv2d(16, 16, 3, 2, 1, bias=False), norm(16)
+        self.a2, self.na2 = nn.Conv2d(16, 24, 3, 1, 1, bias=False), norm(24)
+        self.short, self.ns = nn.Conv2d(16, 24, 1, 2, bias=False), norm(24)
+        self.b1, self.b2 = nn.Conv2d(24, 24, 3, 1, 1, groups=24), nn.Conv2d(24, 24, 1)
+        self.head = nn.Linear(24, classes)
+
+    def forward(self, x):
+        x = torch.relu(self.n0(self.stem(x)))
+        y = self.na2(self.a2(torch.relu(self.na1(self.a1(x)))))
+        x = torch.relu(y + self.ns(self.short(x)))
+        x = torch.relu(x + self.b2(torch.relu(self.b1(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def pair(make, x):
+    nets = []
+    for seed, classes in ((0, 3), (1, 5)):
+        torch.manual_seed(seed)
+        net = make(classes)
+        with torch.no_grad():
+            net.train()(x)
+        nets.append(net.eval())
+    return nets
+
+
+@torch.no_grad()
+def loss(zipped, nets, x):
+    """Mean over models of E|y - y'|^2 / var(y')."""
+    ratios = [((y - n(x)).pow(2).mean() / n(x).var()).item() for y, n in zip(zipped(x), nets, strict=True)]
+    return sum(ratios) / len(ratios)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(384, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def group_norm(channels):
+    return nn.GroupNorm(4, channels)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, group_norm, lambda c: nn.Identity()])
+def test_solve_beats_every_other_method_on_held_out_images(norm, images):
+    nets = pair(lambda k: Residual(k, norm), images)
+    held_out = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(9))
+    found = {m: loss(fxzip.merge(nets, [images], method=m, progress=False), nets, held_out) for m in fxzip.METHODS}
+    others = min(v for m, v in found.items() if m != "solve")
+    assert found["solve"] < 0.5 * others, found
+
+
+def test_a_vit_is_solved_too():
+    x = torch.randn(256, 3, 16, 16)
+
+    def vit(classes):
+        net = VisionTransformer(16, 4, 2, 4, 32, 64, num_classes=classes)
+        nn.init.normal_(net.heads.head.weight, std=0.2)
+        return net
+
+    nets = pair(vit, x)
+    solved = loss(fxzip.merge(nets, [x], progress=False), nets, x)
+    assert solved < 0.7 * loss(fxzip.merge(nets, [x], method="zip", progress=False), nets, x)
+
+
+def test_merging_with_its_scrambled_copy_gives_back_the_function(images):
+    net = pair(Residual, images)[0]
+    zipped = fxzip.merge([net, fxzip.scramble(net, images[:2])], [images], progress=False)
+    with torch.no_grad():
+        for y in zipped(images):
+            torch.testing.assert_close(y, net(images), rtol=1e-3, atol=1e-3)
+
+
+def test_same_seed_same_bytes_and_nothing_of_the_users_changes(images):
+    nets = pair(Residual, images)
+    with unchanged(nets):
+        first = fxzip.merge(nets, [images], progress=False).state_dict()
+    second = fxzip.merge(nets, [images], progress=False).state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_partial_merge_and_explicit_unmerge(images):
+    nets = pair(Residual, images)
+    zipped = fxzip.merge(nets, [images], until="b1", progress=False)
+    plain = fxzip.merge(nets, [images], method="zip", until="b1", progress=False)
+    assert loss(zipped, nets, images) < loss(plain, nets, images)
+
+
+@pytest.mark.parametrize("method", ["zip", "select", "solve"])
+def test_budget_is_kept_and_more_of_it_helps(method, images):
+    nets = pair(Residual, images)
+    results = {}
+    for budget in (0.6, 1.4):
+        zipped = fxzip.merge(nets, [images], method=method, budget=budget, progress=False)
+        r = fxzip.report(zipped)
+        assert r.result.flops <= 1.05 * budget * r.inputs[0].flops
+        results[budget] = loss(zipped, nets, images), r.result.flops
+    assert results[0.6][1] < results[1.4][1]
+    if method == "solve":  # the others promise no more than the cost
+        assert results[1.4][0] < results[0.6][0]
+
+
+def test_budget_that_nothing_fits_says_what_would(images):
+    nets = pair(Residual, images)
+    with pytest.raises(fxzip.InputError, match=r"the narrowest merge costs 0\.\d+ times one network"):
+        fxzip.merge(nets, [images], budget=0.01, progress=False)
+
+
+def test_memory_cap_uses_fewer_samples_and_says_so(images):
+    nets = pair(Residual, images)
+    zipped = fxzip.merge(nets, [images], method=fxzip.Solve(settings=Settings(memory=1e6)), progress=False)
+    assert any("solve used 128 of 384 samples" in n for n in fxzip.report(zipped).notices)
+
+
+def test_ridge_is_exact_and_pulls_towards_the_start_where_data_say_nothing():
+    torch.manual_seed(0)
+    x = torch.randn(200, 1, 4, dtype=torch.float64)
+    x[..., 3] = 0  # never active
+    w = torch.randn(1, 2, 4, dtype=torch.float64)
+    gram = Gram()
+    gram.add(x, x @ w[0].T)
+    start = torch.full((1, 2, 4), 7.0, dtype=torch.float64)
+    fit = ridge(gram, start, 1e-9)
+    torch.testing.assert_close(fit.weights[..., :3], w[..., :3], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fit.weights[..., 3], start[..., 3])
+    assert fit.after < 1e-12 < fit.before
+
+
+def test_ill_conditioned_gram_warns_and_still_solves():
+    gram = Gram(second=torch.tensor([[[1.0, 0], [0, -1e-3]]], dtype=torch.float64),
+                cross=torch.ones(1, 1, 2, dtype=torch.float64), energy=torch.ones(1, 1, dtype=torch.float64), rows=1)
+    with pytest.warns(RuntimeWarning, match="ill-conditioned"):
+        weights = Ridge(gram, torch.zeros(1, 1, 2, dtype=torch.float64), 1e-9).solve()
+    assert weights.isfinite().all()
+
+
+def test_refinement_lowers_the_error_behind_the_nonlinearity():
+    torch.manual_seed(0)
+    x = torch.randn(500, 1, 6)
+    t = (x @ torch.randn(6, 3)).relu() + 0.1 * torch.randn(500, 1, 3) - 0.5  # no linear map does this
+    gram = Gram()
+    gram.add(x, t)
+    start = torch.zeros(1, 3, 6, dtype=torch.float64)
+    errors = [refine(gram, start, 1e-6, k, [(x, t, t)], torch.relu).after for k in (0, 1, 4, 16)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
+
+
+def test_affordable_is_at_least_one_and_grows_with_memory(images):
+    spaces = fxzip.inspect(pair(Residual, images)[0], images[:2])
+    counts = [affordable(spaces.lowered, 3, m) for m in (1.0, 1e7, 1e8)]
+    assert counts[0] == 1 and counts[1] < counts[2]
