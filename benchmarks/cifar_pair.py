@@ -37,7 +37,7 @@ PUBLISHED = {
     ("zip-beta1", "layer2"): "88.5 / 73.1 *",
 }
 FOOTNOTE = "published: the authors' code on the project's own pair, 10,000 test images; *: 2,500."
-FULL = ("average", "permute", "zip", "zip-beta1", "select", "solve", "solve-zip")
+FULL = ("average", "permute", "zip", "zip-beta1", "select", "solve", "solve-select")
 CUT = ("permute", "zip-beta1", "solve")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -32,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "zip-beta1": {"method": fxzip.Zip(alpha=0.3, beta=1.0)},
     "select": {"method": "select"},
     "solve": {"method": "solve"},
-    "solve-zip": {"method": fxzip.Solve(matcher=fxzip.Zip(beta=1.0))},
+    "solve-select": {"method": fxzip.Solve(matcher=fxzip.Select())},
     "solve-1.15x": {"method": "solve", "budget": 1.15},
     "solve-1.33x": {"method": "solve", "budget": 1.33},
 }
@@ -171,8 +172,9 @@ def train(
     """
     recipe = recipe.adjusted(args)
     chosen = "".join(f"{c}." for c in classes)
-    name = f"{data.name}-{key}-c{chosen}s{seed}-e{recipe.epochs}-n{recipe.images or 'all'}.pt"
-    path = Path(args.cache) / name
+    # The source too: what is a test image in one copy of a set may be a training image in another.
+    facts = hashlib.sha256(repr((data.source, len(data.train[0]), recipe)).encode()).hexdigest()[:8]
+    path = Path(args.cache) / f"{data.name}-{key}-c{chosen}s{seed}-e{recipe.epochs}-{facts}.pt"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make()

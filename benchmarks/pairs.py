@@ -28,7 +28,7 @@ PAIRS: dict[str, tuple[Callable[[int, int, int], nn.Module], Recipe]] = {
     "vit": (lambda k, c, s: TinyViT(k, c, s), Recipe("adamw", 2e-3, 3)),
     "convnext": (lambda k, c, s: TinyConvNeXt(k, c), Recipe("adamw", 2e-3, 2, 20_000)),
 }
-DEFAULT = ("average", "permute", "zip", "zip-beta1", "select", "solve", "solve-zip")
+DEFAULT = ("average", "permute", "zip", "zip-beta1", "select", "solve", "solve-select")
 CALIBRATION = 2048
 
 

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "fxzip"
 LAYERS = (  # lowest first
-    "errors trace infer evaluate measure match rewrite solve verify check prepare inspection widths report merge files __init__ demo cli __main__"
+    "errors trace infer evaluate measure match rewrite solve "
+    "verify check prepare inspection widths report merge files __init__ demo cli __main__"
 )
 LEVEL = {name: level for level, name in enumerate(LAYERS.split())}
 FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))

@@ -116,7 +116,10 @@ def labelled(spaces: Spaces) -> str:
         notes = "".join(f", {n}" for n in [*sorted(s.nonlinear), *["permutation only"] * s.orthogonal_only])
         lines.append(f"{s.name}: {s.size}{inside}{notes}")
         lines += [f"    {'+'.join(sorted(g.roles))} {g.parameter}[{g.axis}]{_span(g.positions)}" for g in s.segments]
-        lines += [f"    seen at %{a.node}{list(a.axes)}{_span(a.positions[:, 0])}" for a in s.anchors]
+        lines += [
+            f"    {'seen' if a.weight == 1 else 'hardly seen'} at %{a.node}{list(a.axes)}{_span(a.positions[:, 0])}"
+            for a in s.anchors
+        ]
     lines += [re.sub(r" at \w+\.py:\d+", "", str(f)) for f in spaces.frozen]
     lines += [f"per model: {' '.join(sorted(spaces.opaque))}" if spaces.opaque else "", ""]
     for node in spaces.lowered.graph.nodes:

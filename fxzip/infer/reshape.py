@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .labels import Group, LabelledType, inert
+from .labels import Group, LabelledType, inert, label_of, tag_of
 
 if TYPE_CHECKING:
     from .relations import Relations
@@ -126,4 +126,17 @@ class _Factors:
                 continue
             self.sizes["n", axis] = self.sizes[names[0]]
             self.groups = [g.renamed({**{x: x for x in g.axes}, names[0]: ("n", axis)}) for g in self.groups]
-        return LabelledType(shape, tuple(Group(tuple(x[1] for x in g.axes), g.labels) for g in self.groups))
+        groups = (Group(tuple(x[1] for x in g.axes), g.labels) for g in self.groups)
+        return LabelledType(shape, tuple(_separated(g) for g in groups))
+
+
+def _separated(group: Group) -> Group:
+    """Undo a tag: an axis that only tells the tags apart is the inert axis that was flattened in, alone again."""
+    tags = tag_of(group.labels)
+    for p in range(len(group.axes)) if tags.any() else ():
+        slices = np.moveaxis(tags, p, 0).reshape(tags.shape[p], -1)  # [d, rest]
+        labels = np.moveaxis(label_of(group.labels), p, 0)
+        alone = (slices == slices[:, :1]).all() and len(np.unique(slices[:, 0])) == len(slices)
+        if alone and (labels == labels[0]).all():
+            return Group(group.axes[:p] + group.axes[p + 1 :], labels[0])
+    return group

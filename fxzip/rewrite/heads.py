@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from ..errors import SpaceError
 from .parameters import AxisMap, apply, axis_map, state_of, tied_names
 from .partition import Partition, owned
 from .unmerge import Unmerge, is_identity
@@ -75,7 +76,7 @@ def head_parameters(
         for g, names in zip(graph_modules, private_names, strict=True)
     ]
     captured = _capture(graph_modules[0], cut.boundary, example_args)
-    values = _values(captured, matchings, feature_axis, len(graph_modules))
+    values = _values(captured, spaces, matchings, feature_axis, len(graph_modules))
     networks = [private_network(g, cut) for g in graph_modules]
     candidates = _consumed_only(values, spaces, private_names[0])
     absorbed = {s for v in values.values() if v.trivial for s in v.spaces}
@@ -123,11 +124,37 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
+def _refuse_unreadable(name: str, value: Any, spaces: Spaces, matchings: Mapping[str, Matching]) -> None:
+    """SpaceError for a boundary value whose features no single gather or product gives back."""
+    nodes = getattr(spaces.lowered, "values", {}).get(name, ())
+    same = {s: torch.eye(m.width, dtype=m.unmerge.dtype).repeat(len(m.sizes), 1) for s, m in matchings.items()}
+    moved = {s for s, m in matchings.items() if not torch.equal(m.unmerge, same[s])}
+    layouts = [k for n in nodes for k in spaces.layouts(n.name)]
+    held = [k for k in layouts if any(s in moved for s, _ in k.runs)]
+    if not held:
+        return
+    shape = nodes[0].meta["shape"]
+    if not isinstance(value, Tensor):
+        why = "is several tensors"
+    elif held != layouts[:1]:
+        why = "has merged features along several axes"
+    elif any(value.shape[a] != shape[a] for a in held[0].axes):
+        why = "has its features flattened together with the batch"
+    else:
+        return
+    raise SpaceError(f"%{name} {why}, so the cut cannot be here: cut before or after it (see fxzip.cut_points)")
+
+
 def _values(
-    captured: Mapping[str, Any], matchings: Mapping[str, Matching], feature_axis: FeatureAxis, models: int
+    captured: Mapping[str, Any],
+    spaces: Spaces,
+    matchings: Mapping[str, Matching],
+    feature_axis: FeatureAxis,
+    models: int,
 ) -> dict[str, _Value]:
     values = {}
     for name, value in captured.items():
+        _refuse_unreadable(name, value, spaces, matchings)
         featured = feature_axis(name) if isinstance(value, Tensor) and value.is_floating_point() else None
         held = [(s, p) for s, p in featured[1] if s in matchings] if featured else []
         if featured is None or not held:
