@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from common import METHODS, Bench, Recipe, Row, announce, machine, options, parse, save, show, train
@@ -36,6 +38,7 @@ PUBLISHED = {
     ("permute", "layer2"): "88.6 / 73.2 *",
     ("zip-beta1", "layer2"): "88.5 / 73.1 *",
 }
+ANCHORED = {"cifar10_resnet20x2_a.pt", "cifar10_resnet20x2_b.pt"}
 FOOTNOTE = "published: the authors' code on the project's own pair, 10,000 test images; *: 2,500."
 FULL = ("average", "permute", "zip", "zip-beta1", "select", "solve", "solve-select")
 CUT = ("permute", "zip-beta1", "solve")
@@ -58,14 +61,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": data.source,
     })  # fmt: skip
     title = "CIFAR-10, 5 + 5 classes, two ResNet-20"
-    show(title, rows, [" ".join(map(str, own)) for own in classes], f"{notes}\n{FOOTNOTE}")
+    show(title, rows, [" ".join(map(str, own)) for own in classes],
+         f"{notes}\n{FOOTNOTE}" if anchored(args) else notes)  # fmt: skip
     save(args.out, [(title, rows)], notes)
 
 
 def run(bench: Bench, args: argparse.Namespace, seconds: Sequence[float | None]) -> list[Row]:
     """Parents, ensemble, then every method, full and cut."""
     rows = bench.parent_rows(seconds, ["parent a", "parent b"])
-    rows[-1] = with_published(rows[-1], ("ensemble", None))
+    published = PUBLISHED if anchored(args) else {}
+    rows[-1] = replace(rows[-1], published=published.get(("ensemble", None), ""))
     for row in rows:
         announce(row)
     wanted = args.methods or METHODS
@@ -74,13 +79,14 @@ def run(bench: Bench, args: argparse.Namespace, seconds: Sequence[float | None])
     for method, until in tqdm(plan, desc="merge", leave=False, disable=None):
         count = args.calibration or (SOLVE_IMAGES if method.startswith("solve") else PUBLISHED_IMAGES)
         name = method if until is None else f'{method}, until="{until}"'
-        published = PUBLISHED.get((method, until), "")
-        rows.append(announce(bench.merged(name, method, count, until, published=published)))
+        figures = published.get((method, until), "")
+        rows.append(announce(bench.merged(name, method, count, until, published=figures)))
     return rows
 
 
-def with_published(row: Row, key: tuple[str, str | None]) -> Row:
-    return Row(**{**vars(row), "published": PUBLISHED.get(key, "")})
+def anchored(args: argparse.Namespace) -> bool:
+    """Whether the networks are those that the published figures are for."""
+    return {Path(path).name for path in args.checkpoints or ()} == ANCHORED
 
 
 def parents_of(args: argparse.Namespace, data) -> tuple[list[nn.Module], list[list[int]], list[float | None]]:

@@ -87,10 +87,14 @@ def main(seed: int = 0, width: int = 16, epochs: int = 30, progress: bool = True
     """Run the demo and print its table."""
     if width < 1 or epochs < 1:
         raise InputError(f"fxzip demo: width {width} and epochs {epochs} must be at least 1")
-    data = digits(seed)
-    rows = run(data, seed, width, epochs, progress)
-    print(render(rows))
-    print(f"\n{notes(data, seed, width, epochs)}")
+    data, threads = digits(seed), torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small run no faster on two, and much slower beside other work
+    try:
+        rows = run(data, seed, width, epochs, progress)
+        print(render(rows))
+        print(f"\n{notes(data, seed, width, epochs)}")
+    finally:
+        torch.set_num_threads(threads)
     return rows
 
 

@@ -55,7 +55,8 @@ class Digits(nn.Module):
 
 def digits(seed: int = 0, classes: int = 10) -> Digits:
     """A random net whose batch-norm statistics are those of DATA, as a merge recomputes them."""
-    model = randomise(Digits(classes), seed).eval()
+    model = Digits(classes)
+    randomise(model, seed).eval()
     recompute_statistics(model, [DATA], lambda batch: (batch,))
     return model
 
@@ -310,7 +311,8 @@ def test_report_states_the_facts():
     private = sum(p.numel() for n, p in zipped.named_parameters() if n.startswith("fc"))
     assert result.shared == pytest.approx(1 - private / result.result.parameters)
     assert {(r.width, r.width_in) for r in result.spaces} == {(8, (8, 8)), (12, (12, 12))}
-    assert all(r.baseline <= r.quality <= 1 for r in result.spaces)
+    for row in result.spaces:
+        assert row.baseline is not None and row.quality is not None and row.baseline <= row.quality <= 1
     assert not result.frozen and not result.notices
 
 

@@ -161,8 +161,8 @@ def test_a_scrambled_copy_merges_back_to_the_model(name):
         with torch.no_grad():
             for output in zipped(batches[0]):
                 assert far(output, wanted) < 1e-4, f"{method}\n{fxzip.report(zipped)}"
-        quality = [row.quality for row in fxzip.report(zipped).spaces if row.quality == row.quality]
-        assert min(quality) > 0.999
+        quality = [row.quality for row in fxzip.report(zipped).spaces if row.quality is not None]
+        assert min(q for q in quality if q == q) > 0.999  # NaN where nothing was measured
         if method == "permute":
             own = BY_NAME[name].make()
             own.load_state_dict(fxzip.extract(zipped, 0).state_dict(), strict=True)

@@ -162,9 +162,7 @@ def _values(
         axes = tuple(a % value.dim() for a in featured[0])
         length = int(np.prod([value.shape[a] for a in axes]))
         maps = tuple(
-            axis_map(
-                [(s, p, matchings[s].blocks_unmerge(i)) for s, p in held], length, f"%{name}[axes {axes}]"
-            )
+            axis_map([(s, p, matchings[s].blocks_unmerge(i)) for s, p in held], length, f"%{name}[axes {axes}]")
             for i in range(models)
         )
         values[name] = _Value(axes, frozenset(s for s, _ in held), maps, all(is_identity(m) for m in maps))
@@ -238,9 +236,7 @@ def _exact(
             plain[name] = merged[name] = value
             if name in values and values[name].spaces & group:
                 merged[name] = _random(value, values[name], i, generator)
-                plain[name] = Unmerge(values[name].axes, values[name].maps[i], value.dtype)(
-                    merged[name].cpu()
-                )
+                plain[name] = Unmerge(values[name].axes, values[name].maps[i], value.dtype)(merged[name].cpu())
                 plain[name] = plain[name].to(value.device)
         state = _absorb(kept[i], spaces, matchings, group, i)
         try:

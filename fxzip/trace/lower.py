@@ -183,9 +183,7 @@ def corresponding(a: Lowered, b: Lowered) -> dict[str, str]:
             raise TraceError(f"the graphs differ at node {k}: {_describe(x)} against {_describe(y)}")
     if len(left) != len(right):
         longer = (left if len(left) > len(right) else right)[min(len(left), len(right))]
-        raise TraceError(
-            f"the graphs have {len(left)} and {len(right)} nodes; {_describe(longer)} is in one only"
-        )
+        raise TraceError(f"the graphs have {len(left)} and {len(right)} nodes; {_describe(longer)} is in one only")
     return {x.name: y.name for x, y in zip(left, right, strict=True)}
 
 

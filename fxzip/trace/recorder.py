@@ -34,9 +34,7 @@ SHAPE_ONLY = frozenset(
 )
 
 # No values alias in a functional graph, so these change nothing; that ATen calls them may depend on strides.
-IDENTITIES = frozenset(
-    {aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh, aten.lift_fresh_copy}
-)
+IDENTITIES = frozenset({aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh, aten.lift_fresh_copy})
 # One name for one thing; a reshape copies where it must, so the graph does not depend on strides.
 SYNONYMS = {
     aten.view.default: aten.reshape.default,
@@ -121,9 +119,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        writes = [
-            a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
-        ]
+        writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         if self.closed:
             return args[0] if writes else func(*args, **kwargs)
         node_args, node_kwargs = tree_map(self._node_of, (tuple(args), dict(kwargs)))
@@ -154,9 +150,7 @@ class Recorder(TorchDispatchMode):
                 node.meta.update(const=result.detach().clone(), fixed=fixed)
             return
         self.origins[node] = self.origin
-        node.meta["results"] = tuple(
-            (tuple(r.shape), r.dtype) if isinstance(r, Tensor) else None for r in result
-        )
+        node.meta["results"] = tuple((tuple(r.shape), r.dtype) if isinstance(r, Tensor) else None for r in result)
         if constant:
             node.meta["fixed"] = False  # its getitem nodes hold the constants
         node.meta.update(shape=None, dtype=None, line=user_line(self.origin))
