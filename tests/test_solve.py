@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from examples import EXAMPLES
 from helpers import unchanged
 from torch import nn
 from torchvision.models import VisionTransformer
@@ -167,3 +168,14 @@ def test_affordable_is_at_least_one_and_grows_with_memory(images):
     spaces = fxzip.inspect(pair(Residual, images)[0], images[:2])
     counts = [affordable(spaces.lowered, 3, m) for m in (1.0, 1e7, 1e8)]
     assert counts[0] == 1 and counts[1] < counts[2]
+
+
+@pytest.mark.parametrize("name", ["image: native_batch_norm samples", "tokens: convolution over features"])
+def test_targets_are_not_taken_where_features_only_pass_through_or_hold_the_batch(name):
+    example = next(e for e in EXAMPLES if e.name == name)
+    model, inputs = example.make().eval(), example.inputs()
+    data = tuple(torch.cat([v + 0.1 * k * torch.randn_like(v) for k in range(16)]) for v in inputs)
+    zipped = fxzip.merge([model, fxzip.scramble(model, inputs)], [data], progress=False)
+    with torch.no_grad():
+        for y in zipped(*data):
+            torch.testing.assert_close(y, model(*data), rtol=1e-3, atol=1e-3)

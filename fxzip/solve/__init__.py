@@ -91,6 +91,8 @@ def solve_parameters(
     origin = {n.name: n.meta.get("origin") for n in spaces.lowered.graph.nodes}
     is_private = frozenset(n for n, o in origin.items() if o in cut.private)
     unmerged = {v.name: ops for name, ops in heads.unmerge.items() for v in spaces.lowered.values[name]}
+    for lane in parents:
+        lane.absorbed = heads.absorbed
     for i, lane in enumerate(private):
         lane.fallback = _through_unmerge(merged, unmerged, i)
     for chunk in chunks:

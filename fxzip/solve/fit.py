@@ -110,9 +110,14 @@ def _mixer(point: Point, spaces: Spaces, matchings: Mapping[str, Matching]):
 
 
 def mixer_at(name: str, parents: Sequence[Lane], shared: bool, spaces: Spaces, matchings: Mapping[str, Matching]):
-    if not shared:
-        return lambda values: values[0]
+    layouts = spaces.layouts(name)
+    visible = {s for k in layouts for s, _ in k.runs}
+    if not shared:  # a head's own coordinates, unless merged features only pass through here
+        return None if visible & parents[0].absorbed else lambda values: values[0]
     value = parents[0].values[name][0]
+    analysed = next(n for n in spaces.lowered.graph.nodes if n.name == name).meta["shape"]
+    if any(value.shape[a] != analysed[a] for k in layouts for a in k.axes):
+        return None  # at this batch size the batch is flattened into the features
     found: Mixer | None = mixer(spaces.layouts(name), value.shape, matchings, len(parents), f"%{name}")
     return found
 

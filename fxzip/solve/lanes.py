@@ -24,6 +24,7 @@ class Lane:
     nodes: Mapping[str, fx.Node]
     state: dict[str, Tensor]
     values: dict[str, list[Any]] = field(default_factory=dict)  # name -> one value per chunk
+    absorbed: frozenset[str] = frozenset()  # spaces that heads read in merged coordinates
     fallback: Callable[[str, int], Any] | None = None  # values that another lane computes
     _static: dict[fx.Node, Tensor] = field(default_factory=dict)
 
