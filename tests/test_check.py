@@ -227,6 +227,37 @@ def test_graphs_that_differ(a, b, message):
     assert graphs(a, a, b)[0].startswith("a and c are not")
 
 
+class Constant(nn.Module):
+    def __init__(self, value, index=(0, 1, 2), persistent=False):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.register_buffer("table", torch.full((3,), value), persistent=persistent)
+        self.register_buffer("index", torch.tensor(index))
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+
+    def forward(self, x):
+        return self.fc(x)[:, self.index] * self.table * self.mask
+
+
+def test_constants_outside_the_checkpoint_must_be_equal():
+    assert graphs(Constant(1.0), Constant(1.0)) == []
+    assert graphs(Constant(1.0), Constant(2.0)) == [
+        "a and b are not the same architecture: table, a constant that is not part of the checkpoint, has other"
+        " values in b than in a; make it equal, or a persistent buffer if its mean has a meaning"
+    ]
+    assert graphs(Constant(1.0, persistent=True), Constant(2.0, persistent=True)) == []
+
+
+def test_integer_buffers_must_be_equal():
+    a, b = (Constant(1.0, i).state_dict() for i in ((0, 1, 2), (2, 1, 0)))
+    b["mask"] = ~b["mask"]
+    assert compare_shapes([a, b], ["a", "b"]) == [
+        "index holds other integers in b than in a: a mean has no meaning",
+        "mask holds other truth values in b than in a: a mean has no meaning",
+    ]
+    assert compare_shapes([a, b], ["a", "b"], allowed=["index", "mask"]) == []
+
+
 def test_shapes():
     ab = ["a", "b"]
     states = [state_of(Net(classes=2)), state_of(Net(classes=5))]

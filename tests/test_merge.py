@@ -463,3 +463,31 @@ def test_strict_refuses_what_no_rule_covers():
         merge(models, [x], strict=True)
     zipped = merge(models, [x])
     assert len(fxzip.report(zipped).frozen) == 1 and "not merged:" in str(fxzip.report(zipped))
+
+
+class Dated(nn.Module):
+    """Its file format has changed once: files without a version are read the old way."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 2:
+            raise RuntimeError(f"an old file: {local_metadata}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_extract_keeps_the_versions_of_the_users_state_dict(tmp_path):
+    x = torch.randn(32, 4)
+    zipped = fxzip.merge([Dated(), Dated()], [x], method="permute", progress=False)
+    fxzip.save(zipped, tmp_path)
+    for network in (zipped, fxzip.load(tmp_path, Dated)):
+        own = Dated()
+        own.load_state_dict(fxzip.extract(network, 1).state_dict(), strict=True)
+        torch.testing.assert_close(own(x), zipped(x)[1])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from ..errors import FxzipError, InputError
-from ..rewrite import Heads, Unmerge, build, difference, signature, state_of
+from ..rewrite import Heads, Unmerge, build, difference, signature, state_of, versions
 from ..rewrite.zipped import KEY
 from ..trace import Traced, compare_graphs
 from ..trace.guards import kept_rng
@@ -42,7 +42,8 @@ def load(
     plan = read_plan(folder / PLAN)
     tensors = _read_tensors(folder / TENSORS, plan)
     with kept_rng(()):
-        graphs = _traced_once(plan, modules(plan, model_fn))
+        made = modules(plan, model_fn)
+        graphs = _traced_once(plan, made)
         problems = compare_graphs(graphs, plan.tasks)
         if problems:
             raise InputError.listing("load", [f"model_fn: {p}" for p in problems])
@@ -59,6 +60,7 @@ def load(
         "untouched": {t: {n: tensors[key] for n, key in held.items()} for t, held in plan.untouched.items()},
         "aliases": dict(plan.aliases),
         "state_names": plan.state_names,
+        "versions": versions(made[0].state_dict()),
     }
     if plan.report is not None:
         zipped.meta[KEY]["report"] = plan.report

@@ -3,6 +3,7 @@
 from .build import build
 from .extract import extract
 from .heads import Heads, head_parameters
+from .modules import versions
 from .norms import recompute_statistics
 from .parameters import merge_parameters, state_of
 from .partition import Partition, cut_points, owned, partition
@@ -27,4 +28,5 @@ __all__ = [
     "recompute_statistics",
     "signature",
     "state_of",
+    "versions",
 ]

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InputError, SpaceError
 from .heads import Heads
-from .modules import Tensors, has_path, install
+from .modules import Tensors, has_path, install, versions
 from .parameters import state_of
 from .partition import Partition
 from .signature import signature
@@ -227,10 +227,11 @@ def _leftovers(
     """What extract needs to give back a complete state_dict.
 
     untouched: per task, its entries that the graph does not use (auxiliary heads and the like). aliases:
-    entries of the user's state_dict that are other names of used ones. state_names: all its keys.
+    entries of the user's state_dict that are other names of used ones. state_names: all its keys. versions:
+    of its modules' formats, see `versions`.
     """
     if originals is None:
-        return {"untouched": {}, "aliases": {}, "state_names": None}
+        return {"untouched": {}, "aliases": {}, "state_names": None, "versions": {}}
     first = {k: v for k, v in originals[0].items() if isinstance(v, Tensor)}
     inside = set(state_of(graph_module))
     place = {(v.data_ptr(), v.shape): k for k, v in first.items() if k in used and v.numel()}
@@ -238,7 +239,12 @@ def _leftovers(
     aliases = {k: name for k, name in same.items() if k not in inside}
     left = [k for k in first if k not in used and k not in aliases]
     untouched = {n: {k: s[k].detach().clone() for k in left} for n, s in zip(names, originals, strict=True)}
-    return {"untouched": untouched, "aliases": aliases, "state_names": tuple(originals[0])}
+    return {
+        "untouched": untouched,
+        "aliases": aliases,
+        "state_names": tuple(originals[0]),
+        "versions": versions(originals[0]),
+    }
 
 
 def _recipe(plan: _Plan, zipped: fx.GraphModule, names: Sequence[str], args: tuple) -> dict[str, Any]:

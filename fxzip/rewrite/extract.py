@@ -38,6 +38,9 @@ def extract(zipped: fx.GraphModule, task: str | int) -> fx.GraphModule:
     single = Zipped(root, graph, class_name="Extracted")
     _restore(single, info["untouched"].get(name, {}), info["aliases"])
     _forget(single, info["state_names"])
+    for path, version in info["versions"].items():
+        if not path or isinstance(single.get_submodule(path) if has_path(single, path) else None, nn.Module):
+            single.get_submodule(path)._version = version
     for module in single.modules():
         if module is single or type(module) is nn.Module:  # leaf modules keep their own mode
             module.training = zipped.training

@@ -129,3 +129,10 @@ def persistent(root: nn.Module, path: str) -> bool:
     parent, _, last = path.rpartition(".")
     owner = root.get_submodule(parent)
     return last not in owner._non_persistent_buffers_set
+
+
+def versions(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Module path -> version of its part of a state_dict. `load_state_dict` of classes whose format has changed
+    asks for it, and reads a file without one as the oldest."""
+    metadata = getattr(state, "_metadata", None) or {}
+    return {path: local["version"] for path, local in metadata.items() if local.get("version") is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
@@ -36,7 +37,8 @@ def compare_graphs(traced: Sequence[Traced], names: Sequence[str]) -> list[str]:
 def compare_shapes(
     states: Sequence[Mapping[str, Tensor]], names: Sequence[str], allowed: Collection[str] = ()
 ) -> list[str]:
-    """Parameters and buffers whose shape or dtype differs from the first model's, each with both.
+    """Parameters and buffers whose shape or dtype differs from the first model's, each with both; and integer
+    buffers (indices) whose values do. Single integers (counters) may differ.
 
     states: one per model. allowed: parameters (heads) whose sizes, not number of axes, may differ.
 
@@ -55,7 +57,17 @@ def compare_shapes(
                 problems.append(f"{key} is {list(a.shape)} in {first} and {list(b.shape)} in {name}")
             elif a.dtype != b.dtype:
                 problems.append(f"{key} is {a.dtype} in {first} and {b.dtype} in {name}")
+            elif a.dim() and a.shape == b.shape and key not in allowed and not _number(a) and not _equal(a, b):
+                problems.append(f"{key} holds other {_kind(a)} in {name} than in {first}: a mean has no meaning")
     return problems
+
+
+def _number(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _kind(x: Tensor) -> str:
+    return "truth values" if x.dtype is torch.bool else "integers"
 
 
 def _difference(a: fx.GraphModule, b: fx.GraphModule, first: str, name: str) -> str:
@@ -68,6 +80,9 @@ def _difference(a: fx.GraphModule, b: fx.GraphModule, first: str, name: str) -> 
             more
         )
         return "; ".join(parts)
+    constant = _constant_differs(a, b, first, name)
+    if constant:
+        return constant
     left, right = a.state_dict(), b.state_dict()
     sized = all(left[k].shape == right[k].shape for k in keys)  # then integers must be equal too
     for k, (x, y) in enumerate(zip(a.graph.nodes, b.graph.nodes, strict=False)):
@@ -79,6 +94,23 @@ def _difference(a: fx.GraphModule, b: fx.GraphModule, first: str, name: str) -> 
     if len(a.graph.nodes) != len(b.graph.nodes):
         return f"{first} has {len(a.graph.nodes)} nodes and {name} {len(b.graph.nodes)}"
     return ""
+
+
+def _constant_differs(a: nn.Module, b: nn.Module, first: str, name: str) -> str:
+    """Tensors outside the checkpoint are part of the program, as numbers in the code are: they must be equal."""
+    left, right = (dict(m.named_buffers()) for m in (a, b))
+    saved = a.state_dict().keys()
+    for key in (k for k in left if k in right and k not in saved):
+        if left[key].shape == right[key].shape and not _equal(left[key], right[key]):
+            return (
+                f"{key}, a constant that is not part of the checkpoint, has other values in {name} than in {first};"
+                " make it equal, or a persistent buffer if its mean has a meaning"
+            )
+    return ""
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.detach().cpu(), b.detach().cpu())
 
 
 def _listed(names: list[str]) -> str:
