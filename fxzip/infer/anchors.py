@@ -17,13 +17,16 @@ QUIET = 1e-3  # weight of what producers write beside what consumers read
 
 def anchors_of(reader: Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
     """Where features are measured: what consumers read, and with little weight what producers write, which
-    tells apart features that stay silent behind a non-linearity; without consumers, the latter in full."""
-    read, written = defaultdict(dict), defaultdict(dict)
+    tells apart features that stay silent behind a non-linearity; without consumers, the latter in full. A space
+    that only parameters meet in (a table of coordinates) is measured in the parameter, where its entries correspond."""
+    read, written, stored = defaultdict(dict), defaultdict(dict), defaultdict(dict)
     for node, roles in reader.inference.notes.contractions.items():
         if "consume" in roles:
             for operand in node.all_input_nodes:
                 if operand in reader.inference.data:
                     _collect(reader, _before_affine(reader, operand), wanted, read)
+                elif len(_families(reader, operand) & wanted) == 1:
+                    _collect(reader, operand, wanted, stored)
         if "produce" in roles:
             _collect(reader, node, wanted, written)
     found = {}
@@ -31,9 +34,14 @@ def anchors_of(reader: Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
         quiet = [a for key, a in written[family].items() if key not in read[family]]
         if read[family]:
             found[family] = [*read[family].values(), *(replace(a, weight=QUIET) for a in quiet)]
-        elif quiet:
-            found[family] = quiet
+        elif quiet or stored[family]:
+            found[family] = quiet or list(stored[family].values())
     return found
+
+
+def _families(reader: Reader, node: fx.Node) -> set[int]:
+    """The families that have a place in a value."""
+    return {f for _, labels in reader.inference.types[node].groups for f, _ in reader.split(labels.ravel())}
 
 
 def _before_affine(reader: Reader, node: fx.Node) -> fx.Node:
