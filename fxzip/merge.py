@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from .errors import InputError
 from .evaluate import cost
 from .infer import Spaces
-from .match import MATCHERS, Matcher, Matching, match, resolve
+from .match import MATCHERS, Matcher, Matching, lossless, match, resolve
 from .measure.moments import Moments
 from .prepare import Clock, Prepared, calibration_batches, measure, prepare
 from .report import Report, Size, SpaceRow
@@ -111,7 +111,7 @@ def merge(
     with clock.stage("rewrite"):
         zipped = assemble(p, shared, private, models, heads)
     with clock.stage("calibrate"):
-        notices += [] if solver else calibrate(zipped, batches)
+        notices += [] if solver else calibrate(zipped, batches, agree(p, matchings, moments))
     zipped.to(next((t.device for m in _list(models) for t in (*m.parameters(), *m.buffers())), torch.device("cpu")))
     zipped.meta[KEY]["report"] = describe(p, (solver or matcher).name, matchings, zipped, notices, clock)
     return zipped
@@ -205,8 +205,20 @@ def feature_axis(spaces: Spaces):
     return of
 
 
-def calibrate(zipped: fx.GraphModule, batches: list[tuple]) -> list[str]:
-    """Recompute batch-norm statistics of the merged network; what the user should know if that is not possible."""
+def agree(p: Prepared, matchings: Mapping[str, Matching], moments: Moments) -> bool:
+    """Whether the models are equal, or compute the same features in another order."""
+    first, *others = (state_of(m) for m in p.graph_modules)
+    if all(s[n].shape == first[n].shape and torch.equal(s[n], first[n]) for s in others for n in first):
+        return True
+    return bool(moments) and all(lossless(m, moments[n]) for n, m in matchings.items() if n in moments)
+
+
+def calibrate(zipped: fx.GraphModule, batches: list[tuple], agree: bool) -> list[str]:
+    """Recompute batch-norm statistics of the merged network; what the user should know if that is not possible.
+
+    agree: nothing is lost by the matching, so the models' own statistics are right, and better than a sample's."""
+    if agree:
+        return ["the models agree feature by feature: batch-norm statistics are their own, not recomputed"]
     if batches:
         recompute_statistics(zipped, batches, lambda batch: batch)
         return []

@@ -7,7 +7,7 @@ import difflib
 from ..errors import InputError
 from .average import Average
 from .blocks import match
-from .matching import Matcher, Matching, from_slots, optimal_unmerge, similarity
+from .matching import Matcher, Matching, from_slots, lossless, optimal_unmerge, similarity
 from .permute import Permute
 from .select import Select
 from .zip import Zip
@@ -23,6 +23,7 @@ __all__ = [
     "Select",
     "Zip",
     "from_slots",
+    "lossless",
     "match",
     "optimal_unmerge",
     "resolve",

@@ -144,6 +144,23 @@ def mean_correlation(slots: np.ndarray, sizes: Sequence[int], correlation: np.nd
     return float(known.mean()) if len(known) else float("nan")
 
 
+def lossless(matching: Matching, moments: SpaceMoments) -> bool:
+    """Whether U M f is f on the measured data, to 1e-4 of each space's root mean square: the models agree.
+
+    >>> m = SpaceMoments((1, 1), 1.0, torch.zeros(2), torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
+    >>> lossless(from_slots(np.array([0, 0]), 1, (1, 1)), m)
+    True
+    """
+    if not matching.quality > NEAR:  # cheap, and nearly always the answer
+        return False
+    second = moments.second.cpu().double()
+    merge, unmerge = matching.merge.to_sparse(), matching.unmerge.to_sparse()
+    cross = merge @ second  # E[z f^T]  [m, Sn]
+    energy = merge @ cross.T  # E[z z^T]  [m, m]
+    lost = second.trace() - 2 * (matching.unmerge * cross.T).sum() + ((unmerge @ energy) * matching.unmerge).sum()
+    return float(lost) <= 1e-8 * float(second.trace())
+
+
 def optimal_unmerge(
     merge: Tensor, moments: SpaceMoments, ridge: float = 1e-4, centred: bool = True
 ) -> Tensor:

@@ -13,6 +13,7 @@ from ..measure.moments import SpaceMoments
 from .matching import Correspondence, Matching, mean_correlation, model_of, optimal_unmerge, similarity
 
 EXPLAINED = 1e-6  # a feature with less than this share of its variance left has nothing new to say
+TWINS = 1 - 1e-4  # similarity of features that are copies of each other
 REFRESH = 64  # steps between exact recomputations of the running scores
 
 
@@ -46,7 +47,8 @@ class Select:
         correlation = moments.correlation().cpu().numpy()
         dead = moments.dead.cpu().numpy()
         correlation[dead, dead] = 0  # nothing to explain, nothing explained
-        kept = keep(correlation, width)
+        alike = similarity(moments)
+        kept = keep(correlation, width, alike > TWINS)
         local = np.concatenate([np.arange(n) for n in moments.sizes])
         kept = kept[np.lexsort((kept, local[kept]))]
         index = torch.from_numpy(kept)
@@ -54,9 +56,20 @@ class Select:
         merge[torch.arange(width), index] = 1
         unmerge = optimal_unmerge(merge, moments, self.ridge).cpu()
         unmerge[index] = torch.eye(width, dtype=torch.float64)
-        alike = similarity(moments)
+        twin = twins(moments, alike, kept)
+        unmerge[twin >= 0] = torch.eye(width, dtype=torch.float64)[twin[twin >= 0]]
         quality = _quality(alike, kept, model_of(moments.sizes))
         return Matching(merge, unmerge, moments.sizes, quality, mean_correlation(local, moments.sizes, alike))
+
+
+def twins(moments: SpaceMoments, alike: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """For every feature the slot that holds the same function of the data, or -1. int64 [Sn]
+
+    Least squares would spread a copy over all kept features that happen to add up to it."""
+    best = alike[:, kept].argmax(1)
+    size = moments.second.diagonal().cpu().numpy()
+    gap = size + size[kept[best]] - 2 * moments.second.cpu().numpy()[np.arange(len(size)), kept[best]]
+    return np.where(gap <= 1e-8 * np.maximum(size, size[kept[best]]), best, -1)
 
 
 def _quality(correlation: np.ndarray, kept: np.ndarray, model: np.ndarray) -> float:
@@ -68,8 +81,9 @@ def _quality(correlation: np.ndarray, kept: np.ndarray, model: np.ndarray) -> fl
     return float(nearest.mean()) if len(nearest) else float("nan")
 
 
-def keep(correlation: np.ndarray, width: int) -> np.ndarray:
-    """The features the elimination keeps, in order of choice; once all is explained, the first ones left.
+def keep(correlation: np.ndarray, width: int, twin: np.ndarray | None = None) -> np.ndarray:
+    """The features the elimination keeps, in order of choice; once all is explained, the first ones left that
+    are no copy of one kept (twin: bool [n, n]; another function of the data may show beyond it), then any.
 
     correlation: float [n, n], symmetric, not modified. The residual is never formed: R = R0 - L L^T, and
     the column sums of its squares follow each step by one product with R. int64 [width]
@@ -99,5 +113,12 @@ def keep(correlation: np.ndarray, width: int) -> np.ndarray:
         factor[:, step] = column / np.sqrt(pivot)
         left = left - factor[:, step] ** 2
         chosen.append(j)
+    covered = np.zeros(n, bool)
+    if twin is not None:
+        covered = twin[chosen].any(0)
+        for j in np.setdiff1d(np.arange(n), chosen):
+            if len(chosen) < width and not covered[j]:
+                chosen.append(int(j))
+                covered |= twin[j]
     rest = np.setdiff1d(np.arange(n), chosen)[: width - len(chosen)]
     return np.concatenate([np.array(chosen, np.int64), rest])
