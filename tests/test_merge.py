@@ -384,9 +384,6 @@ def test_calibration_counts_samples():
     cut = merge(models, [DATA], calibration=40)
     assert same_bytes(cut, merge(models, [DATA[:40]]))
     assert not same_bytes(cut, merge(models, [DATA]))
-    split = merge(models, [DATA[:24], DATA[24:40]], calibration=64)  # the same samples, summed in other parts
-    for ours, theirs in zip(cut(DATA), split(DATA), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_moments_can_be_reused():
@@ -516,3 +513,14 @@ def test_models_that_only_look_alike_get_new_statistics():
         louder[1].weight.mul_(2)  # every correlation is 1
     report = str(fxzip.report(fxzip.merge([model, louder], [DATA], method="permute", progress=False)))
     assert "statistics are their own" not in report
+
+
+@pytest.mark.parametrize("name", ["flip", "roll", "stack", "_trilinear"])
+def test_select_keeps_equal_models_even_on_data_of_low_rank(name):
+    """Fewer samples than features: least squares has many answers, and only one survives what follows."""
+    example = next(e for e in EXAMPLES if e.name == f"features: {name}")
+    model, data = example.build(), example.data()
+    zipped = fxzip.merge([model, model], [data], method="select", progress=False)
+    wanted = model(*data) if isinstance(data, tuple) else model(data)
+    for output in zipped(*data) if isinstance(data, tuple) else zipped(data):
+        torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from ..measure.moments import SpaceMoments
 from .matching import Correspondence, Matching, mean_correlation, model_of, optimal_unmerge, similarity
 
 EXPLAINED = 1e-6  # a feature with less than this share of its variance left has nothing new to say
-TWINS = 1 - 1e-4  # similarity of features that are copies of each other
+SAME = 1e-4  # copies differ by less than this share of their root mean square
 REFRESH = 64  # steps between exact recomputations of the running scores
 
 
@@ -48,7 +48,8 @@ class Select:
         dead = moments.dead.cpu().numpy()
         correlation[dead, dead] = 0  # nothing to explain, nothing explained
         alike = similarity(moments)
-        kept = keep(correlation, width, alike > TWINS)
+        same = copies(moments)
+        kept = keep(correlation, width, same)
         local = np.concatenate([np.arange(n) for n in moments.sizes])
         kept = kept[np.lexsort((kept, local[kept]))]
         index = torch.from_numpy(kept)
@@ -56,20 +57,19 @@ class Select:
         merge[torch.arange(width), index] = 1
         unmerge = optimal_unmerge(merge, moments, self.ridge).cpu()
         unmerge[index] = torch.eye(width, dtype=torch.float64)
-        twin = twins(moments, alike, kept)
-        unmerge[twin >= 0] = torch.eye(width, dtype=torch.float64)[twin[twin >= 0]]
+        twin = same[:, kept]  # least squares would spread a copy over all that happens to add up to it
+        rows, columns = np.flatnonzero(twin.any(1)), twin.argmax(1)
+        unmerge[rows] = torch.eye(width, dtype=torch.float64)[columns[rows]]
         quality = _quality(alike, kept, model_of(moments.sizes))
         return Matching(merge, unmerge, moments.sizes, quality, mean_correlation(local, moments.sizes, alike))
 
 
-def twins(moments: SpaceMoments, alike: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """For every feature the slot that holds the same function of the data, or -1. int64 [Sn]
-
-    Least squares would spread a copy over all kept features that happen to add up to it."""
-    best = alike[:, kept].argmax(1)
-    size = moments.second.diagonal().cpu().numpy()
-    gap = size + size[kept[best]] - 2 * moments.second.cpu().numpy()[np.arange(len(size)), kept[best]]
-    return np.where(gap <= 1e-8 * np.maximum(size, size[kept[best]]), best, -1)
+def copies(moments: SpaceMoments) -> np.ndarray:
+    """Which features are the same function of the data, not just correlated. bool [Sn, Sn], symmetric"""
+    second = moments.second.cpu().numpy()
+    size = second.diagonal()
+    gap = size[:, None] + size[None, :] - 2 * second  # E (f_j - f_k)^2
+    return gap <= SAME**2 * np.maximum(size[:, None], size[None, :])
 
 
 def _quality(correlation: np.ndarray, kept: np.ndarray, model: np.ndarray) -> float:
@@ -81,9 +81,9 @@ def _quality(correlation: np.ndarray, kept: np.ndarray, model: np.ndarray) -> fl
     return float(nearest.mean()) if len(nearest) else float("nan")
 
 
-def keep(correlation: np.ndarray, width: int, twin: np.ndarray | None = None) -> np.ndarray:
+def keep(correlation: np.ndarray, width: int, same: np.ndarray | None = None) -> np.ndarray:
     """The features the elimination keeps, in order of choice; once all is explained, the first ones left that
-    are no copy of one kept (twin: bool [n, n]; another function of the data may show beyond it), then any.
+    are no copy of one kept (same: bool [n, n]; another function of the data may show beyond it), then any.
 
     correlation: float [n, n], symmetric, not modified. The residual is never formed: R = R0 - L L^T, and
     the column sums of its squares follow each step by one product with R. int64 [width]
@@ -113,12 +113,11 @@ def keep(correlation: np.ndarray, width: int, twin: np.ndarray | None = None) ->
         factor[:, step] = column / np.sqrt(pivot)
         left = left - factor[:, step] ** 2
         chosen.append(j)
-    covered = np.zeros(n, bool)
-    if twin is not None:
-        covered = twin[chosen].any(0)
-        for j in np.setdiff1d(np.arange(n), chosen):
+    if same is not None:
+        covered = np.asarray(same[:, chosen].any(axis=1))
+        for j in np.setdiff1d(np.arange(n), chosen).tolist():
             if len(chosen) < width and not covered[j]:
-                chosen.append(int(j))
-                covered |= twin[j]
+                chosen.append(j)
+                covered = covered | same[:, j]
     rest = np.setdiff1d(np.arange(n), chosen)[: width - len(chosen)]
     return np.concatenate([np.array(chosen, np.int64), rest])
