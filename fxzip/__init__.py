@@ -11,6 +11,7 @@ from __future__ import annotations
 from .errors import FxzipError, InputError, SpaceError, TraceError, VerificationError
 from .evaluate import Accuracy, accuracy, cost
 from .files import load, save
+from .frontier import Frontier, frontier
 from .inspection import inspect
 from .match import MATCHERS, Average, Permute, Select, Zip
 from .measure.moments import Moments
@@ -23,8 +24,8 @@ from .verify import Verification, scramble, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "MATCHERS", "METHODS", "Accuracy", "Average", "FxzipError", "InputError", "Moments", "Permute", "Report",
-    "Select", "Solve", "SpaceError", "TraceError", "Verification", "VerificationError", "Zip", "accuracy",
-    "collect", "cost", "cut_points", "extract", "inspect", "load", "merge", "report", "save", "scramble",
-    "verify",
+    "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError", "Moments", "Permute",
+    "Report", "Select", "Solve", "SpaceError", "TraceError", "Verification", "VerificationError", "Zip", "accuracy",
+    "collect", "cost", "cut_points", "extract", "frontier", "inspect", "load", "merge", "report", "save",
+    "scramble", "verify",
 ]  # fmt: skip

@@ -1,8 +1,9 @@
 """Budgets: how wide every merged space may be, so that the result costs what the user allows.
 
-FLOPs of every contraction scale with the widths of the spaces it reads and writes. Widths grow in steps of
-`round_to`, each time where a FLOP buys most: the drop in unexplained variance of a space's joint correlation
-(eigenvalues beyond the width), per FLOP. A space whose width cannot change keeps it, and the report says so.
+FLOPs of every contraction scale with the widths of the spaces it reads and writes. From the models' widths (or,
+below 1, from the same share of each that fits) widths grow in steps of `round_to`, each time where a FLOP buys most:
+the drop in unexplained variance of a space's joint correlation (eigenvalues beyond the width), per FLOP. A space
+whose width cannot change keeps it, and the report says so.
 """
 
 from __future__ import annotations
@@ -99,9 +100,9 @@ def allocate(
     """
     size = {s.name: s.size for s in merged if s.name in free and s.name in moments}
     one = flops([Term(t.flops, ()) for t in terms], {})
-    width = {s: max(1, min(n, int(np.ceil(LEAST * n / round_to) * round_to))) for s, n in size.items()}
-    if flops(terms, {s: width[s] / size[s] for s in size}) > budget * one:
-        least = flops(terms, {s: width[s] / size[s] for s in size}) / one
+    width = _start(terms, size, budget * one, round_to)
+    if width is None:
+        least = flops(terms, {s: _share(n, LEAST, round_to) / n for s, n in size.items()}) / one
         raise InputError(
             f"budget={budget}: the narrowest merge costs {least:.2f} times one network; allow that or more"
         )
@@ -122,6 +123,20 @@ def allocate(
         if best is not None:
             width[best] = min(width[best] + round_to, models * size[best])
     return width
+
+
+def _start(terms: Sequence[Term], size: Mapping[str, int], most: float, round_to: int) -> dict[str, int] | None:
+    """The models' own widths, or the largest common share of them that costs at most `most` FLOPs; None: none does."""
+    for share in np.arange(1, LEAST - 1e-9, -1 / 64):
+        width = {s: _share(n, float(share), round_to) for s, n in size.items()}
+        if flops(terms, {s: width[s] / n for s, n in size.items()}) <= most:
+            return width
+    return None
+
+
+def _share(size: int, share: float, round_to: int) -> int:
+    """`share` of a width in steps of `round_to`, at least one step; whole, the width as it is."""
+    return size if share == 1 else min(size, max(1, int(np.ceil(size * share / round_to))) * round_to)
 
 
 def _unexplained(correlation: Tensor) -> np.ndarray:

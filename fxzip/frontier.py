@@ -1,0 +1,211 @@
+"""`frontier`: what each budget or cut costs and keeps, measured on the user's own batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from tqdm.auto import tqdm
+
+from .errors import InputError
+from .merge import collect, merge
+from .prepare import Clock, calibration_batches, prepare
+from .report import report, table
+
+__all__ = ["Frontier", "Point", "frontier"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One merge. cost: FLOPs of the result over those of one model; parameters: scalars in the result.
+
+    drift: per model, E|y - y0|^2 / E|y0 - E y0|^2 of the merged network's outputs y against the model's own y0,
+    on batches that nothing was fitted to: 0 is the ensemble, 1 a constant. measured: from `evaluate`, or None.
+    """
+
+    name: str
+    cost: float
+    parameters: int
+    drift: tuple[float, ...]
+    measured: Any = None
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Points by ascending cost; the last is the ensemble. Printable; `plot` draws it."""
+
+    points: tuple[Point, ...]
+    tasks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        heads = ["merge", "FLOPs", "parameters", *(f"drift {t}" for t in self.tasks), "measured"]
+        rows = [
+            [p.name, f"{p.cost:.2f}x", f"{p.parameters:,}", *(f"{d:.4f}" for d in p.drift), _shown(p.measured)]
+            for p in self.points
+        ]
+        return "\n".join(table(heads, rows))
+
+    def plot(self, value: Callable[[Any], float] = float, label: str = "measured"):
+        """A matplotlib Figure: `value(measured)` (or, without evaluate, 1 - mean drift) against cost.
+
+        Raises InputError without matplotlib (the `report` extra).
+        """
+        try:
+            from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise InputError('Frontier.plot draws with matplotlib: pip install "fxzip[report]"') from error
+        measured = all(p.measured is not None for p in self.points)
+        heights = [value(p.measured) if measured else 1 - sum(p.drift) / len(p.drift) for p in self.points]
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axhline(heights[-1], color="0.6", linestyle=":", linewidth=1)
+        axes.plot([p.cost for p in self.points], heights, marker="o", color="C0", linewidth=1.5)
+        for point, height in zip(self.points, heights, strict=True):
+            axes.annotate(
+                point.name, (point.cost, height), (0, -12), textcoords="offset points", ha="center", fontsize=8
+            )
+        axes.set_xlabel("FLOPs, times one network")
+        axes.set_ylabel(label if measured else "1 - drift of the outputs")
+        axes.margins(x=0.12, y=0.18)
+        axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+
+def frontier(
+    models: Sequence[nn.Module] | Mapping[str, nn.Module],
+    loader: Iterable,
+    budgets: Sequence[float] = (1.0, 1.15, 1.33),
+    *,
+    untils: Sequence[str] = (),
+    evaluate: Callable[[nn.Module], Any] | None = None,
+    calibration: int = 2048,
+    holdout: int = 512,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> Frontier:
+    """Merge at every budget and every cut; the features are measured once.
+
+    models, loader: as for `merge`. budgets: FLOPs over one model's; 1.0 keeps the widths. untils: cuts to try.
+    evaluate: merged network -> anything (a number, an `Accuracy`); also called with the ensemble. holdout: samples
+    read after the `calibration` ones, for the drift; if the loader has no more, the last calibration samples are
+    used again, and the drift is optimistic. options: passed on to `merge`.
+    Raises InputError for a budget below 0.1 or no point at all, and what `merge` raises.
+
+    >>> a, b = (nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)) for _ in range(2))
+    >>> found = frontier([a, b], [torch.randn(64, 4)], [1.0, 1.5], progress=False)
+    >>> [p.name for p in found.points]
+    ['1x', '1.5x', 'ensemble']
+    """
+    _check(budgets, untils, evaluate, holdout, options)
+    p = prepare(models, loader, call="fxzip.frontier", clock=Clock(), device=options.get("device", "auto"),
+                seed=seed, calibration=calibration + holdout, verify=options.get("verify", True))  # fmt: skip
+    batches = calibration_batches(p, calibration + holdout, seed)
+    total = sum(_size(b) for b in batches)
+    fitted = _slice(batches, 0, calibration)
+    held = _slice(batches, max(min(calibration, total - holdout), 0), total)
+    moments = collect(models, fitted, calibration=calibration, seed=seed, progress=progress,
+                      device=options.get("device", "auto"))  # fmt: skip
+    given: dict[str, Any] = options | {
+        "verify": False, "calibration": calibration, "seed": seed, "progress": progress,
+    }  # fmt: skip
+    plans: list[tuple[str, dict[str, Any]]] = [
+        (f"{b:g}x", {"budget": None if b == 1 else b, "moments": moments}) for b in budgets
+    ]
+    plans += [(f"until {u}", {"until": u}) for u in untils]
+    points: list[Point] = []
+    zipped = p.graph_modules[0]
+    for name, plan in tqdm(plans, desc="frontier", unit="merge", disable=not progress, leave=False):
+        zipped = merge(models, fitted, **given, **plan)
+        points.append(_point(name, zipped, p.graph_modules, held, evaluate))
+    sizes = report(zipped).inputs
+    flops, parameters = [s.flops or 0 for s in sizes], sum(s.parameters or 0 for s in sizes)
+    ensemble = _Together(p.graph_modules, p.names if p.as_dict else None).eval()
+    measured = evaluate(ensemble) if evaluate else None
+    points.sort(key=lambda x: x.cost)
+    end = Point("ensemble", sum(flops) / max(*flops, 1), parameters, (0.0,) * len(p.names), measured)
+    return Frontier((*points, end), p.names)
+
+
+def _check(budgets: Any, untils: Any, evaluate: Any, holdout: Any, options: Mapping[str, Any]) -> None:
+    found = [f"budget {b!r} must be a number of at least 0.1" for b in budgets if not _budget(b)]
+    found += ["budgets and untils are both empty: nothing to merge"] * (not budgets and not untils)
+    found += [f"evaluate must be callable, not a {type(evaluate).__name__}"] * (
+        evaluate is not None and not callable(evaluate)
+    )
+    found += [f"holdout must be a positive number of samples, got {holdout!r}"] * (
+        not isinstance(holdout, int) or holdout < 1
+    )
+    taken = sorted(options.keys() & {"budget", "until", "moments"})
+    found += [f"{name}= is what frontier varies: pass budgets= and untils=" for name in taken]
+    if found:
+        raise InputError.listing("fxzip.frontier", found)
+
+
+def _budget(b: Any) -> bool:
+    return isinstance(b, (int, float)) and not isinstance(b, bool) and b >= 0.1
+
+
+@torch.no_grad()
+def _point(
+    name: str, zipped: fx.GraphModule, parents: Sequence[nn.Module], held: list[tuple], evaluate: Callable | None
+) -> Point:
+    made = report(zipped)
+    where = next((t.device for t in zipped.parameters()), torch.device("cpu"))
+    wrong, total = [0.0] * len(parents), [0.0] * len(parents)
+    for batch in held:
+        outputs = zipped(*tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, batch))
+        outputs = list(outputs.values()) if isinstance(outputs, Mapping) else list(outputs)
+        for i, (parent, output) in enumerate(zip(parents, outputs, strict=True)):
+            for y, y0 in zip(_floats(output), _floats(parent(*batch)), strict=True):
+                y0 = y0.double()
+                wrong[i] += float((y.to(y0) - y0).square().sum())
+                total[i] += float((y0 - y0.mean(0, keepdim=True)).square().sum())
+    drift = tuple(w / max(t, 1e-300) for w, t in zip(wrong, total, strict=True))
+    cost = (made.result.flops or 0) / max(1, *(s.flops or 0 for s in made.inputs))
+    return Point(name, cost, made.result.parameters or 0, drift, evaluate(zipped) if evaluate else None)
+
+
+class _Together(nn.Module):
+    """The models side by side, with outputs in the form of a merged network's."""
+
+    def __init__(self, models: Sequence[nn.Module], names: Sequence[str] | None) -> None:
+        super().__init__()
+        self.models, self.names = nn.ModuleList(models), names
+
+    def forward(self, *args: Any) -> Any:
+        outputs = tuple(m(*args) for m in self.models)
+        return outputs if self.names is None else dict(zip(self.names, outputs, strict=True))
+
+
+def _slice(batches: list[tuple], start: int, stop: int) -> list[tuple]:
+    """Samples start to stop (at most), in their batches."""
+    found: list[tuple] = []
+    at = 0
+    for batch in batches:
+        size = _size(batch)
+        low, high = max(start - at, 0), min(stop - at, size)
+        if low < high:
+            found.append(
+                tuple(x[low:high] if isinstance(x, Tensor) and x.dim() and len(x) == size else x for x in batch)
+            )
+        at += size
+    return found
+
+
+def _size(batch: tuple) -> int:
+    return max((len(x) for x in batch if isinstance(x, Tensor) and x.dim()), default=1)
+
+
+def _floats(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _shown(measured: Any) -> str:
+    if isinstance(measured, float):
+        return f"{measured:.4g}"
+    return "" if measured is None else str(measured)

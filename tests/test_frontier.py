@@ -1,0 +1,80 @@
+"""frontier(): budgets and cuts side by side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import unchanged
+from torch import nn
+
+import fxzip
+from fxzip import InputError
+
+torch.set_num_threads(1)
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * 9, 4),
+    ).eval()  # fmt: skip
+
+
+def batches(count: int = 6) -> list[torch.Tensor]:
+    return list(torch.randn(32 * count, 1, 8, 8, generator=torch.Generator().manual_seed(7)).split(32))
+
+
+@pytest.fixture(scope="module")
+def found():
+    models, seen = {"a": network(0), "b": network(1)}, []
+    with unchanged(list(models.values())):
+        result = fxzip.frontier(
+            models, batches(), [1.0, 1.5], untils=["3"], calibration=128, holdout=64, progress=False,
+            evaluate=lambda net: seen.append(sorted(net(batches(1)[0]))) or len(seen) / 10,
+        )  # fmt: skip
+    assert seen == [["a", "b"]] * 4  # three merges and the ensemble answer alike
+    return result
+
+
+def test_points_rise_in_cost_to_the_ensemble(found):
+    names, costs = [p.name for p in found.points], [p.cost for p in found.points]
+    assert names[0] == "1x" and names[-1] == "ensemble" and set(names[1:-1]) == {"1.5x", "until 3"}
+    assert costs == sorted(costs) and costs[0] == pytest.approx(1, rel=0.03) and costs[-1] == 2
+    assert 1.2 < next(p.cost for p in found.points if p.name == "1.5x") <= 1.5
+
+
+def test_more_flops_drift_less(found):
+    by_name = {p.name: sum(p.drift) for p in found.points}
+    assert 2 > by_name["1x"] > by_name["1.5x"] > by_name["ensemble"] == 0
+    assert by_name["until 3"] < by_name["1x"]
+
+
+def test_table_and_figure(found):
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["merge", "FLOPs", "parameters", "drift", "a", "drift", "b", "measured"]
+    assert len(lines) == 6 and lines[-1].split()[:2] == ["ensemble", "2.00x"]
+    pytest.importorskip("matplotlib", reason="Frontier.plot needs the report extra")
+    figure = found.plot(label="accuracy")
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "accuracy" and len(axes.lines[1].get_xdata()) == 4
+
+
+def test_the_drift_is_of_samples_that_were_not_fitted():
+    """With fewer samples than parameters the fit is exact where it was fitted, and nowhere else."""
+    models = [network(0), network(1)]
+    fitted = fxzip.frontier(models, batches(1), [1.0], calibration=32, holdout=32, progress=False)
+    fresh = fxzip.frontier(models, batches(2), [1.0], calibration=32, holdout=32, progress=False)
+    assert sum(fresh.points[0].drift) > 1.2 * sum(fitted.points[0].drift)
+
+
+def test_all_problems_at_once():
+    with pytest.raises(InputError) as caught:
+        fxzip.frontier([network(0), network(1)], batches(), [0, "2"], evaluate=3, holdout=0, budget=2)  # type: ignore
+    for part in (
+        "budget 0 must be a number of at least 0.1", "budget '2' must be", "evaluate must be callable, not a int",
+        "holdout must be a positive number of samples, got 0", "budget= is what frontier varies",
+    ):  # fmt: skip
+        assert part in str(caught.value)
+    with pytest.raises(InputError, match="both empty: nothing to merge"):
+        fxzip.frontier([network(0), network(1)], batches(), [])
