@@ -9,8 +9,10 @@ from torchvision.models import VisionTransformer
 
 import fxzip
 from fxzip.solve import Settings, affordable
+from fxzip.solve.design import design_of
 from fxzip.solve.refine import refine
 from fxzip.solve.ridge import Gram, Ridge, ridge
+from fxzip.solve.slots import arguments
 
 
 class Residual(nn.Module):
@@ -179,3 +181,37 @@ def test_targets_are_not_taken_where_features_only_pass_through_or_hold_the_batc
     with torch.no_grad():
         for y in zipped(*data):
             torch.testing.assert_close(y, model(*data), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("groups, stride, dilation, padding, extra", [
+    (1, 2, 1, 1, 1), (2, 2, 1, 0, 0), (1, 3, 2, 1, 2), (3, 1, 1, 2, 0), (1, (2, 1), (1, 2), (0, 3), (1, 0)),
+])  # fmt: skip
+def test_transposed_convolutions_are_regressions_too(groups, stride, dilation, padding, extra):
+    """Design rows times the weight's matrix are what the op computes; the matrix goes back to the weight."""
+    conv = nn.ConvTranspose2d(6, 12, (3, 2), stride, padding, extra, groups, False, dilation).double()
+    traced = fxzip.inspect(nn.Sequential(nn.Conv2d(1, 6, 1).double(), conv), torch.randn(2, 1, 5, 6).double())
+    node = [n for n in traced.lowered.graph.nodes if n.op == "call_function" and "convolution" in str(n.target)][-1]
+    design = design_of(node)
+    assert design is not None
+    x = torch.randn(3, 6, 5, 6, dtype=torch.float64)
+    given = arguments(node) | {"input": x, "weight": conv.weight}
+    rows = design.rows(given, 200, torch.Generator().manual_seed(0))
+    matrix = design.matrix(conv.weight, groups)  # [g, o, p]
+    torch.testing.assert_close(torch.einsum("rgp,gop->rgo", rows.x, matrix), rows.y(conv(x)))
+    torch.testing.assert_close(design.operand(matrix, conv.weight.shape), conv.weight)
+
+
+def test_a_decoder_is_solved():
+    class Decoder(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(3, 24, 3, 2, 1), nn.ConvTranspose2d(24, 16, 4, 2, 1)
+            self.norm, self.out = nn.BatchNorm2d(16), nn.Conv2d(16, classes, 1)
+
+        def forward(self, x):
+            return self.out(torch.relu(self.norm(self.up(torch.relu(self.down(x))))))
+
+    x, held_out = (torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 9))
+    nets = pair(Decoder, x)
+    zipped, solved = (fxzip.merge(nets, [x], method=m, progress=False) for m in ("zip", "solve"))
+    assert loss(solved, nets, held_out) < 0.4 * loss(zipped, nets, held_out)

@@ -1,7 +1,7 @@
 """Contractions as linear regression: design rows and target rows of one ATen op, at sampled positions.
 
-Every op here computes y[row] = W x[row] (+ bias) for rows (batch item, position). `DESIGNS` maps the ATen
-packet to a function of the op's actual operands; an op without one keeps its merged weights.
+Every op here computes y[row] = W x[row] (+ bias) for rows (batch item, position). `design_of` gives the Design
+of a node; an op without one keeps its merged weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+
+from .affine import packet
+from .slots import argument
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,44 @@ def _untransposed(matrix: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _conv_rows(args: Mapping[str, Any], count: int, generator: torch.Generator) -> Rows:
     """Patches [r, g, c*k] at random (batch item, output position); groups share the positions."""
-    data, weight, g = args["input"], args["weight"], args["groups"]
-    kernel = weight.shape[2:]
+    kernel = args["weight"].shape[2:]
+    stride, padding, dilation = (_spread(args[k], len(kernel)) for k in ("stride", "padding", "dilation"))
+    padded = F.pad(args["input"], [p for q in reversed(padding) for p in (q, q)])
+    return _patches(padded, kernel, stride, dilation, args["groups"], count, generator)
+
+
+def _transposed_rows(args: Mapping[str, Any], count: int, generator: torch.Generator) -> Rows:
+    """A transposed convolution is a plain one, with its kernel turned round, on data with stride - 1 zeros between."""
+    data, kernel = args["input"], args["weight"].shape[2:]
     d = len(kernel)
-    stride, padding, dilation = (_spread(args[k], d) for k in ("stride", "padding", "dilation"))
-    out = [(data.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(d)]
-    total = data.shape[0] * int(torch.tensor(out).prod())
-    flat = _pick(total, count, generator, data.device)
-    place = torch.unravel_index(flat, (data.shape[0], *out))  # batch, then positions
-    padded = F.pad(data, [p for q in reversed(padding) for p in (q, q)])
+    stride, padding, dilation, extra = (
+        _spread(args[k], d) for k in ("stride", "padding", "dilation", "output_padding")
+    )
+    spread = data.new_zeros(*data.shape[:2], *((n - 1) * s + 1 for n, s in zip(data.shape[2:], stride, strict=True)))
+    spread[(..., *(slice(None, None, s) for s in stride))] = data
+    edges = [dilation[i] * (kernel[i] - 1) - padding[i] for i in range(d)]  # negative: cut off
+    padded = F.pad(spread, [p for i in reversed(range(d)) for p in (edges[i], edges[i] + extra[i])])
+    return _patches(padded, kernel, [1] * d, dilation, args["groups"], count, generator)
+
+
+def _patches(
+    padded: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    g: int,
+    count: int,
+    generator: torch.Generator,
+) -> Rows:
+    """Rows of a convolution without padding."""
+    d = len(kernel)
+    out = [(padded.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(d)]
+    total = padded.shape[0] * int(torch.tensor(out).prod())
+    flat = _pick(total, count, generator, padded.device)
+    place = torch.unravel_index(flat, (padded.shape[0], *out))  # batch, then positions
     index: list[Tensor] = []
     for i in range(d):
-        taps = torch.arange(kernel[i], device=data.device) * dilation[i]
+        taps = torch.arange(kernel[i], device=padded.device) * dilation[i]
         at = place[1 + i][:, None] * stride[i] + taps  # [r, k_i]
         index.append(at.reshape(len(flat), *[kernel[i] if j == i else 1 for j in range(d)]))
     batch = place[0].reshape(-1, *[1] * d)
@@ -107,9 +136,29 @@ def _conv_operand(matrix: Tensor, shape: Sequence[int]) -> Tensor:
     return matrix.reshape(tuple(shape))
 
 
-DESIGNS: Mapping[str, Design] = {
+def _turned(operand: Tensor, groups: int) -> Tensor:
+    """[g*c, o, *k] of a transposed convolution -> [g, o, c*k] of the plain one it is."""
+    kernel = operand.shape[2:]
+    split = operand.reshape(groups, -1, *operand.shape[1:]).transpose(1, 2)  # [g, o, c, *k]
+    return split.flip(tuple(range(3, 3 + len(kernel)))).reshape(groups, operand.shape[1], -1)
+
+
+def _unturned(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    kernel = tuple(shape[2:])
+    split = matrix.reshape(len(matrix), shape[1], -1, *kernel).flip(tuple(range(3, 3 + len(kernel))))
+    return split.transpose(1, 2).reshape(tuple(shape))
+
+
+_DESIGNS: Mapping[str, Design] = {
     "linear": Design("input", "weight", "bias", lambda a, c, g: _matmul_rows(a["input"], c, g), _plain, _unplain),
     "addmm": Design("mat1", "mat2", "self", lambda a, c, g: _matmul_rows(a["mat1"], c, g), _transposed, _untransposed),
     "mm": Design("self", "mat2", None, lambda a, c, g: _matmul_rows(a["self"], c, g), _transposed, _untransposed),
     "convolution": Design("input", "weight", "bias", _conv_rows, _conv_matrix, _conv_operand),
 }
+_CONV_TRANSPOSED = Design("input", "weight", "bias", _transposed_rows, _turned, _unturned)
+
+
+def design_of(node: fx.Node) -> Design | None:
+    """How to regress this op, or None."""
+    name = packet(node)
+    return _CONV_TRANSPOSED if name == "convolution" and argument(node, "transposed") else _DESIGNS.get(name)

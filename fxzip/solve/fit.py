@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ..infer import Spaces
 from ..match import Matching
 from .affine import MOVES, Link, packet, undo
-from .design import DESIGNS, Design
+from .design import Design, design_of
 from .lanes import Lane
 from .mixing import Mixer, mixer
 from .refine import refine
@@ -63,12 +63,13 @@ def solve_point(
     generator: torch.Generator,
 ) -> Outcome | None:
     """Fit the weights of one contraction in `point.lane`. None (and nothing written) where it cannot be fitted:
-    the weight is used elsewhere too or is computed, the op is transposed, or no matched space is visible."""
+    the weight is used elsewhere too or is computed, or no matched space is visible."""
     node = point.lane.nodes[point.name]
-    design = DESIGNS[packet(node)]
+    design = design_of(node)
+    assert design is not None  # `Pass` asks first
     weight = Slot.of(point.lane, argument(node, design.weight))
     bias = Slot.of(point.lane, argument(node, design.bias)) if design.bias else None
-    if weight is None or argument(node, "transposed") or isinstance(argument(node, "padding"), str):
+    if weight is None or isinstance(argument(node, "padding"), str):
         return None
     mix = _mixer(point, spaces, matchings)
     if mix is None:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..infer import Spaces
 from ..match import Matching
 from .affine import Link, chain, packet
-from .design import DESIGNS
+from .design import design_of
 from .fit import Point, Settings, solve_point
 from .lanes import Lane, dynamic_nodes, nbytes
 from .norms import NORMS, solve_norm
@@ -115,7 +115,7 @@ class Pass:
 
     def _contracts(self, node: fx.Node) -> bool:
         """Data times parameters, as one of DESIGNS knows to regress."""
-        design = DESIGNS.get(packet(node))
+        design = design_of(node)
         if design is None:
             return False
         data, weight = (argument(node, n) for n in (design.data, design.weight))
@@ -127,9 +127,9 @@ class Pass:
         )
 
     def _columns(self, node: fx.Node) -> int:
-        weight = argument(node, DESIGNS[packet(node)].weight)
-        shape = weight.meta["shape"]  # type: ignore[union-attr]
-        return int(torch.tensor(shape).prod()) // max(int(shape[0]), 1)
+        shape = argument(node, design_of(node).weight).meta["shape"]  # type: ignore[union-attr]
+        outputs = shape[1] if argument(node, "transposed") else shape[0]
+        return int(torch.tensor(shape).prod()) // max(int(outputs), 1)
 
     # -- one node ---------------------------------------------------------------------------------
 
