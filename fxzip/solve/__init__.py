@@ -17,7 +17,7 @@ from ..measure import Programs
 from ..rewrite import Heads, Partition
 from ..trace import Lowered, batch_size, lower, state_of
 from .fit import Settings
-from .lanes import Lane, dynamic_nodes
+from .lanes import Lane, Store
 from .sequence import Pass, Record
 
 __all__ = ["Record", "Settings", "Solve", "Solved", "solve_parameters"]
@@ -73,21 +73,17 @@ def solve_parameters(
     chunks = _chunks(batches)
     programs = Programs(graph_modules, spaces)
     settings = settings or Settings()
-    afford = affordable(programs.lowered(0, chunks[0])[0], len(graph_modules) + 1, settings.memory)
-    notices = ()
-    if afford < len(chunks):
-        size = max(batch_size(chunks[0]), 1)
-        notices = (
-            f"solve used {afford * size} of {len(chunks) * size} samples: activations of more would take over "
-            f"{settings.memory / 1e9:.1f} GB; pass Solve(settings=Settings(memory=...)) to allow more",
-        )
-        chunks = chunks[:afford]
-    parents = [_lane(programs, i, dict(programs.states[i]), chunks[0]) for i in range(len(graph_modules))]
+    store = Store(settings.memory)
+    parents = [_lane(programs, i, dict(programs.states[i]), chunks[0], store) for i in range(len(graph_modules))]
     state = {**state_of(graph_modules[0]), **shared}
     merged = (
-        _lane(programs, 0, state, chunks[0]) if resized is None else _resized_lane(resized, spaces, state, chunks[0])
+        _lane(programs, 0, state, chunks[0], store)
+        if resized is None
+        else _resized_lane(resized, spaces, state, chunks[0], store)
     )
-    private = [_lane(programs, i, {**state_of(m), **heads.states[i]}, chunks[0]) for i, m in enumerate(graph_modules)]
+    private = [
+        _lane(programs, i, {**state_of(m), **heads.states[i]}, chunks[0], store) for i, m in enumerate(graph_modules)
+    ]
     origin = {n.name: n.meta.get("origin") for n in spaces.lowered.graph.nodes}
     is_private = frozenset(n for n, o in origin.items() if o in cut.private)
     unmerged = {v.name: ops for name, ops in heads.unmerge.items() for v in spaces.lowered.values[name]}
@@ -102,27 +98,16 @@ def solve_parameters(
     steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, len(chunks))
     with torch.no_grad():
         steps.run(progress)
+    notices = ()
+    if store.mapped:
+        notices = (
+            f"solve kept {store.mapped / 1e9:.1f} GB of activations in temporary files: they would take over "
+            f"{settings.memory / 1e9:.1f} GB of memory; Solve(settings=Settings(memory=...)) allows more",
+        )
     fitted = tuple({n: lane.state[n] for n in s} for lane, s in zip(private, heads.states, strict=True))
     return Solved(
         {n: merged.state[n] for n in shared}, replace(heads, states=fitted), tuple(steps.records), steps.peak, notices
     )
-
-
-def affordable(lowered: Lowered, lanes: int, memory: float) -> int:
-    """How many chunks (of the batch that was lowered) `lanes` networks can hold live at once; at least one."""
-    dynamic = dynamic_nodes(lowered)
-    last = {i: n for n in dynamic.values() for i in (n, *n.all_input_nodes)}
-    live = most = 0
-    for node in dynamic.values():
-        live += _bytes(node)
-        most = max(most, live)
-        live -= sum(_bytes(i) for i in {node, *node.all_input_nodes} if i.name in dynamic and last[i] is node)
-    return max(1, int(memory // max(most * lanes, 1)))
-
-
-def _bytes(node: fx.Node) -> int:
-    shape, dtype = node.meta.get("shape"), node.meta.get("dtype")
-    return 0 if shape is None or dtype is None else int(np.prod(shape)) * dtype.itemsize
 
 
 def _chunks(batches: Sequence[tuple]) -> list[tuple]:
@@ -137,13 +122,13 @@ def _chunks(batches: Sequence[tuple]) -> list[tuple]:
     ]
 
 
-def _lane(programs: Programs, model: int, state: dict[str, Tensor], args: tuple) -> Lane:
+def _lane(programs: Programs, model: int, state: dict[str, Tensor], args: tuple, store: Store) -> Lane:
     lowered, twin = programs.lowered(model, args)
     by_name = {n.name: n for n in lowered.graph.nodes}
-    return Lane(lowered, {name: by_name[other] for name, other in twin.items()}, state)
+    return Lane(lowered, {name: by_name[other] for name, other in twin.items()}, state, store)
 
 
-def _resized_lane(zipped: fx.GraphModule, spaces: Spaces, state: dict[str, Tensor], args: tuple) -> Lane:
+def _resized_lane(zipped: fx.GraphModule, spaces: Spaces, state: dict[str, Tensor], args: tuple, store: Store) -> Lane:
     """The shared part at its new widths. Nodes correspond by FX origin and by their order within it."""
     lowered = lower(zipped, args)
     found: dict[tuple, fx.Node] = {}
@@ -151,7 +136,7 @@ def _resized_lane(zipped: fx.GraphModule, spaces: Spaces, state: dict[str, Tenso
         found[key] = node
     nodes = {node.name: found[key] for key, node in _in_order(spaces.lowered) if key in found}
     nodes |= {a.name: b for a, b in zip(spaces.lowered.inputs, lowered.inputs, strict=True)}
-    return Lane(lowered, nodes, state)
+    return Lane(lowered, nodes, state, store)
 
 
 def _in_order(lowered: Lowered) -> list[tuple[tuple, fx.Node]]:
@@ -169,7 +154,7 @@ def _through_unmerge(merged: Lane, unmerged: Mapping[str, Sequence], model: int)
     """What a private lane reads at the boundary: the shared value, through U where it is explicit."""
 
     def read(name: str, chunk: int):
-        value = merged.values[name][chunk]
+        value = merged.value(name, chunk)
         return unmerged[name][model](value) if name in unmerged else value
 
     return read

@@ -25,7 +25,8 @@ _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 @dataclass(frozen=True)
 class Settings:
     """lam: ridge, relative to each input's energy. rows: design rows per column, at least `least` in all.
-    sweeps: re-targetings through the next non-linearity (0: plain least squares). memory: bytes of activations."""
+    sweeps: re-targetings through the next non-linearity (0: plain least squares). memory: bytes of activations held
+    at once; more goes to temporary files (where TMPDIR says)."""
 
     lam: float = 1e-3
     rows: int = 10
@@ -100,7 +101,9 @@ def _value(given: Any, lane: Lane, chunk: int, dynamic: Mapping[str, fx.Node]) -
 
 
 def _rows(settings: Settings, matrix: Tensor, chunks: int) -> int:
-    return max(settings.rows * matrix.shape[-1], settings.least) // chunks + 1
+    columns = matrix.shape[0] * matrix.shape[-1]
+    most = max(int(settings.memory / 8 / columns), matrix.shape[-1])  # their float32 take half of the cap at most
+    return min(max(settings.rows * matrix.shape[-1], settings.least), most) // chunks + 1
 
 
 # -- targets ----------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def mixer_at(name: str, parents: Sequence[Lane], shared: bool, spaces: Spaces, m
     visible = {s for k in layouts for s, _ in k.runs}
     if not shared:  # a head's own coordinates, unless merged features only pass through here
         return None if visible & parents[0].absorbed else lambda values: values[0]
-    value = parents[0].values[name][0]
+    value = parents[0].value(name, 0)
     analysed = next(n for n in spaces.lowered.graph.nodes if n.name == name).meta["shape"]
     if any(value.shape[a] != analysed[a] for k in layouts for a in k.axes):
         return None  # at this batch size the batch is flattened into the features
@@ -126,7 +129,7 @@ def mixer_at(name: str, parents: Sequence[Lane], shared: bool, spaces: Spaces, m
 def _target(point: Point, mix, chunk: int, dynamic: Mapping[str, fx.Node]) -> tuple[Tensor, Tensor]:
     """(target of the contraction's own output, the value wanted at `last`), both in the contraction's layout."""
     lane = point.lane
-    target = full = mix([p.values[point.last][chunk] for p in point.parents])
+    target = full = mix([p.value(point.last, chunk) for p in point.parents])
     for link in reversed(point.links):
         here = lane.nodes[link.node.name]
         shape = tuple(lane.nodes[link.source.name].meta["shape"])

@@ -1,19 +1,48 @@
 """Lanes: the parents and the merged network, advanced through one lowered graph in step.
 
 A lane holds parameters and the values of one network on all calibration samples, chunk by chunk, keyed
-by the node names of the analysed graph. Values are freed after their last reader.
+by the node names of the analysed graph. Values are freed after their last reader; beyond the memory cap they
+are mapped to temporary files, which change nothing but the time.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_map
 
 from ..trace.lower import Lowered
+
+
+@dataclass
+class Store:
+    """Where values go: memory while there is `room` (bytes), then files that nothing else can open."""
+
+    room: float
+    mapped: int = 0  # bytes that went to files, in all
+
+    def keep(self, value: Any) -> Any:
+        """`value`, or (for tensors without room) an equal CPU tensor on disk."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.keep(v) for v in value)
+        if not isinstance(value, Tensor) or not value.numel():
+            return value
+        size = value.numel() * value.element_size()
+        self.room -= size
+        if self.room >= 0:
+            return value
+        self.mapped += size
+        with tempfile.TemporaryDirectory(prefix="fxzip-") as folder:  # gone at once; the mapping stays until freed
+            path = os.path.join(folder, "values")
+            flat = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        return flat.view(value.dtype).view(value.shape).copy_(value)
 
 
 @dataclass
@@ -23,6 +52,7 @@ class Lane:
     lowered: Lowered
     nodes: Mapping[str, fx.Node]
     state: dict[str, Tensor]
+    store: Store
     values: dict[str, list[Any]] = field(default_factory=dict)  # name -> one value per chunk
     absorbed: frozenset[str] = frozenset()  # spaces that heads read in merged coordinates
     fallback: Callable[[str, int], Any] | None = None  # values that another lane computes
@@ -33,6 +63,7 @@ class Lane:
         self.aliases = {}
         for other, first in self.lowered.tied.items():
             self.aliases.setdefault(first, []).append(other)
+        self.device = next((t.device for t in self.state.values()), torch.device("cpu"))
 
     def parameter(self, node: fx.Node) -> str:
         """The name in `state` of a parameter placeholder (tied tensors go by any of their names)."""
@@ -66,7 +97,8 @@ class Lane:
 
     def value(self, name: str, chunk: int) -> Any:
         if name in self.values:
-            return self.values[name][chunk]
+            held = self.values[name][chunk]
+            return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, held)
         assert self.fallback is not None, name
         return self.fallback(name, chunk)
 
@@ -80,7 +112,9 @@ class Lane:
         if name in self.values:
             return
         node = self.nodes[name]
-        self.values[name] = [self.apply(node, lambda n, j=j: self.operand(n, j, dynamic)) for j in range(chunks)]
+        self.values[name] = [
+            self.store.keep(self.apply(node, lambda n, j=j: self.operand(n, j, dynamic))) for j in range(chunks)
+        ]
 
 
 def dynamic_nodes(lowered: Lowered) -> dict[str, fx.Node]:
@@ -100,11 +134,12 @@ def dynamic_nodes(lowered: Lowered) -> dict[str, fx.Node]:
 
 
 def nbytes(lanes: list[Lane]) -> int:
-    """Bytes of all values held."""
+    """Bytes of memory that all values take; those in files take none."""
     return sum(_size(v) for lane in lanes for chunks in lane.values.values() for v in chunks)
 
 
 def _size(value: Any) -> int:
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+        mapped = value.device.type == "cpu" and value.is_shared()
+        return 0 if mapped else value.numel() * value.element_size()
     return sum(_size(v) for v in value) if isinstance(value, (tuple, list)) else 0

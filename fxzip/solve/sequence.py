@@ -62,6 +62,7 @@ class Pass:
         self.shared_names = frozenset(self.dynamic) - self.is_private
         self.readers = {n: sum(u.name in self.dynamic for u in node.users) for n, node in self.dynamic.items()}
         self.outputs = {n.name for n in self.spaces.lowered.graph.output_node().all_input_nodes}
+        self.store = self.merged.store
         self.generator = torch.Generator().manual_seed(self.settings.seed)
         self.done: set[str] = set()
         self.folded: set[str] = set()  # norms that a contraction's fit has set already
@@ -135,6 +136,7 @@ class Pass:
 
     def _step(self, name: str, links: list[Link] | None) -> None:
         private = name in self.is_private
+        self.store.room = self.settings.memory - nbytes([*self.parents, self.merged, *self.private])
         lanes = list(self.private) if private else [self.merged]
         for parent in self.parents:
             parent.compute(name, self.chunks, self.dynamic)
