@@ -216,3 +216,14 @@ def test_a_decoder_is_solved():
     nets = pair(Decoder, x)
     zipped, solved = (fxzip.merge(nets, [x], method=m, progress=False) for m in ("zip", "solve"))
     assert loss(solved, nets, held_out) < 0.4 * loss(zipped, nets, held_out)
+
+
+def test_error_feedback_repairs_the_other_branch(images):
+    nets = pair(Residual, images)
+    held_out = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(9))
+    on, off = (
+        loss(fxzip.merge(nets, [images], method=fxzip.Solve(settings=Settings(feedback=f, sweeps=0)), progress=False),
+             nets, held_out)
+        for f in (True, False)
+    )  # fmt: skip
+    assert on < 0.97 * off

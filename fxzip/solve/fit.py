@@ -26,7 +26,8 @@ _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 class Settings:
     """lam: ridge, relative to each input's energy. rows: design rows per column, at least `least` in all.
     sweeps: re-targetings through the next non-linearity (0: plain least squares). memory: bytes of activations held
-    at once; more goes to temporary files (where TMPDIR says)."""
+    at once; more goes to temporary files (where TMPDIR says). feedback: aim behind additions, and repair there what
+    the other branch has lost."""
 
     lam: float = 1e-3
     rows: int = 10
@@ -34,6 +35,7 @@ class Settings:
     sweeps: int = 8
     memory: float = 6e9
     seed: int = 0
+    feedback: bool = True
 
 
 @dataclass(frozen=True)

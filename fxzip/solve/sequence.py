@@ -104,7 +104,9 @@ class Pass:
 
     def _links(self, name: str) -> list[Link]:
         inside = self.is_private if name in self.is_private else self.shared_names
-        return chain(self.dynamic[name], self.dynamic, inside)
+        links = chain(self.dynamic[name], self.dynamic, inside)
+        ends = [k for k, link in enumerate(links) if link.kind in ("add", "subtract")]
+        return links[: ends[0]] if ends and not self.settings.feedback else links
 
     def _there(self, link: Link) -> bool:
         other = link.other

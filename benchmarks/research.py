@@ -1,0 +1,131 @@
+"""What each part of solve is worth: one thing changed at a time, on a pair of pairs.py or on given checkpoints.
+
+    python benchmarks/research.py --pair resnet20-gn --data ../shared/data
+    python benchmarks/research.py --checkpoints a.pt b.pt --data ../shared/data --only "matcher*" calibration
+
+Rows come in families, each with the default beside it. Calibration images are never test images; "other images"
+calibrates on another data set than the parents were trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from cifar_pair import parents_of
+from common import Bench, Row, announce, machine, options, parse, save, show, train
+from data import load
+from pairs import PAIRS, split_classes
+from torch import Tensor
+from tqdm import tqdm
+
+import fxzip
+from fxzip import Average, Permute, Select, Solve, Zip
+from fxzip.solve import Settings
+
+OTHER = {"fashion-mnist": "kmnist", "cifar10": "fashion-mnist"}
+COUNTS = (128, 512, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """method and options of one merge; count: calibration images, other: from another data set."""
+
+    family: str
+    name: str
+    method: Any = field(default_factory=Solve)
+    options: dict[str, Any] = field(default_factory=dict)
+    count: int | None = None
+    other: bool = False
+
+
+def _settings(**changed: Any) -> Solve:
+    return Solve(settings=Settings(**changed))
+
+
+VARIANTS = (
+    Variant("default", "solve"),
+    Variant("refit", "no refit behind non-linearities", _settings(sweeps=0)),
+    Variant("refit", "3 sweeps", _settings(sweeps=3)),
+    Variant("refit", "25 sweeps", _settings(sweeps=25)),
+    Variant("feedback", "no error feedback", _settings(feedback=False)),
+    Variant("feedback", "neither feedback nor refit", _settings(feedback=False, sweeps=0)),
+    Variant("ridge", "ridge 1e-5", _settings(lam=1e-5)),
+    Variant("ridge", "ridge 1e-2", _settings(lam=1e-2)),
+    Variant("rows", "twice the rows", _settings(rows=20, least=65_536)),
+    Variant("rows", "half the rows", _settings(rows=5, least=16_384)),
+    Variant("matcher", "order as it is", Solve(Average())),
+    Variant("matcher", "permute", Solve(Permute())),
+    Variant("matcher", "zip (0.3, 0.125)", Solve(Zip())),
+    Variant("matcher", "select", Solve(Select())),
+    *(Variant("calibration", f"{n} images", count=n) for n in COUNTS),
+    Variant("calibration", "other images", other=True),
+    *(Variant("budget", f"{b:g}x", options={"budget": b}) for b in (1.15, 1.33, 1.5)),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--pair", choices=PAIRS)
+    parser.add_argument("--checkpoints", nargs=2, metavar="FILE", help="two ResNet-20, as for cifar_pair.py")
+    parser.add_argument("--dataset", choices=list(OTHER), help="default: fashion-mnist, or cifar10 for checkpoints")
+    parser.add_argument("--split", type=int, default=0, metavar="SEED")
+    parser.add_argument("--only", nargs="+", metavar="GLOB", help="families or names of variants")
+    args = parse(parser, argv)
+    if (args.pair is None) == (args.checkpoints is None):
+        parser.error("give either --pair or --checkpoints")
+    dataset = args.dataset or ("cifar10" if args.checkpoints else "fashion-mnist")
+    bench, other = setting(args, dataset)
+    rows = [announce(r) for r in bench.parent_rows([None, None], ["parent a", "parent b"])]
+    chosen = [v for v in VARIANTS if not args.only or _wanted(v, args.only)]
+    for variant in tqdm(chosen, desc="merge", leave=False, disable=None):
+        rows.append(announce(row(bench, variant, other, args.calibration or 1024)))
+    notes = machine(args, calibration=args.calibration or 1024, **{"test images": len(bench.images)})
+    title = f"solve, one thing at a time: {args.pair or 'checkpoints'}, {dataset}, split {args.split}"
+    show(title, rows, ["a", "b"], notes)
+    save(args.out, [(title, rows)], notes)
+
+
+def setting(args: argparse.Namespace, dataset: str) -> tuple[Bench, Tensor]:
+    """The pair, and calibration images of another data set in the parents' shape and normalisation."""
+    data = load(dataset, args.data).with_test(args.test, args.seed)
+    if args.checkpoints:
+        parents, classes, _ = parents_of(args, data)
+    else:
+        (build, recipe), (channels, size) = PAIRS[args.pair], data.shape
+        classes = [list(half) for half in split_classes(args.split)]
+        parents = [
+            train(args.pair, lambda: build(5, channels, size), data, own, recipe, 100 * args.split + k + 1, args)[0]
+            for k, own in enumerate(classes)
+        ]
+    most = max(*COUNTS, args.calibration or 1024)
+    bench = Bench(parents, classes, data.normalise(data.test[0]), data.test[1],
+                  data.calibration(most, args.seed), args.seed)  # fmt: skip
+    strange = load(OTHER[dataset], args.data).calibration(args.calibration or 1024, args.seed)
+    shape = bench.images.shape[1:]
+    strange = torch.nn.functional.interpolate(strange, size=shape[1:], mode="bilinear").expand(-1, shape[0], -1, -1)
+    return bench, strange.contiguous()
+
+
+def row(bench: Bench, variant: Variant, other: Tensor, count: int) -> Row:
+    """Merge and score one variant."""
+    images = other if variant.other else bench.calibration[: variant.count or count]
+    start = time.perf_counter()
+    zipped = fxzip.merge(bench.parents, images.split(256), method=variant.method, calibration=len(images),
+                         seed=bench.seed, verify=False, progress=False, **variant.options)  # fmt: skip
+    seconds = time.perf_counter() - start
+    name = variant.name if variant.family == "default" else f"{variant.family}: {variant.name}"
+    return bench.row(name, zipped, seconds=seconds, forwards=seconds / bench.forward_seconds(len(images)))
+
+
+def _wanted(variant: Variant, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(x, p) for x in (variant.family, variant.name) for p in patterns)
+
+
+if __name__ == "__main__":
+    main()
