@@ -51,8 +51,8 @@ def _settings(**changed: Any) -> Solve:
 VARIANTS = (
     Variant("default", "solve"),
     Variant("refit", "no refit behind non-linearities", _settings(sweeps=0)),
-    Variant("refit", "3 sweeps", _settings(sweeps=3)),
-    Variant("refit", "25 sweeps", _settings(sweeps=25)),
+    Variant("refit", "2 sweeps", _settings(sweeps=2)),
+    Variant("refit", "12 sweeps", _settings(sweeps=12)),
     Variant("feedback", "no error feedback", _settings(feedback=False)),
     Variant("feedback", "neither feedback nor refit", _settings(feedback=False, sweeps=0)),
     Variant("ridge", "ridge 1e-5", _settings(lam=1e-5)),

@@ -32,7 +32,7 @@ class Settings:
     lam: float = 1e-3
     rows: int = 10
     least: int = 32_768
-    sweeps: int = 8
+    sweeps: int = 4
     memory: float = 6e9
     seed: int = 0
     feedback: bool = True
