@@ -12,7 +12,7 @@ from .errors import FxzipError, InputError, SpaceError, TraceError, Verification
 from .evaluate import Accuracy, accuracy, cost
 from .files import load, save
 from .inspection import inspect
-from .match import MATCHERS, Average, Permute, Select, Zip
+from .match import MATCHERS, Average, MuDSC, Permute, Rebasin, Select, Zip
 from .measure.moments import Moments
 from .merge import METHODS, collect, merge
 from .report import Report, report
@@ -23,8 +23,8 @@ from .verify import Verification, scramble, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "MATCHERS", "METHODS", "Accuracy", "Average", "FxzipError", "InputError", "Moments", "Permute", "Report",
-    "Select", "Solve", "SpaceError", "TraceError", "Verification", "VerificationError", "Zip", "accuracy",
+    "MATCHERS", "METHODS", "Accuracy", "Average", "FxzipError", "InputError", "Moments", "MuDSC", "Permute",
+    "Rebasin", "Report", "Select", "Solve", "SpaceError", "TraceError", "Verification", "VerificationError", "Zip", "accuracy",
     "collect", "cost", "cut_points", "extract", "inspect", "load", "merge", "report", "save", "scramble",
     "verify",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from .errors import InputError
 from .evaluate import cost
 from .infer import Spaces
-from .match import MATCHERS, Matcher, Matching, match, resolve
+from .match import MATCHERS, Matcher, Matching, match, needs, resolve
 from .measure.moments import Moments
 from .prepare import Clock, Prepared, calibration_batches, measure, prepare
 from .report import Report, Size, SpaceRow
@@ -67,7 +67,7 @@ def merge(
     clock = Clock()
     solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
     matcher = solver.matcher if solver else resolve(method)  # type: ignore[arg-type]
-    needs_data = solver is not None or (matcher.correspondence != "identity" and moments is None)
+    needs_data = solver is not None or (bool(needs(matcher) - {"weights"}) and moments is None)
     p = prepare(
         models,
         loader,
@@ -88,10 +88,10 @@ def merge(
             moments = measure(p, batches, seed, progress) if needs_data else Moments({})
     with clock.stage("match"):
         widths = choose_widths(p, moments, budget, models) if budget is not None else {}
-        matchings = match(p.merged_spaces(), moments, matcher, widths, models=len(p.names))
+        matchings = match(p.merged_spaces(), moments, matcher, widths, len(p.names), p.weights(), seed)
     with clock.stage("rewrite"):
         shared, private = merged_parameters(p, matchings)
-    notices: list[str] = []
+    notices = list(matchings.notices)
     if solver:
         with clock.stage("solve"):
             resized = assemble(p, shared, private, models, heads) if widths else None

@@ -6,24 +6,33 @@ import difflib
 
 from ..errors import InputError
 from .average import Average
-from .blocks import match
-from .matching import Matcher, Matching, from_slots, optimal_unmerge, similarity
+from .matching import Affinity, Matcher, Matching, Matchings, from_slots, needs, optimal_unmerge, similarity
+from .mudsc import MuDSC
 from .permute import Permute
+from .rebasin import Rebasin
 from .select import Select
+from .sweeps import match
+from .weights import Weights
 from .zip import Zip
 
-MATCHERS: tuple[type[Matcher], ...] = (Average, Permute, Zip, Select)
+MATCHERS: tuple[type[Matcher], ...] = (Average, Permute, Zip, Select, Rebasin, MuDSC)
 
 __all__ = [
     "MATCHERS",
+    "Affinity",
     "Average",
     "Matcher",
     "Matching",
+    "Matchings",
+    "MuDSC",
     "Permute",
+    "Rebasin",
     "Select",
+    "Weights",
     "Zip",
     "from_slots",
     "match",
+    "needs",
     "optimal_unmerge",
     "resolve",
     "similarity",

@@ -1,0 +1,137 @@
+"""Matchings for all spaces: once from moments, or in sweeps over spaces where a matcher compares weights.
+
+How alike two features' weights are depends on how the neighbouring spaces are matched. So spaces are matched
+in turn, all others as they stand, until nothing changes: coordinate descent (Git Re-Basin, algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from ..infer.spaces import FeatureSpace, Spaces
+from ..measure.moments import SpaceMoments
+from .average import Average
+from .blocks import families, match_once
+from .matching import Affinity, Matcher, Matching, Matchings, needs
+from .weights import Weights
+
+GAIN = 1e-9  # of the weights' norm: what a better agreement must gain at least
+
+
+@runtime_checkable
+class SweepMatcher(Matcher, Protocol):
+    """A matcher that compares weights (`needs` has "weights").
+
+    matcher: works on the affinities of one space; sweeps: how often over all spaces at most;
+    start: "activations", "sorted" or "order" (see `match`); monotone: whether a step must raise the weights'
+    agreement to be taken.
+    """
+
+    monotone: ClassVar[bool]
+
+    @property
+    def matcher(self) -> Matcher: ...
+    @property
+    def sweeps(self) -> int: ...
+    @property
+    def start(self) -> str: ...
+
+    def affinity(self, weights: SpaceMoments | None, moments: SpaceMoments | None) -> Affinity | None: ...
+
+
+def match(
+    spaces: Spaces | Sequence[FeatureSpace],
+    moments: Mapping[str, SpaceMoments],
+    matcher: Matcher,
+    widths: Mapping[str, int] | None = None,
+    models: int | None = None,
+    weights: Weights | None = None,
+    seed: int = 0,
+) -> Matchings:
+    """One Matching per space, parents before children: see `match_once` for all arguments but the last two.
+
+    weights: of all models, for a matcher that compares them; `seed` is for the order of its sweeps. Where they
+    start: "activations" (their moments alone), "order" (features as they are), or "sorted": one pass in which
+    weights are sorted along the axes of spaces that come later, which finds an exact copy at once.
+    `.notices` say how it went. Raises InputError when weights are needed and not given.
+    """
+    every = list(spaces)
+    if "weights" not in needs(matcher):
+        return Matchings(match_once(every, moments, matcher, widths, models))
+    if weights is None or not isinstance(matcher, SweepMatcher):
+        raise InputError(f"match: {matcher.name} compares weights; pass weights=Weights.of(states, spaces)")
+    count = models or max((len(t) for t in weights.tensors.values()), default=0)
+    return _Sweeps(families(every), moments, matcher, widths or {}, count, weights).run(seed)
+
+
+@dataclass
+class _Sweeps:
+    """families: spaces that are matched together, each list in order."""
+
+    families: Sequence[Sequence[FeatureSpace]]
+    moments: Mapping[str, SpaceMoments]
+    matcher: SweepMatcher
+    widths: Mapping[str, int]
+    models: int
+    weights: Weights
+
+    def run(self, seed: int) -> Matchings:
+        rng = np.random.default_rng(seed)
+        found = self._start()
+        scale, every = max(self.weights.scale(), 1e-300), self._every()
+        before = self.weights.agreement(Matchings(match_once(every, {}, Average(), models=self.models))) / scale
+        first = self.weights.agreement(found) / scale
+        done, changed = 0, True
+        while changed and done < self.matcher.sweeps:
+            order = rng.permutation(len(self.families))
+            changed = any([self._step(self.families[k], found, scale) for k in order])
+            done += 1
+        result = Matchings({s.name: found[s.name] for family in self.families for s in family})
+        last = self.weights.agreement(found) / scale
+        settled = f"{done} sweeps" if not changed else f"{done} sweeps, not settled (sweeps={self.matcher.sweeps})"
+        result.notices = (
+            f"{self.matcher.name}: weights agree to {last:.4f} (1: equal; in the models' own order {before:.4f}, "
+            f"at the start {first:.4f}) after {settled}",
+        )
+        return result
+
+    def _every(self) -> list[FeatureSpace]:
+        return [s for family in self.families for s in family]
+
+    def _start(self) -> dict[str, Matching]:
+        found: dict[str, Matching] = {}
+        if self.matcher.start == "order":
+            return match_once(self._every(), {}, Average(), models=self.models)
+        for family in self.families:
+            found |= self._matched(family, found if self.matcher.start == "sorted" else None)
+        return found
+
+    def _matched(self, family: Sequence[FeatureSpace], found: Mapping[str, Matching] | None) -> dict[str, Matching]:
+        """A family, given the others as `found`; by activations alone if that is None."""
+        alike = {}
+        for space in family:
+            seen = None if found is None else self.weights.moments(space, found)
+            affinity = self.matcher.affinity(seen, self.moments.get(space.name))
+            if affinity is not None:
+                alike[space.name] = affinity
+        widths = {s.name: self.widths[s.name] for s in family if s.name in self.widths}
+        return match_once(family, alike, self.matcher.matcher, widths, self.models)
+
+    def _step(self, family: Sequence[FeatureSpace], found: dict[str, Matching], scale: float) -> bool:
+        """Match one family anew; whether that changed anything."""
+        new = self._matched(family, found)
+        if all(torch.equal(new[k].merge, found[k].merge) for k in new):
+            return False
+        if self.matcher.monotone:
+            names = self.weights.parameters(family)
+            gain = self.weights.agreement({**found, **new}, names) - self.weights.agreement(found, names)
+            if gain <= GAIN * scale:
+                return False
+        found.update(new)
+        return True
