@@ -40,8 +40,8 @@ PUBLISHED = {
 }
 ANCHORED = {"cifar10_resnet20x2_a.pt", "cifar10_resnet20x2_b.pt"}
 FOOTNOTE = "published: the authors' code on the project's own pair, 10,000 test images; *: 2,500."
-FULL = ("average", "permute", "zip", "zip-beta1", "select", "rebasin", "rebasin-order", "mudsc-permute", "mudsc", "mudsc-0.7",
-        "mudsc-0.3", "mudsc-0", "solve", "solve-select")
+FULL = ("average", "rebasin-order", "rebasin", "permute", "zip", "zip-beta1", "select", "mudsc-permute", "mudsc-0",
+        "mudsc-0.3", "mudsc", "mudsc-0.7", "solve", "solve-select")  # fmt: skip
 CUT = ("permute", "zip-beta1", "solve")
 
 

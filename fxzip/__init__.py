@@ -15,6 +15,7 @@ from .inspection import inspect
 from .match import MATCHERS, Average, MuDSC, Permute, Rebasin, Select, Zip
 from .measure.moments import Moments
 from .merge import METHODS, collect, merge
+from .repair import Repair
 from .report import Report, report
 from .rewrite import cut_points, extract
 from .solve import Solve
@@ -24,7 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MATCHERS", "METHODS", "Accuracy", "Average", "FxzipError", "InputError", "Moments", "MuDSC", "Permute",
-    "Rebasin", "Report", "Select", "Solve", "SpaceError", "TraceError", "Verification", "VerificationError", "Zip", "accuracy",
-    "collect", "cost", "cut_points", "extract", "inspect", "load", "merge", "report", "save", "scramble",
-    "verify",
+    "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError", "Verification",
+    "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points", "extract", "inspect", "load", "merge",
+    "report", "save", "scramble", "verify",
 ]  # fmt: skip

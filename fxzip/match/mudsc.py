@@ -29,6 +29,7 @@ class MuDSC:
 
     name: ClassVar[str] = "mudsc"
     paper: ClassVar[str] = "Xu et al., Training-Free Pretrained Model Merging, CVPR 2024"
+    correspondence: ClassVar[Correspondence] = "free"
     needs: ClassVar[frozenset[str]] = frozenset({"moments", "weights"})
     monotone: ClassVar[bool] = False
     start: ClassVar[str] = "activations"
@@ -40,10 +41,6 @@ class MuDSC:
             raise InputError(f"MuDSC: sweeps must be 1 or more, not {self.sweeps}")
         if not isinstance(self.matcher, Matcher) or needs(self.matcher) != {"similarity"}:
             raise InputError(f"MuDSC: the matcher must work on similarities, as {Permute()} does, not {self.matcher!r}")
-
-    @property
-    def correspondence(self) -> Correspondence:
-        return self.matcher.correspondence
 
     def __call__(self, moments: Evidence, width: int) -> Matching:
         """One space, given its mixed affinity (or moments of one kind) -> M [m, Sn], U [Sn, m]."""
