@@ -12,20 +12,21 @@ from .errors import FxzipError, InputError, SpaceError, TraceError, Verification
 from .evaluate import Accuracy, accuracy, cost
 from .files import load, save
 from .inspection import inspect
-from .match import MATCHERS, Average, MuDSC, Permute, Rebasin, Select, Zip
+from .match import CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, Select, Transport, Zip
 from .measure.moments import Moments
 from .merge import METHODS, collect, merge
 from .repair import Repair
 from .report import Report, report
 from .rewrite import cut_points, extract
 from .solve import Solve
+from .soup import greedy_soup
 from .verify import Verification, scramble, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "MATCHERS", "METHODS", "Accuracy", "Average", "FxzipError", "InputError", "Moments", "MuDSC", "Permute",
-    "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError", "Verification",
-    "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points", "extract", "inspect", "load", "merge",
-    "report", "save", "scramble", "verify",
+    "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "FxzipError", "InputError", "Moments", "MuDSC", "Pair",
+    "Permute", "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError", "Transport",
+    "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points", "extract",
+    "greedy_soup", "inspect", "load", "merge", "report", "save", "scramble", "verify",
 ]  # fmt: skip

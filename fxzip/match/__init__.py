@@ -6,18 +6,22 @@ import difflib
 
 from ..errors import InputError
 from .average import Average
+from .cca import CCA
 from .matching import Affinity, Matcher, Matching, Matchings, from_slots, needs, optimal_unmerge, similarity
 from .mudsc import MuDSC
+from .pair import Pair
 from .permute import Permute
 from .rebasin import Rebasin
 from .select import Select
 from .sweeps import match
+from .transport import Transport
 from .weights import Weights
 from .zip import Zip
 
-MATCHERS: tuple[type[Matcher], ...] = (Average, Permute, Zip, Select, Rebasin, MuDSC)
+MATCHERS: tuple[type[Matcher], ...] = (Average, Rebasin, Permute, Zip, Pair, Transport, CCA, MuDSC, Select)
 
 __all__ = [
+    "CCA",
     "MATCHERS",
     "Affinity",
     "Average",
@@ -25,9 +29,11 @@ __all__ = [
     "Matching",
     "Matchings",
     "MuDSC",
+    "Pair",
     "Permute",
     "Rebasin",
     "Select",
+    "Transport",
     "Weights",
     "Zip",
     "from_slots",
