@@ -12,7 +12,7 @@ from .errors import FxzipError, InputError, SpaceError, TraceError, Verification
 from .evaluate import Accuracy, accuracy, cost
 from .files import load, save
 from .inspection import inspect
-from .match import CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, Select, Transport, Zip
+from .match import C2M3, CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, Select, Transport, Zip
 from .measure.moments import Moments
 from .merge import METHODS, collect, merge
 from .repair import Repair
@@ -25,7 +25,7 @@ from .verify import Verification, scramble, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "FxzipError", "InputError", "Moments", "MuDSC", "Pair",
+    "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "FxzipError", "InputError", "Moments", "MuDSC", "Pair",
     "Permute", "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError", "Transport",
     "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points", "extract",
     "greedy_soup", "inspect", "load", "merge", "report", "save", "scramble", "verify",

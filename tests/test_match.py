@@ -10,7 +10,7 @@ from oracles import (
 )
 
 from fxzip.errors import InputError
-from fxzip.match import CCA, MATCHERS, Average, Matching, Permute, Select, Transport, Zip, resolve
+from fxzip.match import CCA, MATCHERS, Average, Matching, Pair, Permute, Select, Transport, Zip, resolve
 
 by_name = pytest.mark.parametrize("matcher", [m() for m in MATCHERS], ids=[m.name for m in MATCHERS])
 
@@ -89,11 +89,11 @@ def test_dead_features_never_give_nan(matcher):
 
 @by_name
 def test_wrong_widths_are_refused(matcher):
-    with pytest.raises(InputError, match=r"^(mudsc|zip|" + matcher.name + "): the width must be"):
+    with pytest.raises(InputError, match=r"^(permute|zip|" + matcher.name + "): the width must be"):
         matcher(two(4), 9)
 
 
-@pytest.mark.parametrize("matcher", [Zip(), Zip(1.0, 1.0), Select()], ids=repr)
+@pytest.mark.parametrize("matcher", [Zip(), Zip(1.0, 1.0), Pair(), Select()], ids=repr)
 @pytest.mark.parametrize("width", [1, 3, 6, 9, 12])
 def test_free_matchers_take_any_width(matcher, width):
     matching = matcher(two(6), width)

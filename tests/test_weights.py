@@ -14,7 +14,7 @@ from torch import nn
 from toys import Residual, image, randomise
 
 import fxzip
-from fxzip import InputError, MuDSC, Permute, Rebasin, Select, Zip
+from fxzip import C2M3, InputError, MuDSC, Permute, Rebasin, Select, Zip
 from fxzip.infer import analyse
 from fxzip.match import Weights, match, similarity
 from fxzip.match.matching import Affinity
@@ -71,7 +71,7 @@ def test_both_starts_come_near_the_best_of_all_orders():
     """Over all pairs of orders of both layers: how far the two starts get on unrelated networks."""
     every = [list(r) for r in permutations(range(4))]
     share = {"sorted": [], "order": []}
-    for seed in range(10):
+    for seed in range(6):
         a, b = mlp(2 * seed), mlp(2 * seed + 1)
         spaces, weights = seen([a, b], X)
         most = max(closeness(a, b, p, q) for p in every for q in every)
@@ -85,18 +85,19 @@ def test_both_starts_come_near_the_best_of_all_orders():
 def test_a_scrambled_copy_is_recovered_without_data(example):
     model, twin, batches = scrambled(example)
     two_rows = tuple(x[:2] for x in batches[0])
-    for start in ("sorted", "order"):
-        zipped = merge([model, twin], Rebasin(start=start), example_inputs=two_rows)
+    for method in (Rebasin(), Rebasin(start="order"), C2M3()):
+        zipped = merge([model, twin], method, example_inputs=two_rows)
         for output in outputs(zipped, *batches[0]):
-            assert far(output, outputs(model, *batches[0])) < 1e-5, f"{start}\n{fxzip.report(zipped)}"
+            assert far(output, outputs(model, *batches[0])) < 1e-5, f"{method}\n{fxzip.report(zipped)}"
 
 
-def test_three_copies_are_recovered_without_data_in_any_order():
+@pytest.mark.parametrize("method", ["rebasin", "c2m3"])
+def test_three_copies_are_recovered_without_data_in_any_order(method):
     model = randomise(Residual()).eval()
     x = image()[0]
     copies = [model, fxzip.scramble(model, x, seed=1), fxzip.scramble(model, x, seed=2)]
     for order in ([0, 1, 2], [2, 0, 1]):
-        zipped = merge([copies[i] for i in order], "rebasin", example_inputs=x)
+        zipped = merge([copies[i] for i in order], method, example_inputs=x)
         assert all(far(output, outputs(model, x)) < 1e-5 for output in outputs(zipped, x))
 
 
@@ -121,6 +122,29 @@ def test_the_seed_is_for_the_order_of_sweeps_alone():
     a, b = mlp(0, 16), mlp(1, 16)
     same = [merge([a, b], Rebasin(start="order"), example_inputs=X, seed=s).state_dict() for s in (4, 4)]
     assert all(torch.equal(same[0][k], same[1][k]) for k in same[0])
+
+
+def test_c2m3_comes_near_the_best_of_all_orders_and_says_how_it_went():
+    every = [list(r) for r in permutations(range(4))]
+    share = []
+    for seed in range(5):
+        a, b = mlp(2 * seed), mlp(2 * seed + 1)
+        spaces, weights = seen([a, b], X)
+        found = match(spaces, {}, C2M3(), weights=weights)
+        p, q = orders(found, spaces)
+        assert weights.agreement(found) == pytest.approx(closeness(a, b, p, q), rel=1e-5)
+        share.append(weights.agreement(found) / max(closeness(a, b, p, q) for p in every for q in every))
+    assert max(share) <= 1 + 1e-6 and np.mean(share) > 0.85
+    assert found.notices[0].startswith("c2m3: weights agree to 0.") and found.notices[0].endswith(" rounds")
+    assert "not settled (rounds=1)" in match(spaces, {}, C2M3(1), weights=weights).notices[0]
+
+
+def test_c2m3_gains_with_every_round():
+    nets = [randomise(Residual(), seed) for seed in range(3)]
+    spaces, weights = seen(nets, image()[0])
+    notes = [match(spaces, {}, C2M3(k), weights=weights).notices[0] for k in (1, 2, 4)]
+    relaxed = [float(n.split("relaxed ")[1][:6]) for n in notes]
+    assert relaxed == sorted(relaxed) and relaxed[-1] > relaxed[0]
 
 
 # --- weights as features see them
@@ -212,6 +236,10 @@ def test_settings_and_missing_weights_are_refused():
         Rebasin(sweeps=0)
     with pytest.raises(InputError, match="Rebasin: start must be one of .'sorted', 'order'., not 'random'"):
         Rebasin(start="random")
+    with pytest.raises(InputError, match="C2M3: rounds must be 1 or more, not 0"):
+        C2M3(0)
+    with pytest.raises(InputError, match="match: c2m3 keeps the models' widths; leave out widths, or use 'zip'"):
+        match([], {}, C2M3(), {"s0": 3}, weights=Weights({}, {}))
     with pytest.raises(InputError, match=r"MuDSC: balance must be in \[0, 1\], not 2"):
         MuDSC(balance=2)
     with pytest.raises(InputError, match="MuDSC: sweeps must be 1 or more, not -1"):

@@ -6,6 +6,7 @@ import difflib
 
 from ..errors import InputError
 from .average import Average
+from .c2m3 import C2M3
 from .cca import CCA
 from .matching import Affinity, Matcher, Matching, Matchings, from_slots, needs, optimal_unmerge, similarity
 from .mudsc import MuDSC
@@ -18,9 +19,10 @@ from .transport import Transport
 from .weights import Weights
 from .zip import Zip
 
-MATCHERS: tuple[type[Matcher], ...] = (Average, Rebasin, Permute, Zip, Pair, Transport, CCA, MuDSC, Select)
+MATCHERS: tuple[type[Matcher], ...] = (Average, Rebasin, C2M3, Permute, Zip, Pair, Transport, CCA, MuDSC, Select)
 
 __all__ = [
+    "C2M3",
     "CCA",
     "MATCHERS",
     "Affinity",

@@ -21,10 +21,10 @@ class Pair:
 
     Edmonds, "Paths, trees, and flowers", 1965; compared with the greedy in Stoica et al., ZipIt!, ICLR 2024,
     appendix. Unlike "permute" it may pair two features of one model. A width above half of all features leaves
-    the rest alone. `neighbours` bounds the time: only each feature's most similar ones are considered (and the
-    best one-to-one partners, so that there always is a pairing); exact from Sn - 1 on.
-    Raises InputError for neighbours < 1, or a width outside Sn / 2 .. Sn (three models and more: Sn / 2 is wider
-    than one of them).
+    the rest alone; below, pairs are paired again (three models and more), as similar as their members on average.
+    `neighbours` bounds the time: only each feature's most similar ones are considered (and the best one-to-one
+    partners, so that there always is a pairing); exact from Sn - 1 on.
+    Raises InputError for neighbours < 1, or a width outside 1..Sn.
     """
 
     neighbours: int = 24
@@ -41,18 +41,20 @@ class Pair:
     def __call__(self, moments: Evidence, width: int) -> Matching:
         """moments of Sn features -> M [m, Sn], U [Sn, m]; slots in order of their first features."""
         total = sum(moments.sizes)
-        if not -(-total // 2) <= width <= total:
-            raise InputError(
-                f"pair: the width must be in {-(-total // 2)}..{total}, all features two by two, not {width}; "
-                "use 'permute' or 'zip'"
-            )
+        if not 1 <= width <= total:
+            raise InputError(f"pair: the width must be in 1..{total}, not {width}")
         alike = similarity(moments)
         local = np.concatenate([np.arange(n) for n in moments.sizes])
-        tied = alike + TIE * (local[:, None] == local[None, :])
-        first = np.arange(total)
-        for a, b in pairing(tied, 2 * width - total, self.neighbours):
-            first[max(a, b)] = min(a, b)
-        return from_slots(np.unique(first, return_inverse=True)[1], width, moments.sizes, alike)
+        score = alike + TIE * (local[:, None] == local[None, :])
+        group = np.arange(total)
+        while (count := int(group.max()) + 1) > width:
+            member = np.eye(count)[group]  # [Sn, groups]
+            mean = member / member.sum(0)
+            first = np.arange(count)
+            for a, b in pairing(mean.T @ score @ mean, 2 * max(width, -(-count // 2)) - count, self.neighbours):
+                first[b] = a
+            group = np.unique(first, return_inverse=True)[1][group]
+        return from_slots(group, width, moments.sizes, alike)
 
 
 def pairing(score: np.ndarray, alone: int, neighbours: int) -> list[tuple[int, int]]:

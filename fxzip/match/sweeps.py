@@ -45,6 +45,15 @@ class SweepMatcher(Matcher, Protocol):
     def affinity(self, weights: SpaceMoments | None, moments: SpaceMoments | None) -> Affinity | None: ...
 
 
+@runtime_checkable
+class JointMatcher(Matcher, Protocol):
+    """A matcher of weights that finds the matchings of all spaces together."""
+
+    def joint(
+        self, families: Sequence[Sequence[FeatureSpace]], weights: Weights, models: int, seed: int
+    ) -> Matchings: ...
+
+
 def match(
     spaces: Spaces | Sequence[FeatureSpace],
     moments: Mapping[str, SpaceMoments],
@@ -64,9 +73,15 @@ def match(
     every = list(spaces)
     if "weights" not in needs(matcher):
         return Matchings(match_once(every, moments, matcher, widths, models))
-    if weights is None or not isinstance(matcher, SweepMatcher):
+    if weights is None:
         raise InputError(f"match: {matcher.name} compares weights; pass weights=Weights.of(states, spaces)")
     count = models or max((len(t) for t in weights.tensors.values()), default=0)
+    if isinstance(matcher, JointMatcher):
+        if widths:
+            raise InputError(f"match: {matcher.name} keeps the models' widths; leave out widths, or use 'zip'")
+        return matcher.joint(families(every), weights, count, seed)
+    if not isinstance(matcher, SweepMatcher):
+        raise InputError(f"match: {matcher.name} needs weights, but has neither `affinity` (SweepMatcher) nor `joint`")
     return _Sweeps(families(every), moments, matcher, widths or {}, count, weights).run(seed)
 
 

@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 from ..errors import InputError, SpaceError
 from .matching import Correspondence, Evidence, Matching, mean_correlation, similarity
 
-ERROR, STEPS = 1e-9, 2000  # of the marginals; Sinkhorn iterations at most
+ERROR, STEPS = 1e-7, 300  # of the marginals; Sinkhorn iterations at most
 
 
 @dataclass(frozen=True)
