@@ -70,7 +70,8 @@ def merge(
     repair, method = split(method, budget)
     solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
     matcher = solver.matcher if solver else resolve(method)  # type: ignore[arg-type]
-    needs_data = bool(solver or repair) or (bool(needs(matcher) - {"weights"}) and moments is None)
+    measured = bool(needs(matcher) - {"weights"}) or budget is not None
+    needs_data = bool(solver or repair) or (measured and moments is None)
     p = prepare(
         models,
         loader,

@@ -10,7 +10,7 @@ from oracles import (
 )
 
 from fxzip.errors import InputError
-from fxzip.match import CCA, MATCHERS, Average, Matching, Pair, Permute, Select, Transport, Zip, resolve
+from fxzip.match import CCA, MATCHERS, Average, Matching, MuDSC, Pair, Permute, Select, Transport, Zip, needs, resolve
 
 by_name = pytest.mark.parametrize("matcher", [m() for m in MATCHERS], ids=[m.name for m in MATCHERS])
 
@@ -106,6 +106,22 @@ def test_free_matchers_take_any_width(matcher, width):
 def test_a_single_model_is_kept_as_it_is():
     for matcher in (Average(), Permute(), Zip()):
         assert torch.equal(matcher(moments_of(features(5)), 5).merge, torch.eye(5).double())
+
+
+def test_a_matcher_need_not_say_what_it_needs():
+    """It gets moments, then."""
+
+    class Own:
+        name = paper = "own"
+        correspondence = "identity"
+
+        def __call__(self, moments, width):
+            return Average()(moments, width)
+
+    own = resolve(Own())
+    assert needs(own) == {"moments"} and needs(Permute()) == {"similarity"} and not needs(Average())
+    with pytest.raises(InputError, match="MuDSC: the matcher must work on similarities"):
+        MuDSC(matcher=own)
 
 
 def test_resolve():

@@ -250,6 +250,12 @@ def test_settings_and_missing_weights_are_refused():
         merge([mlp(0), mlp(1)], "mudsc", example_inputs=X)
 
 
+@pytest.mark.parametrize("method, reason", [("rebasin", "permute: the width must be 16"), ("c2m3", "c2m3 keeps")])
+def test_other_widths_are_refused(method, reason):
+    with pytest.raises(fxzip.FxzipError, match=reason):
+        merge([mlp(0, 16), mlp(1, 16)], method, [X], budget=1.5)
+
+
 def test_rebasin_of_one_space_maximises_inner_products():
     rows = torch.tensor([[1.0, 0], [0, 3.0], [0, 2.0], [1.0, 1.5]]).double()  # correlation would not choose so
     moments = SpaceMoments((2, 2), 2.0, rows.mean(1), rows @ rows.T / 2)

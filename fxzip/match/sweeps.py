@@ -98,23 +98,30 @@ class _Sweeps:
 
     def run(self, seed: int) -> Matchings:
         rng = np.random.default_rng(seed)
-        found = self._start()
-        scale, every = max(self.weights.scale(), 1e-300), self._every()
-        before = self.weights.agreement(Matchings(match_once(every, {}, Average(), models=self.models))) / scale
-        first = self.weights.agreement(found) / scale
+        found, scale = self._start(), max(self.weights.scale(), 1e-300)
+        before = self._figure(found, scale)
         done, changed = 0, True
         while changed and done < self.matcher.sweeps:
             order = rng.permutation(len(self.families))
             changed = any([self._step(self.families[k], found, scale) for k in order])
             done += 1
-        result = Matchings({s.name: found[s.name] for family in self.families for s in family})
-        last = self.weights.agreement(found) / scale
-        settled = f"{done} sweeps" if not changed else f"{done} sweeps, not settled (sweeps={self.matcher.sweeps})"
-        result.notices = (
-            f"{self.matcher.name}: weights agree to {last:.4f} (1: equal; in the models' own order {before:.4f}, "
-            f"at the start {first:.4f}) after {settled}",
-        )
+        result = Matchings({s.name: found[s.name] for s in self._every()})
+        end = f"{done} sweeps" if not changed else f"{done} sweeps, not settled (sweeps={self.matcher.sweeps})"
+        after = self._figure(found, scale)
+        if self.matcher.monotone:
+            plain = self._figure(match_once(self._every(), {}, Average(), models=self.models), scale)
+            what = f"weights agree to {after:.4f} (1: equal; in the models' own order {plain:.4f}, at the start"
+        else:
+            what = f"merged features are alike by {after:.4f} (1: equal; at the start, by activations,"
+        result.notices = (f"{self.matcher.name}: {what} {before:.4f}) after {end}",)
         return result
+
+    def _figure(self, found: Mapping[str, Matching], scale: float) -> float:
+        """How good matchings are: the weights' agreement if that is what must rise, else the mean quality."""
+        if self.matcher.monotone:
+            return self.weights.agreement(found) / scale
+        known = [m.quality for m in found.values() if m.quality == m.quality]
+        return float(np.mean(known)) if known else float("nan")
 
     def _every(self) -> list[FeatureSpace]:
         return [s for family in self.families for s in family]
