@@ -41,6 +41,9 @@ class Repair:
     shift=False (method="permute+rescale") leaves the mean, as RESCALE there. The correction is written into weight
     and bias of every shared affine layer or norm that has both; nothing stays in the graph. Of a batch norm the
     scale and shift become the features' deviation and mean, its statistics are recomputed.
+
+    >>> Repair(shift=False).name
+    'permute+rescale'
     """
 
     matcher: Matcher = field(default_factory=Permute)

@@ -21,6 +21,9 @@ class MuDSC:
     read in the merged coordinates of the neighbouring spaces as they stand. matcher: Zip (default) or Permute.
     Stops when nothing changes, or after `sweeps`: with Zip it may circle.
     Raises InputError for a balance outside [0, 1], sweeps < 1, or a matcher that needs more than similarities.
+
+    >>> MuDSC(balance=0.7, matcher=Permute())
+    MuDSC(balance=0.7, matcher=Permute(), sweeps=10)
     """
 
     balance: float = 0.5

@@ -25,6 +25,12 @@ class Rebasin:
     space, heads and groups as blocks; parameters that stay per model (heads) do not count, running statistics
     neither. start: "order" as published, or "sorted" (ours, see `match`), which finds exact copies.
     Raises InputError for sweeps < 1, an unknown start, or any width but the models'.
+
+    >>> from torch import nn, randn
+    >>> from fxzip import merge, report
+    >>> a, b = (nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)) for _ in range(2))
+    >>> report(merge([a, b], method=Rebasin(), example_inputs=randn(2, 3), progress=False)).notices[0][:22]
+    'rebasin: weights agree'
     """
 
     sweeps: int = 100
