@@ -35,6 +35,7 @@ def match_once(
     without any moments. Raises SpaceError naming the space where a width or the models' sizes do not fit,
     InputError for unknown names.
 
+    >>> from fxzip.measure import SpaceMoments
     >>> c = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
     >>> m = {"s0": SpaceMoments((2, 2), 9.0, torch.zeros(4), c)}
     >>> match_once([FeatureSpace("s0", 2)], m, Permute())["s0"].merge
