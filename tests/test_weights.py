@@ -114,7 +114,9 @@ def test_sweeps_never_lower_the_agreement(models):
 
 def test_the_report_says_how_it_went():
     a, b = mlp(0, 16), mlp(1, 16)
-    notes = fxzip.report(merge([a, b], "rebasin", example_inputs=X)).notices
+    report = fxzip.report(merge([a, b], "rebasin", example_inputs=X))
+    assert all(-1 <= row.baseline < row.quality < 1 for row in report.spaces)
+    notes = report.notices
     assert any(n.startswith("rebasin: weights agree to 0.") and n.endswith(" sweeps") for n in notes)
 
 
@@ -217,6 +219,13 @@ def test_mudsc_recovers_a_scrambled_copy(example, matcher):
         zipped = merge([model, twin], MuDSC(balance, matcher), batches)
         for output in outputs(zipped, *batches[0]):
             assert far(output, outputs(model, *batches[0])) < 1e-4, str(fxzip.report(zipped))
+
+
+def test_the_report_says_how_mudsc_went():
+    batch = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    nets = [randomise(Residual(), seed).eval() for seed in (1, 2)]
+    notes = fxzip.report(merge(nets, MuDSC(sweeps=1), [batch])).notices
+    assert notes[0].startswith("mudsc: merged features are alike by ") and "not settled (sweeps=1)" in notes[0]
 
 
 def test_solve_takes_a_matching_by_weights():

@@ -19,7 +19,6 @@ from .weights import Weights
 
 SETTLED = 1e-6  # of the objective: a smaller gain in one round ends the search
 STEPS = np.linspace(0, 1, 101)  # candidates of the line search
-DEGREE = 4  # of the objective along a line: a weight has at most so many axes in spaces, in practice
 
 Soft = dict[str, Tensor]  # space -> doubly stochastic [slots, n]
 
@@ -64,7 +63,7 @@ class C2M3:
         while done < self.rounds and gained > SETTLED:
             last = value
             for model in rng.permutation(models):
-                value = _step(families, weights, soft, int(model)) / scale
+                value = _step(families, weights, soft, int(model), value * scale) / scale
             gained, done = value - last, done + 1
         slots = [_rounded(families, p) for p in soft]
         first = slots[0]  # name slots by model 0's features
@@ -91,8 +90,10 @@ def _matchings(soft: Sequence[Soft]) -> dict[str, Matching]:
     return found
 
 
-def _step(families: Sequence[Sequence[FeatureSpace]], weights: Weights, soft: list[Soft], model: int) -> float:
-    """Move one model along the best direction as far as it helps; -> the agreement then."""
+def _step(
+    families: Sequence[Sequence[FeatureSpace]], weights: Weights, soft: list[Soft], model: int, start: float
+) -> float:
+    """Move one model along the best direction as far as it helps; agreement before -> agreement after."""
     now, direction = _matchings(soft), {}
     for family in families:
         scores = {}
@@ -112,8 +113,8 @@ def _step(families: Sequence[Sequence[FeatureSpace]], weights: Weights, soft: li
     def value(step: float) -> float:
         return weights.agreement(_matchings([*soft[:model], at(step), *soft[model + 1 :]]))
 
-    points = np.linspace(0, 1, DEGREE + 1)
-    line = np.polynomial.Polynomial.fit(points, [value(t) for t in points], DEGREE)
+    points = np.linspace(0, 1, weights.degree + 1)  # the agreement is a polynomial in the step
+    line = np.polynomial.Polynomial.fit(points, [start, *map(value, points[1:])], weights.degree)
     step = float(STEPS[line(STEPS).argmax()])
     soft[model] = at(step)
     return float(line(step))

@@ -7,7 +7,7 @@ in turn, all others as they stand, until nothing changes: coordinate descent (Gi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..infer.spaces import FeatureSpace, Spaces
 from ..measure.moments import SpaceMoments
 from .average import Average
 from .blocks import families, match_once
-from .matching import Affinity, Matcher, Matching, Matchings, needs
+from .matching import Affinity, Matcher, Matching, Matchings, mean_correlation, needs, similarity
 from .weights import Weights
 
 GAIN = 1e-9  # of the weights' norm: what a better agreement must gain at least
@@ -105,7 +105,7 @@ class _Sweeps:
             order = rng.permutation(len(self.families))
             changed = any([self._step(self.families[k], found, scale) for k in order])
             done += 1
-        result = Matchings({s.name: found[s.name] for s in self._every()})
+        result = Matchings({s.name: self._scored(s, found) for s in self._every()})
         end = f"{done} sweeps" if not changed else f"{done} sweeps, not settled (sweeps={self.matcher.sweeps})"
         after = self._figure(found, scale)
         if self.matcher.monotone:
@@ -122,6 +122,15 @@ class _Sweeps:
             return self.weights.agreement(found) / scale
         known = [m.quality for m in found.values() if m.quality == m.quality]
         return float(np.mean(known)) if known else float("nan")
+
+    def _scored(self, space: FeatureSpace, found: Mapping[str, Matching]) -> Matching:
+        """With the correlation of weights as quality where the matcher saw inner products."""
+        moments = self.weights.moments(space, found) if self.matcher.monotone else None
+        if moments is None:
+            return found[space.name]
+        slots, identity = found[space.name].unmerge.argmax(1).numpy(), np.tile(np.arange(space.size), self.models)
+        scores = [mean_correlation(k, moments.sizes, similarity(moments)) for k in (slots, identity)]
+        return replace(found[space.name], quality=scores[0], baseline=scores[1])
 
     def _every(self) -> list[FeatureSpace]:
         return [s for family in self.families for s in family]

@@ -18,6 +18,20 @@ MAKES = frozenset({"produce", "vector"})
 
 
 @dataclass(frozen=True, eq=False)
+class Axis:
+    """runs: (space, segment, positions [n]) on one axis of a parameter; rest: positions of no space [r]."""
+
+    runs: tuple[tuple[str, Segment, Tensor], ...]
+    rest: Tensor
+
+    @classmethod
+    def of(cls, held: Sequence[tuple[str, Segment]], length: int, device: torch.device) -> Axis:
+        rest = np.setdiff1d(np.arange(length), np.concatenate([s.positions for _, s in held]))
+        runs = ((name, s, torch.from_numpy(s.positions).to(device)) for name, s in held)
+        return cls(tuple(runs), torch.from_numpy(rest).to(device))
+
+
+@dataclass(frozen=True, eq=False)
 class Weights:
     """tensors: parameter -> one tensor per model, all of one shape; axes: parameter -> axis -> what lies on it.
 
@@ -31,7 +45,7 @@ class Weights:
     """
 
     tensors: Mapping[str, tuple[Tensor, ...]]
-    axes: Mapping[str, Mapping[int, tuple[tuple[str, Segment], ...]]]
+    axes: Mapping[str, Mapping[int, Axis]]
 
     @classmethod
     def of(
@@ -44,18 +58,26 @@ class Weights:
 
         Raises InputError when a parameter has not one shape in all models.
         """
-        axes: dict[str, dict[int, tuple]] = {}
+        lying: dict[str, dict[int, list]] = {}
         for space in spaces:
             for s in space.segments:
                 known = all(s.parameter in state for state in states) and states[0][s.parameter].is_floating_point()
                 if known and (names is None or s.parameter in names):
-                    held = axes.setdefault(s.parameter, {})
-                    held[s.axis] = (*held.get(s.axis, ()), (space.name, s))
-        tensors = {name: tuple(state[name].detach() for state in states) for name in axes}
+                    lying.setdefault(s.parameter, {}).setdefault(s.axis, []).append((space.name, s))
+        tensors = {name: tuple(state[name].detach() for state in states) for name in lying}
         for name, all_of in tensors.items():
             if len({t.shape for t in all_of}) > 1:
                 raise InputError(f"{name}: shapes {[list(t.shape) for t in all_of]} differ, so weights do not compare")
+        axes = {
+            name: {axis: Axis.of(runs, t[0].shape[axis], t[0].device) for axis, runs in lying[name].items()}
+            for name, t in tensors.items()
+        }
         return cls(tensors, axes)
+
+    @property
+    def degree(self) -> int:
+        """Of `agreement` as a polynomial in one model's matchings: the most axes a parameter has in spaces."""
+        return max((len(axes) for axes in self.axes.values()), default=0)
 
     def parameters(self, spaces: Sequence[FeatureSpace]) -> list[str]:
         """Parameters on any of `spaces`, each once."""
@@ -100,18 +122,15 @@ class Weights:
 
     def _mapped(self, name: str, matchings: Mapping[str, Matching], model: int, keep: int | None) -> Tensor:
         """One model's weight, float64, every axis but `keep` in merged order: spaces, then inert entries."""
-        tensors = self.tensors[name]
-        x = tensors[model].double()
+        x = self.tensors[name][model].double()
         for axis, held in self.axes[name].items():
             if axis == keep:
                 continue
             flat = x.movedim(axis, 0)
-            taken = np.concatenate([s.positions for _, s in held])
-            parts = [flat[torch.from_numpy(np.setdiff1d(np.arange(len(flat)), taken))]]
-            for space, s in held:
-                part = flat[torch.from_numpy(s.positions)]
-                placed = space in matchings
-                parts.append(_turn(matchings[space], s, part, model) if placed else part.sort(0).values)
+            parts = [flat[held.rest]]
+            for space, segment, positions in held.runs:
+                part, found = flat[positions], matchings.get(space)
+                parts.append(part.sort(0).values if found is None else _turn(found, segment, part, model))
             x = torch.cat(parts).movedim(0, axis)
         return x
 
