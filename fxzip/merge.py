@@ -47,7 +47,8 @@ def merge(
     models: list, or dict task name -> module. They are not changed. Layers that make the outputs (heads) stay
         per model and may differ in width; everything before them is shared.
     loader: any iterable of batches (tensor; tuple or list, labels ignored; dict bound to forward), or a dict
-        of loaders, read in turn. The first `calibration` samples are used.
+        of loaders, read in turn. The first `calibration` samples are used. "rebasin", "c2m3" and "average" need
+        none, but recompute batch-norm statistics if there is one.
     method: a name of `METHODS` or a matcher object, such as `Zip(alpha=0.3, beta=1.0)`; "zip+repair" or
         `Repair(Zip())` also sets right the spread of merged features (REPAIR), "+rescale" that alone.
     until: path of the first module that stays per model (`"layer3"`): only what is not downstream is merged.
