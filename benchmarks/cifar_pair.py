@@ -48,7 +48,7 @@ ANCHORED = {"cifar10_resnet20x2_a.pt", "cifar10_resnet20x2_b.pt"}
 FOOTNOTE = "published: the authors' code on the project's own pair, 10,000 test images; *: 2,500."
 FULL = (
     "average", "rebasin-order", "rebasin", "c2m3", "permute", "permute+repair", "zip", "zip-beta1", "zip-beta1+repair",
-    "pair", "transport", "cca", "cca-0.1", "cca-1", "mudsc-permute", "mudsc-0", "mudsc-0.3", "mudsc",
+    "pair", "transport", "cca", "mudsc-permute", "mudsc-0", "mudsc-0.3", "mudsc",
     "mudsc-0.7", "select", "solve", "solve-select",
 )  # fmt: skip
 CUT = ("permute", "zip-beta1", "solve")

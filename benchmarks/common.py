@@ -37,8 +37,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "pair": {"method": "pair"},
     "transport": {"method": "transport"},
     "cca": {"method": "cca"},
-    "cca-0.1": {"method": fxzip.CCA(ridge=0.1)},
-    "cca-1": {"method": fxzip.CCA(ridge=1.0)},
     "rebasin": {"method": "rebasin"},
     "rebasin-order": {"method": fxzip.Rebasin(start="order")},
     "c2m3": {"method": "c2m3"},
