@@ -31,6 +31,12 @@ PUBLISHED = {
     ("ensemble", None): "90.6 / 76.8",
     ("average", None): "51.5 / 33.1",
     ("permute", None): "78.5 / 51.4",
+    ("rebasin-order", None): "49.3 / 25.7",
+    ("cca", None): "72.3 / 43.5",
+    ("mudsc-permute", None): "78.8 / 52.7 *",
+    ("mudsc-0", None): "83.5 / 65.5",
+    ("mudsc", None): "83.4 / 66.2",
+    ("mudsc-0.7", None): "84.2 / 65.9",
     ("zip", None): "78.2 / 53.8",
     ("zip-beta1", None): "83.2 / 63.4",
     ("permute", "layer3"): "84.9 / 66.5",
@@ -40,7 +46,11 @@ PUBLISHED = {
 }
 ANCHORED = {"cifar10_resnet20x2_a.pt", "cifar10_resnet20x2_b.pt"}
 FOOTNOTE = "published: the authors' code on the project's own pair, 10,000 test images; *: 2,500."
-FULL = ("average", "permute", "zip", "zip-beta1", "select", "solve", "solve-select")
+FULL = (
+    "average", "rebasin-order", "rebasin", "c2m3", "permute", "permute+repair", "zip", "zip-beta1", "zip-beta1+repair",
+    "pair", "transport", "cca", "mudsc-permute", "mudsc-0", "mudsc-0.3", "mudsc",
+    "mudsc-0.7", "select", "solve", "solve-select",
+)  # fmt: skip
 CUT = ("permute", "zip-beta1", "solve")
 
 

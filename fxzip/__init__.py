@@ -13,19 +13,21 @@ from .evaluate import Accuracy, accuracy, cost
 from .files import load, save
 from .frontier import Frontier, frontier
 from .inspection import inspect
-from .match import MATCHERS, Average, Permute, Select, Zip
+from .match import C2M3, CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, Select, Transport, Zip
 from .measure.moments import Moments
 from .merge import METHODS, collect, merge
+from .repair import Repair
 from .report import Report, report
 from .rewrite import cut_points, extract
 from .solve import Solve
+from .soup import greedy_soup
 from .verify import Verification, scramble, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError", "Moments", "Permute",
-    "Report", "Select", "Solve", "SpaceError", "TraceError", "Verification", "VerificationError", "Zip", "accuracy",
-    "collect", "cost", "cut_points", "extract", "frontier", "inspect", "load", "merge", "report", "save",
-    "scramble", "verify",
+    "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError", "Moments",
+    "MuDSC", "Pair", "Permute", "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError",
+    "Transport", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points", "extract",
+    "frontier", "greedy_soup", "inspect", "load", "merge", "report", "save", "scramble", "verify",
 ]  # fmt: skip

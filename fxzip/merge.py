@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from .errors import InputError
 from .evaluate import cost
 from .infer import Spaces
-from .match import MATCHERS, Matcher, Matching, lossless, match, resolve
+from .match import MATCHERS, Matcher, Matching, lossless, match, needs, resolve
 from .measure.moments import Moments
 from .prepare import Clock, Prepared, calibration_batches, measure, prepare
+from .repair import Repair, repair_parameters, split
 from .report import Report, Size, SpaceRow
 from .rewrite import Heads, build, head_parameters, merge_parameters, owned, recompute_statistics, state_of
 from .rewrite.zipped import KEY
@@ -28,7 +29,7 @@ def merge(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],
     loader: Iterable | Mapping[str, Iterable] | None = None,
     *,
-    method: str | Matcher | Solve = "solve",
+    method: str | Matcher | Solve | Repair = "solve",
     until: str | None = None,
     budget: float | None = None,
     heads: str = "separate",
@@ -46,8 +47,10 @@ def merge(
     models: list, or dict task name -> module. They are not changed. Layers that make the outputs (heads) stay
         per model and may differ in width; everything before them is shared.
     loader: any iterable of batches (tensor; tuple or list, labels ignored; dict bound to forward), or a dict
-        of loaders, read in turn. The first `calibration` samples are used.
-    method: a name of `METHODS` or a matcher object, such as `Zip(alpha=0.3, beta=1.0)`.
+        of loaders, read in turn. The first `calibration` samples are used. "rebasin", "c2m3" and "average" need
+        none, but recompute batch-norm statistics if there is one.
+    method: a name of `METHODS` or a matcher object, such as `Zip(alpha=0.3, beta=1.0)`; "zip+repair" or
+        `Repair(Zip())` also sets right the spread of merged features (REPAIR), "+rescale" that alone.
     until: path of the first module that stays per model (`"layer3"`): only what is not downstream is merged.
     budget: FLOPs of the result, times those of one model: widths are chosen to fit. Default: the models' widths.
     heads: "separate" or "average". example_inputs: one batch, if there is no loader.
@@ -65,9 +68,11 @@ def merge(
     [(5, 2), (5, 3)]
     """
     clock = Clock()
+    repair, method = split(method, budget)
     solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
     matcher = solver.matcher if solver else resolve(method)  # type: ignore[arg-type]
-    needs_data = solver is not None or (matcher.correspondence != "identity" and moments is None)
+    measured = bool(needs(matcher) - {"weights"}) or budget is not None
+    needs_data = bool(solver or repair) or (measured and moments is None)
     p = prepare(
         models,
         loader,
@@ -88,10 +93,16 @@ def merge(
             moments = measure(p, batches, seed, progress) if needs_data else Moments({})
     with clock.stage("match"):
         widths = choose_widths(p, moments, budget, models) if budget is not None else {}
-        matchings = match(p.merged_spaces(), moments, matcher, widths, models=len(p.names))
+        matchings = match(p.merged_spaces(), moments, matcher, widths, len(p.names), p.weights(), seed)
     with clock.stage("rewrite"):
         shared, private = merged_parameters(p, matchings)
-    notices: list[str] = []
+    notices = list(matchings.notices)
+    if repair:
+        with clock.stage("calibrate"):
+            shared, found = repair_parameters(
+                p.graph_modules, p.spaces, p.cut, matchings, shared, batches, repair.shift
+            )
+            notices += found
     if solver:
         with clock.stage("solve"):
             resized = assemble(p, shared, private, models, heads) if widths else None
@@ -113,7 +124,7 @@ def merge(
     with clock.stage("calibrate"):
         notices += [] if solver else calibrate(zipped, batches, agree(p, matchings, moments))
     zipped.to(next((t.device for m in _list(models) for t in (*m.parameters(), *m.buffers())), torch.device("cpu")))
-    zipped.meta[KEY]["report"] = describe(p, (solver or matcher).name, matchings, zipped, notices, clock)
+    zipped.meta[KEY]["report"] = describe(p, (solver or repair or matcher).name, matchings, zipped, notices, clock)
     return zipped
 
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from .check import Checked, check_merge, compare_graphs, compare_shapes
 from .errors import InputError
 from .infer import FeatureSpace, Spaces, analyse, annotate
+from .match import Weights
 from .measure import Programs, collect_moments, read_batches
 from .measure.moments import Moments
 from .rewrite import Partition, owned, partition
@@ -59,6 +60,13 @@ class Prepared:
     def merged_spaces(self) -> list[FeatureSpace]:
         """Spaces that shared parameters lie on, with their parents; anchors in the shared part only."""
         return shared_spaces(self.spaces, self.cut, owned(self.graph_modules[0], self.cut.shared))
+
+    def weights(self) -> Weights:
+        """The shared parameters of all models, for matchers that compare weights; no buffers."""
+        states = [dict(m.named_parameters(remove_duplicate=False)) for m in self.graph_modules]
+        tied = self.spaces.lowered.tied
+        shared = {tied.get(n, n) for n in owned(self.graph_modules[0], self.cut.shared)}
+        return Weights.of(states, self.merged_spaces(), shared)
 
 
 def prepare(

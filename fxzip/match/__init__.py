@@ -6,25 +6,42 @@ import difflib
 
 from ..errors import InputError
 from .average import Average
-from .blocks import match
-from .matching import Matcher, Matching, from_slots, lossless, optimal_unmerge, similarity
+from .c2m3 import C2M3
+from .cca import CCA
+from .matching import Affinity, Matcher, Matching, Matchings, from_slots, lossless, needs, optimal_unmerge, similarity
+from .mudsc import MuDSC
+from .pair import Pair
 from .permute import Permute
+from .rebasin import Rebasin
 from .select import Select
+from .sweeps import match
+from .transport import Transport
+from .weights import Weights
 from .zip import Zip
 
-MATCHERS: tuple[type[Matcher], ...] = (Average, Permute, Zip, Select)
+MATCHERS: tuple[type[Matcher], ...] = (Average, Rebasin, C2M3, Permute, Zip, Pair, Transport, CCA, MuDSC, Select)
 
 __all__ = [
+    "C2M3",
+    "CCA",
     "MATCHERS",
+    "Affinity",
     "Average",
     "Matcher",
     "Matching",
+    "Matchings",
+    "MuDSC",
+    "Pair",
     "Permute",
+    "Rebasin",
     "Select",
+    "Transport",
+    "Weights",
     "Zip",
     "from_slots",
     "lossless",
     "match",
+    "needs",
     "optimal_unmerge",
     "resolve",
     "similarity",

@@ -8,8 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import InputError, SpaceError
-from ..measure.moments import SpaceMoments
-from .matching import Correspondence, Matching, from_slots, similarity
+from .matching import Correspondence, Evidence, Matching, from_slots, similarity
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,9 @@ class Average:
     name: ClassVar[str] = "average"
     paper: ClassVar[str] = "Wortsman et al., Model soups, ICML 2022"
     correspondence: ClassVar[Correspondence] = "identity"
+    needs: ClassVar[frozenset[str]] = frozenset()
 
-    def __call__(self, moments: SpaceMoments, width: int) -> Matching:
+    def __call__(self, moments: Evidence, width: int) -> Matching:
         """moments of Sn = N n features, width n -> M [n, N n], U [N n, n]."""
         sizes = moments.sizes
         if len(set(sizes)) > 1:

@@ -9,15 +9,14 @@ import torch
 
 from ..errors import FxzipError, InputError, SpaceError
 from ..infer.spaces import FeatureSpace, Spaces
-from ..measure.moments import SpaceMoments
 from .alignment import Layer, Slots, align
-from .matching import Matcher, Matching, from_slots, mean_correlation, similarity
+from .matching import Evidence, Matcher, Matching, from_slots, mean_correlation, similarity
 from .permute import Permute
 
 
-def match(
+def match_once(
     spaces: Spaces | Sequence[FeatureSpace],
-    moments: Mapping[str, SpaceMoments],
+    moments: Mapping[str, Evidence],
     matcher: Matcher,
     widths: Mapping[str, int] | None = None,
     models: int | None = None,
@@ -36,9 +35,10 @@ def match(
     without any moments. Raises SpaceError naming the space where a width or the models' sizes do not fit,
     InputError for unknown names.
 
+    >>> from fxzip.measure import SpaceMoments
     >>> c = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
     >>> m = {"s0": SpaceMoments((2, 2), 9.0, torch.zeros(4), c)}
-    >>> match([FeatureSpace("s0", 2)], m, Permute())["s0"].merge
+    >>> match_once([FeatureSpace("s0", 2)], m, Permute())["s0"].merge
     tensor([[0.5000, 0.0000, 0.0000, 0.5000],
             [0.0000, 0.5000, 0.5000, 0.0000]], dtype=torch.float64)
     """
@@ -49,7 +49,7 @@ def match(
         raise InputError(f"match: no space {', '.join(map(repr, strange))}; there are {sorted(known)}")
     count = _count(moments, models)
     found: dict[str, Matching] = {}
-    for family in _families(every):
+    for family in families(every):
         sizes = {s.name: _sizes(s, moments.get(s.name), count) for s in family}
         wanted = {s.name: (widths or {}).get(s.name, max(sizes[s.name])) for s in family}
         if len(family) == 1 and not family[0].parents:
@@ -62,7 +62,7 @@ def match(
     return {space.name: found[space.name] for space in every}
 
 
-def _count(moments: Mapping[str, SpaceMoments], models: int | None) -> int:
+def _count(moments: Mapping[str, Evidence], models: int | None) -> int:
     counts = {len(m.sizes) for m in moments.values()} | ({models} if models else set())
     if len(counts) != 1:
         given = "none are known" if not counts else f"they differ: {sorted(counts)}"
@@ -70,23 +70,23 @@ def _count(moments: Mapping[str, SpaceMoments], models: int | None) -> int:
     return counts.pop()
 
 
-def _sizes(space: FeatureSpace, moments: SpaceMoments | None, count: int) -> tuple[int, ...]:
+def _sizes(space: FeatureSpace, moments: Evidence | None, count: int) -> tuple[int, ...]:
     return moments.sizes if moments else (space.size,) * count
 
 
-def _families(spaces: Sequence[FeatureSpace]) -> list[list[FeatureSpace]]:
+def families(spaces: Sequence[FeatureSpace]) -> list[list[FeatureSpace]]:
     """Spaces connected by parent links, each family in the order given (parents first)."""
-    families: list[list[FeatureSpace]] = []
+    found: list[list[FeatureSpace]] = []
     for space in spaces:
         near = {parent.space for parent in space.parents}
-        joined = [f for f in families if any(s.name in near for s in f)]
-        families = [f for f in families if f not in joined]
-        families.append([s for f in joined for s in f] + [space])
-    return families
+        joined = [f for f in found if any(s.name in near for s in f)]
+        found = [f for f in found if f not in joined]
+        found.append([s for f in joined for s in f] + [space])
+    return found
 
 
 def _plain(
-    space: FeatureSpace, moments: SpaceMoments | None, matcher: Matcher, width: int, sizes: tuple[int, ...]
+    space: FeatureSpace, moments: Evidence | None, matcher: Matcher, width: int, sizes: tuple[int, ...]
 ) -> Matching:
     if moments is None:
         if width != space.size:
@@ -97,7 +97,7 @@ def _plain(
     return _run(space.name, matcher, moments, width)
 
 
-def _run(name: str, matcher: Matcher, moments: SpaceMoments, width: int) -> Matching:
+def _run(name: str, matcher: Matcher, moments: Evidence, width: int) -> Matching:
     try:
         return matcher(moments, width)
     except FxzipError as error:
@@ -110,7 +110,7 @@ class _Family:
     def __init__(
         self,
         spaces: Sequence[FeatureSpace],
-        moments: Mapping[str, SpaceMoments],
+        moments: Mapping[str, Evidence],
         sizes: Mapping[str, tuple[int, ...]],
         widths: Mapping[str, int],
     ) -> None:

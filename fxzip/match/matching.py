@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -59,8 +59,32 @@ class Matching:
         return self.unmerge.split(self.sizes, 0)[model]
 
 
+class Matchings(dict[str, Matching]):
+    """Space name -> Matching, with what the user should know of how they were found."""
+
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Affinity:
+    """How alike features are where that is more than one correlation: inner products of weights, a mixture.
+
+    sizes: n_i of every model; values: float64 [Sn, Sn], symmetric, of the order of 1.
+    """
+
+    sizes: tuple[int, ...]
+    values: np.ndarray
+
+    def restrict(self, features: Sequence[np.ndarray]) -> Affinity:
+        """Of some features only: `features[i]` are indices into model i's own."""
+        starts = np.cumsum((0, *self.sizes))
+        index = np.concatenate([np.asarray(f, np.int64) + s for f, s in zip(features, starts, strict=False)])
+        return Affinity(tuple(len(f) for f in features), self.values[np.ix_(index, index)])
+
+
 TIE, NEAR = 1e-5, 0.999  # `similarity` breaks ties among correlations above NEAR, by at most TIE
 Correspondence = Literal["identity", "permutation", "free"]
+Evidence = SpaceMoments | Affinity
 
 
 @runtime_checkable
@@ -69,22 +93,32 @@ class Matcher(Protocol):
 
     correspondence: "identity" never moves a feature, "permutation" pairs whole features one to one,
     "free" may build any M and U (and is kept away from spaces that allow permutations only).
+    needs (see `needs`; may be left out): what it looks at.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     correspondence: ClassVar[Correspondence]
 
-    def __call__(self, moments: SpaceMoments, width: int) -> Matching: ...
+    def __call__(self, moments: Any, width: int) -> Matching: ...
 
 
-def similarity(moments: SpaceMoments) -> np.ndarray:
+def needs(matcher: Matcher) -> frozenset[str]:
+    """What a matcher looks at, by its attribute `needs`: "moments" of activations; "similarity", nothing of them
+    but `similarity` (so that an Affinity will do); "weights" (see `SweepMatcher`). Default: moments.
+    """
+    return getattr(matcher, "needs", frozenset({"moments"}))
+
+
+def similarity(moments: Evidence) -> np.ndarray:
     """The correlation as matchers see it: dead features of two models with one constant value count as equal.
 
     Without that, matching a dead unit with its own copy would be worth nothing. Features that fire on a single
     sample all correlate perfectly: among (nearly) equal correlations the closer mean and deviation win.
-    float64 [Sn, Sn], symmetric.
+    An Affinity says itself what it is. float64 [Sn, Sn], symmetric.
     """
+    if isinstance(moments, Affinity):
+        return moments.values
     result = moments.correlation().cpu().numpy()
     result = result - TIE * _unlike(moments) * (result > NEAR)
     dead = np.flatnonzero(moments.dead.cpu().numpy())

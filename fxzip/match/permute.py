@@ -8,9 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import InputError
-from ..measure.moments import SpaceMoments
 from .alignment import Layer, align
-from .matching import Correspondence, Matching, from_slots, similarity
+from .matching import Correspondence, Evidence, Matching, from_slots, similarity
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,9 @@ class Permute:
     name: ClassVar[str] = "permute"
     paper: ClassVar[str] = "Ainsworth et al., Git Re-Basin, ICLR 2023 (activation matching)"
     correspondence: ClassVar[Correspondence] = "permutation"
+    needs: ClassVar[frozenset[str]] = frozenset({"similarity"})
 
-    def __call__(self, moments: SpaceMoments, width: int) -> Matching:
+    def __call__(self, moments: Evidence, width: int) -> Matching:
         """moments of Sn features, width max n_i -> M [m, Sn], U [Sn, m]; slot k is model 0's feature k."""
         widest = max(moments.sizes)
         if width != widest:

@@ -34,6 +34,7 @@ class Select:
     name: ClassVar[str] = "select"
     paper: ClassVar[str] = "Farahat et al., Greedy column subset selection, KAIS 2015"
     correspondence: ClassVar[Correspondence] = "free"
+    needs: ClassVar[frozenset[str]] = frozenset({"moments"})
 
     def __post_init__(self) -> None:
         if not self.ridge >= 0:

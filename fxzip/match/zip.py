@@ -9,8 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import InputError
-from ..measure.moments import SpaceMoments
-from .matching import Correspondence, Matching, from_slots, model_of, similarity
+from .matching import Correspondence, Evidence, Matching, from_slots, model_of, similarity
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Zip:
     name: ClassVar[str] = "zip"
     paper: ClassVar[str] = "Stoica et al., ZipIt!, ICLR 2024"
     correspondence: ClassVar[Correspondence] = "free"
+    needs: ClassVar[frozenset[str]] = frozenset({"similarity"})
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
@@ -39,7 +39,7 @@ class Zip:
         if not self.beta >= 0:
             raise InputError(f"Zip: beta must be 0 or more, not {self.beta}")
 
-    def __call__(self, moments: SpaceMoments, width: int) -> Matching:
+    def __call__(self, moments: Evidence, width: int) -> Matching:
         """moments of Sn features -> M [m, Sn], U [Sn, m]; slots in order of their first features."""
         total = sum(moments.sizes)
         if not 1 <= width <= total:
