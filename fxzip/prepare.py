@@ -19,7 +19,7 @@ from .infer import FeatureSpace, Spaces, analyse, annotate
 from .measure import Programs, collect_moments, read_batches
 from .measure.moments import Moments
 from .rewrite import Partition, owned, partition
-from .trace import Traced, bind, rows, state_of, trace
+from .trace import Traced, bind, first_rows, rows, state_of, trace
 from .verify import Verification, verify_spaces
 
 
@@ -82,14 +82,14 @@ def prepare(
     )
     where = _device(device, checked.models)
     with clock.stage("trace"):
-        few = [rows(bind(checked.example, signature(m.forward)), 2) for m in checked.models]
-        traced = tuple(trace(m, x) for m, x in zip(checked.models, few, strict=True))
+        few = first_rows(checked.example, 2)
+        traced = tuple(trace(m, few) for m in checked.models)
         problems = compare_graphs(traced, checked.names)
         if problems:
             raise InputError.listing(call, problems)
         for t in traced:
             t.graph_module.to(where)
-        args = bind(few[0], signature(traced[0].graph_module.forward))
+        args = bind(few, signature(traced[0].graph_module.forward))
         args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
     with clock.stage("infer"):
         spaces = analyse(traced[0].graph_module, args)

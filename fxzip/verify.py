@@ -26,6 +26,7 @@ from .infer.group import axis_indices, duplicated, permuted
 from .infer.sampling import sample
 from .rewrite.norms import recompute_statistics
 from .trace import Traced, bind, rows, state_of, trace, unwrap
+from .trace.precision import double_by_default, doubled
 
 TOLERANCE = 1e-6  # relative, float64; wrong rules give 1e-3 and more, rounding 1e-12
 _CONTROLS = 3
@@ -109,9 +110,9 @@ def verify(model: nn.Module, example_inputs: Any, seed: int = 0) -> Verification
 def verify_spaces(traced: Traced, spaces: Spaces, args: tuple, seed: int = 0) -> Verification:
     """As `verify`, for spaces that are known already. args: positional example arguments, any batch size."""
     rng = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), double_by_default():
         torch.manual_seed(seed)
-        module = copy.deepcopy(traced.graph_module).double().eval()
+        module = doubled(traced.graph_module).eval()
         first, other = _two_inputs(args)
         _perturb(module, first, other)
         state = state_of(module)
@@ -158,7 +159,9 @@ def scramble(model: nn.Module, example_inputs: Any, seed: int = 0) -> nn.Module:
     spaces = analyse(traced.graph_module, args)
     other = copy.deepcopy(model)
     bare = unwrap(other)[0]
-    tensors = {**dict(bare.named_parameters()), **dict(bare.named_buffers())}
+    # tied ones under every name: the graph need not call them as named_parameters does
+    tensors: dict[str, Tensor] = {**dict(bare.named_parameters(remove_duplicate=False))}
+    tensors |= dict(bare.named_buffers(remove_duplicate=False))
     state = {n: t.detach() for n, t in tensors.items()}
     indices = axis_indices(spaces, sample(spaces, np.random.default_rng(seed)), state)
     with torch.no_grad():
