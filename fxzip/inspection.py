@@ -32,4 +32,5 @@ def inspect(model: nn.Module, example_inputs: Any) -> Spaces:
         private = partition(traced.graph_module, spaces.opaque).private
     except SpaceError:  # nothing can be merged: then all of it stays per model
         private = frozenset(n.name for n in traced.graph_module.graph.nodes)
-    return replace(spaces, graph_module=annotate(traced.graph_module, spaces, private))
+    notices = (f"traced by the {traced.rung} front end", *traced.notices)
+    return replace(spaces, graph_module=annotate(traced.graph_module, spaces, private), notices=notices)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.node import map_arg
-from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 from ..errors import TraceError
 from .call import Call
@@ -67,8 +68,18 @@ def _export(model: nn.Module, call: Call) -> ExportedProgram:
         is_batch = isinstance(x, Tensor) and x.dim() and x.shape[0] == size
         return {0: Dim.AUTO} if is_batch and call.resizable else None
 
-    shapes = (tree_map(dynamic, call.args),)
-    return torch.export.export(_Arguments(model, call).eval(), args, dynamic_shapes=shapes, strict=False)
+    shapes = tree_map(dynamic, call.args)
+    program = torch.export.export(_Arguments(model, call).eval(), args, dynamic_shapes=(shapes,), strict=False)
+    inputs = {s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
+    values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs]
+    wanted = tree_flatten(shapes, is_leaf=lambda x: x is None or isinstance(x, dict) and Dim.AUTO in x.values())[0]
+    for value, axes in zip(values, wanted, strict=True):
+        if isinstance(axes, dict) and not free_symbols(value.shape[0]):
+            raise TraceError(
+                "the forward fixes the batch size: it loops over the batch, or makes a number of its size"
+                " (int(x.shape[0]), a list of that length). Write it with tensor operations"
+            )
+    return program
 
 
 @dataclass(frozen=True)
@@ -218,7 +229,7 @@ class _Body:
         """The module around the graph; what nothing uses is dropped."""
         spec = self.program.call_spec.out_spec
         self.graph.output(outputs[0] if spec is None else tree_unflatten(outputs, spec))
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(_has_effect)
         used = {str(n.target) for n in self.graph.nodes if n.op in ("get_attr", "call_module")}
         root = {name: value for name, value in self.root.items() if name in used}
         graph_module = fx.GraphModule(root, self.graph, type(self.model).__name__).eval()
@@ -228,6 +239,11 @@ class _Body:
                 if (f"{path}.{name}" if path else name) not in saved:
                     module._non_persistent_buffers_set.add(name)
         return graph_module
+
+
+def _has_effect(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
 
 
 def _describe(new: fx.Node, old: fx.Node) -> None:
