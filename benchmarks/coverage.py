@@ -148,7 +148,8 @@ def recovery(model: Any, batch: Any) -> dict[str, Any]:
     error = far(zipped, model, example)
     with torch.no_grad():
         moved = any(not torch.equal(a, b) for a, b in zip(model.parameters(), scrambled.parameters(), strict=True))
-    return {"recovery_error": error, "recovered": error < RECOVERED, "scrambled": moved, "shared": round(report.shared, 4)}
+    result = {"recovery_error": error, "recovered": error < RECOVERED, "scrambled": moved}
+    return {**result, "shared": round(report.shared, 4)}
 
 
 def jitter(model: Any) -> None:
@@ -217,11 +218,14 @@ def write(rows: dict[str, dict[str, Any]], folder: Path) -> None:
     (folder / "coverage.json").write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
 
 
-_HEADER = "| model | outcome | rung | nodes | spaces | free | proof error | sensitivity | recovery error | s (analysis) | why not all |"
-_HOW = f"""Made by `python benchmarks/coverage.py`, random weights, one thread. *sound*: a random element of the inferred
-group leaves the output unchanged (float64), leaving a use out does not. *recovered*: merging the model with its
-scrambled copy (`method="permute"`, {SAMPLES} random inputs) gives the model back to {RECOVERED}. *free*: share of the
-parameters with an axis on a feature space. The model in brackets: blocks such as heads, without parameters of their own."""
+_HEADER = (
+    "| model | outcome | rung | nodes | spaces | free | proof error | sensitivity | recovery error"
+    " | s (analysis) | why not all |"
+)
+_HOW = f"""Made by `python benchmarks/coverage.py`; random weights, one thread. *sound*: a random element of the
+inferred group leaves the output unchanged (float64), leaving a use out does not. *recovered*: merging the model
+with its scrambled copy (`method="permute"`, {SAMPLES} random inputs) gives the model back to {RECOVERED}. *spaces*:
+with parameters + blocks without (heads). *free*: share of the parameters with an axis on a space."""
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -245,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--again", action="store_true", help="measure what is in the cache, too")
     parser.add_argument("--table", action="store_true", help="only write the documents")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no model after S seconds")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="start no model after so many seconds")
     return parser
 
 

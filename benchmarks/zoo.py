@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import remove_parametrizations
 
 Made = tuple[nn.Module, Callable[[int], Any]]  # the model, and count -> a batch of so many samples
 SUITES: dict[str, Callable[[], Mapping[str, Callable[[], Made]]]] = {}
@@ -64,8 +65,7 @@ def _torchvision(name: str, kind: str) -> Made:
 
 # ------------------------------------------------------------------------------------------------- timm
 
-# The smallest model of every module of timm 1.0.31.
-TIMM = """
+_TIMM = """
     beit_base_patch16_224 halonet_h1 mobileone_s1 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32
     convnext_zepto_rms cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny
     deepseek_vit_412m deit_tiny_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small efficientformer_l1
@@ -81,12 +81,12 @@ TIMM = """
     swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny
     vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 vit_srelpos_small_patch16_224 samvit_base_patch16_224
     vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p xcit_nano_12_p8_224
-""".split()
+"""  # the smallest model of every module of timm 1.0.31
 
 
 @suite
 def timm() -> dict[str, Callable[[], Made]]:
-    return {name: lambda name=name: _timm(name) for name in TIMM}
+    return {name: lambda name=name: _timm(name) for name in _TIMM.split()}
 
 
 def _timm(name: str) -> Made:
@@ -130,7 +130,8 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "opt": ("OPTConfig", "OPTForCausalLM",
             {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "vocab_size": 96,
              "word_embed_proj_dim": 32, "max_position_embeddings": 64}, "text"),
-    "bloom": ("BloomConfig", "BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96}, "text"),
+    "bloom": ("BloomConfig", "BloomForCausalLM",
+              {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96}, "text"),
     "llama": ("LlamaConfig", "LlamaForCausalLM", {**_DECODER, "num_key_value_heads": 2}, "text"),
     "mistral": ("MistralConfig", "MistralForCausalLM", {**_DECODER, "num_key_value_heads": 2}, "text"),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {**_DECODER, "num_key_value_heads": 2}, "text"),
@@ -213,7 +214,12 @@ def _transformers(name: str) -> Made:
         settings |= {"backbone_config": backbone, "use_timm_backbone": False, "backbone": None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return getattr(library, kind)(getattr(library, config)(**settings)), INPUTS[inputs]
+        model = getattr(library, kind)(getattr(library, config)(**settings))
+    if name == "mixtral":
+        model.set_experts_implementation("batched_mm")  # the default is an operator of transformers' own
+    if name == "wav2vec2":
+        remove_parametrizations(model.wav2vec2.encoder.pos_conv_embed.conv, "weight")  # as fxzip asks for
+    return model, INPUTS[inputs]
 
 
 # ------------------------------------------------------------------------------------------------- toys
@@ -235,11 +241,15 @@ def toys() -> dict[str, Callable[[], Made]]:
         return torch.randn(n, 7, 6)
 
     layer = {"d_model": 16, "nhead": 4, "dim_feedforward": 24, "batch_first": True}
+
+    def encoder() -> nn.Module:
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), 2)
+
     return {
         "lstm": lambda: (_Recurrent(nn.LSTM), sequence),
         "gru": lambda: (_Recurrent(nn.GRU), sequence),
         "nn.TransformerEncoder": lambda: (
-            nn.Sequential(nn.Linear(6, 16), nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), 2), nn.Linear(16, 3)),
+            nn.Sequential(nn.Linear(6, 16), encoder(), nn.Linear(16, 3)),
             sequence,
         ),
         "nn.Transformer": lambda: (

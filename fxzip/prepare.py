@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -75,15 +75,22 @@ def prepare(
     calibration: int = 2048,
     strict: bool = False,
     needs_data: bool = True,
+    forward_fn: Callable[..., Any] | None = None,
 ) -> Prepared:
     """Check the call, trace every model, infer on model 0, prove, and cut. See `fxzip.merge` for arguments."""
     checked: Checked = check_merge(
-        models, loader, call=call, example_inputs=example_inputs, calibration=calibration, needs_data=needs_data
+        models,
+        loader,
+        call=call,
+        example_inputs=example_inputs,
+        calibration=calibration,
+        needs_data=needs_data,
+        forward_fn=forward_fn,
     )
     where = _device(device, checked.models)
     with clock.stage("trace"):
         few = first_rows(checked.example, 2)
-        traced = tuple(trace(m, few) for m in checked.models)
+        traced = tuple(trace(m, few, forward_fn=forward_fn) for m in checked.models)
         problems = compare_graphs(traced, checked.names)
         if problems:
             raise InputError.listing(call, problems)

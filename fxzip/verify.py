@@ -9,7 +9,7 @@ taken from one copy only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -93,16 +93,19 @@ class Verification:
             )
 
 
-def verify(model: nn.Module, example_inputs: Any, seed: int = 0) -> Verification:
+def verify(
+    model: nn.Module, example_inputs: Any, seed: int = 0, forward_fn: Callable[..., Any] | None = None
+) -> Verification:
     """Prove (numerically, in float64) that the spaces inferred for `model` are feature spaces.
 
     model: any traceable module; it is not changed. example_inputs: a batch (tensor, tuple or dict).
+    forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...).
     Raises TraceError when the model cannot be traced. Takes about ten forward passes of one sample.
 
     >>> bool(verify(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4)))
     True
     """
-    traced = trace(model, example_inputs)
+    traced = trace(model, example_inputs, forward_fn=forward_fn)
     args = bind(example_inputs, signature(traced.graph_module.forward))
     return verify_spaces(traced, analyse(traced.graph_module, args), args, seed)
 
@@ -144,7 +147,9 @@ def _roles(spaces: Spaces, state, outputs, rng) -> tuple[float, float]:
     return _distance(shifted, base), _distance(control, base)
 
 
-def scramble(model: nn.Module, example_inputs: Any, seed: int = 0) -> nn.Module:
+def scramble(
+    model: nn.Module, example_inputs: Any, seed: int = 0, forward_fn: Callable[..., Any] | None = None
+) -> nn.Module:
     """A copy of `model` that computes the same function with randomly re-coordinated features.
 
     Every inferred space is permuted at random (structure respected). The standard test input of fxzip:
@@ -154,7 +159,7 @@ def scramble(model: nn.Module, example_inputs: Any, seed: int = 0) -> nn.Module:
     >>> s = scramble(m, x); torch.allclose(s(x), m(x), atol=1e-6), torch.equal(s[0].weight, m[0].weight)
     (True, False)
     """
-    traced = trace(model, example_inputs)
+    traced = trace(model, example_inputs, forward_fn=forward_fn)
     args = bind(example_inputs, signature(traced.graph_module.forward))
     spaces = analyse(traced.graph_module, args)
     other = copy.deepcopy(model)

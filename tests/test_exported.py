@@ -259,3 +259,32 @@ def test_batch_flattened_into_the_heads_is_measured():
     scrambled = fxzip.scramble(net, loader[0])
     zipped = fxzip.merge([net, scrambled], loader, method="permute", progress=False)
     assert all(torch.allclose(y, net(loader[0]), atol=1e-4) for y in zipped(loader[0]))
+
+
+def test_forward_fn_chooses_inputs_and_output(tmp_path):
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor]:
+            hidden = torch.relu(self.b(torch.relu(self.a(x * scale))))
+            return {"logits": self.c(hidden), "hidden": hidden}
+
+    def hidden(model: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
+        return model(x, scale=scale)["hidden"]
+
+    torch.manual_seed(0)
+    net, some = Encoder().eval(), {"x": torch.randn(64, 4), "scale": torch.rand(64, 1)}
+    spaces = fxzip.inspect(net, some, forward_fn=hidden)
+    assert [s.size for s in spaces] == [16]
+    assert fxzip.verify(net, some, forward_fn=hidden).ok
+    other = fxzip.scramble(net, some, forward_fn=hidden)
+    assert torch.equal(other.b.bias, net.b.bias) and not torch.equal(other.a.bias, net.a.bias)
+    zipped = fxzip.merge([net, other], [some], method="permute", forward_fn=hidden, progress=False)
+    assert all(torch.allclose(y, hidden(net, **some), atol=1e-5) for y in zipped(**some))
+    fxzip.save(zipped, tmp_path)
+    again = fxzip.load(tmp_path, Encoder, forward_fn=hidden)
+    assert torch.equal(again(**some)[0], zipped(**some)[0])
+    with pytest.raises(InputError, match=r"forward_fn\(\*, x\) must take the model first: forward_fn\(model, x\)"):
+        fxzip.inspect(net, some, forward_fn=lambda *, x: x)

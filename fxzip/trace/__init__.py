@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .call import counted, tensors_of
+from .call import call_signature, counted, tensors_of
 from .compare import compare_graphs, compare_shapes
 from .execute import run, state_of
 from .guards import unwrap
@@ -15,6 +15,7 @@ __all__ = [
     "Traced",
     "batch_size",
     "bind",
+    "call_signature",
     "compare_graphs",
     "compare_shapes",
     "corresponding",

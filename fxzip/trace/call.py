@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from inspect import BoundArguments, Signature
+from inspect import BoundArguments, Parameter, Signature, signature
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ..errors import InputError
+
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _CONTAINERS = (tuple, list, dict, OrderedDict)
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 
@@ -18,13 +21,15 @@ _PLAIN = (Tensor, bool, int, float, str, type(None))
 @dataclass(frozen=True)
 class Call:
     """args: example values of the arguments that hold tensors, in order; fixed: all others, by name;
-    leaves: modules to keep whole; resizable: the model runs at other batch sizes."""
+    leaves: modules to keep whole; resizable: the model runs at other batch sizes; forward_fn: what is called
+    instead of the model, with the model first."""
 
     signature: Signature
     args: tuple
     fixed: Mapping[str, Any]
     leaves: tuple[str | type, ...] = ()
     resizable: bool = True
+    forward_fn: Callable[..., Any] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -46,7 +51,24 @@ class Call:
                 bound.arguments[p.name], rest = tuple(rest), []
             elif p.name not in self.fixed and rest:
                 bound.arguments[p.name] = rest.pop(0)
+        if self.forward_fn is not None:
+            return counted(self.forward_fn(model, *bound.args, **bound.kwargs))
         return counted(model(*bound.args, **bound.kwargs))
+
+
+def call_signature(model: nn.Module, forward_fn: Callable[..., Any] | None) -> Signature:
+    """The parameters of the model's forward, or of `forward_fn` after the model.
+
+    >>> call_signature(nn.Linear(2, 1), lambda model, x, mask=None: model(x * mask))
+    <Signature (x, mask=None)>
+    """
+    if forward_fn is None:
+        return signature(model.forward)
+    whole = signature(forward_fn)
+    parameters = list(whole.parameters.values())
+    if not parameters or parameters[0].kind not in _POSITIONAL:
+        raise InputError(f"forward_fn{whole} must take the model first: forward_fn(model, x)")
+    return whole.replace(parameters=parameters[1:])
 
 
 def counted(output: Any) -> Any:

@@ -133,7 +133,7 @@ class _Body:
         waiting = iter(self.inputs)
         for node in source.nodes:
             if node.op == "output":
-                return map_arg(node.args[0], lambda n, reader=node: self._read(env[n], reader))
+                return map_arg(node.args[0], lambda n, reader=node: self._read(env[n], reader))  # type: ignore[arg-type]
             if node in env:
                 continue
             if node.op == "placeholder":
@@ -159,7 +159,8 @@ class _Body:
         if spec.kind is InputKind.CONSTANT_TENSOR:
             while target in self.tensors or target in self.root:
                 target += "_"
-            self.tensors[target] = self.program.constants[str(spec.target)].detach()
+            constant: Any = self.program.constants[str(spec.target)]
+            self.tensors[target] = constant.detach()
             return _Named(target)
         raise TraceError(f"torch.export lifts {spec.target} as {spec.kind.name.lower()}, which is no tensor")
 
@@ -178,6 +179,8 @@ class _Body:
 
     def _call(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         target: Any = node.target
+        args: Any
+        kwargs: Any
         norm = norm_of(node, self._name, self.tensors) if target is aten.batch_norm.default else None
         if norm is not None:
             path, momentum, eps = norm

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from ..errors import InputError, TraceError
-from .call import Call, counted, tensors_of
+from .call import Call, call_signature, counted, tensors_of
 from .exported import NOTICE as EVAL_ONLY
 from .exported import exported
 from .guards import kept_rng, untraceable, unwrap
@@ -47,12 +47,14 @@ def trace(
     *,
     leaf_modules: Sequence[str | type] = (),
     concrete_args: Mapping[str, Any] | None = None,
+    forward_fn: Callable[..., Any] | None = None,
 ) -> Traced:
     """Trace an eval-mode deep copy of `model`; the model itself, global modes and RNG are left as they are.
 
     example_inputs: a batch as a loader gives it (see `bind`). Optional arguments it does not give are fixed
         at their defaults and leave the signature.
     leaf_modules: names or classes to keep whole. concrete_args: name -> value of arguments to fix.
+    forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...), to choose what comes out.
 
     The graph must give the original's outputs on the example and at another batch size, to 1e-4 relative.
     Raises InputError if the call is wrong or the model itself fails on the example; TraceError if no rung
@@ -68,12 +70,12 @@ def trace(
         raise TraceError("trace: " + "; ".join(problems))
     name = type(model).__name__
     leaves = _checked_leaves(model, tuple(leaf_modules))
-    signature = inspect.signature(model.forward)
+    signature = call_signature(model, forward_fn)
     concrete = _checked_concrete(signature, dict(concrete_args or {}))
     args, fixed = _arguments(example_inputs, signature, concrete)
     with kept_rng([*model.parameters(), *model.buffers()]), torch.no_grad():
         reference = _copy(model)
-        how = Call(signature, args, fixed, leaves)
+        how = Call(signature, args, fixed, leaves, forward_fn=forward_fn)
 
         def call(args: tuple) -> list[Tensor]:
             return tensors_of(how.run(reference, _cloned(args)))

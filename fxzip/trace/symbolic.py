@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..errors import TraceError
 from .call import Call
 
 
@@ -33,6 +34,8 @@ class _Tracer(fx.Tracer):
 
 def symbolic(model: nn.Module, call: Call) -> fx.GraphModule:
     """`model` as a GraphModule over the same modules; arguments that `call` fixes become constants."""
+    if call.forward_fn is not None:
+        raise TraceError("forward_fn: only torch.export traces a function of a model")
     graph = _Tracer(call.fixed, call.leaves).trace(model)
     graph_module = fx.GraphModule(model, graph, type(model).__name__)
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
