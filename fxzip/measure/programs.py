@@ -66,11 +66,10 @@ class Programs:
         key = _shapes(args)
         if key not in self._anew:
             self._anew[key] = infer(graph)
-        same = next((s for s in self._anew[key] if _uses(s) == _uses(space)), None)
         back = {b: a for a, b in twin.items()}
-        wanted = {a.node for a in space.anchors}
-        found = [replace(a, node=back[a.node]) for a in same.anchors] if same is not None else []
-        found = [a for a in found if a.node in wanted]
+        wanted = {a.node for a in space.anchors}  # tell blocks apart, which have no parameters
+        same = (s for s in self._anew[key] if s.size == space.size and _uses(s) == _uses(space))
+        found = [replace(a, node=back[a.node]) for s in same for a in s.anchors if back[a.node] in wanted]
         if not found:
             raise SpaceError(
                 f"{space.name}: at this batch size its features are flattened together with the batch in "
