@@ -31,7 +31,8 @@ _SIZES = {"inception_v3": 128, "googlenet": 96, "maxvit_t": 224, "alexnet": 96}
 
 @suite
 def torchvision() -> dict[str, Callable[[], Made]]:
-    """Every model that torchvision registers."""
+    """Every model that torchvision registers; of a detector the backbone with its neck: what follows takes lists of
+    images and suppresses boxes, and is refused."""
     from torchvision import models
 
     found: dict[str, Callable[[], Made]] = {}
@@ -39,7 +40,8 @@ def torchvision() -> dict[str, Callable[[], Made]]:
              "optical_flow": models.optical_flow, "detection": models.detection}  # fmt: skip
     for kind, module in kinds.items():
         for name in models.list_models(module=module):
-            found[name] = lambda name=name, kind=kind: _torchvision(name, kind)
+            key = f"{name}.backbone" if kind == "detection" else name
+            found[key] = lambda name=name, kind=kind: _torchvision(name, kind)
     return found
 
 
@@ -59,7 +61,7 @@ def _torchvision(name: str, kind: str) -> Made:
     if kind == "optical_flow":
         return model, lambda n: tuple(torch.randn(n, 3, 128, 128) for _ in range(2))
     if kind == "detection":
-        return model, lambda n: ([torch.rand(3, 96, 96) for _ in range(n)],)
+        return model.backbone, images(96)
     return model, images(_SIZES.get(name, 96 if kind == "segmentation" else 64))
 
 

@@ -125,6 +125,8 @@ def test_the_whole_pipeline(tmp_path):
     for output in zipped(**some).values():
         assert torch.allclose(output, wanted, atol=1e-4)
     assert "traced by torch.export in eval mode" in str(fxzip.report(zipped))
+    exported = torch.export.export(zipped, tuple(some[k] for k in ("ids", "mask"))).module()
+    assert torch.allclose(exported(some["ids"], some["mask"])["a"], wanted, atol=1e-4)
     fxzip.save(zipped, tmp_path)
     again = fxzip.load(tmp_path, Branching)
     assert torch.equal(again(**some)["b"], zipped(**some)["b"])
