@@ -8,6 +8,7 @@ interrupted and continued. `--only GLOB` and `--suite` choose models, `--again` 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import resource
@@ -140,7 +141,9 @@ def recovery(model: Any, batch: Any) -> dict[str, Any]:
 
     jitter(model)
     data = [batch(BATCH) for _ in range(SAMPLES // BATCH)]
-    recompute_statistics(model, data, lambda b: bind(b, signature(model.forward)))  # as the merge does
+    run = copy.deepcopy(model)  # a transformers model that has run carries hooks, which fxzip refuses
+    recompute_statistics(run, data, lambda b: bind(b, signature(model.forward)))  # as the merge does
+    model.load_state_dict(run.state_dict())
     example = data[0]
     scrambled = fxzip.scramble(model, example)
     zipped = fxzip.merge([model, scrambled], data, method="permute", verify=False, progress=False)

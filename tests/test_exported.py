@@ -290,3 +290,22 @@ def test_forward_fn_chooses_inputs_and_output(tmp_path):
     assert torch.equal(again(**some)[0], zipped(**some)[0])
     with pytest.raises(InputError, match=r"forward_fn\(\*, x\) must take the model first: forward_fn\(model, x\)"):
         fxzip.inspect(net, some, forward_fn=lambda *, x: x)
+
+
+def test_multihead_attention_is_taken_apart():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+            self.inner, self.layers, self.head = nn.Linear(4, 8), nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x[:, 1:] if x.shape[1] > 5 else x
+            return self.head(self.layers(self.inner(x)).mean(1))
+
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(3, 7, 4)
+    with unchanged(net):
+        spaces = fxzip.inspect(net, x)
+    assert not spaces.frozen and {"8", "12", "2 x 4"} == {s.structure for s in spaces if s.segments}
+    assert fxzip.verify(net, x).ok

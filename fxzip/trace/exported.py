@@ -7,7 +7,8 @@ tied, positional inputs, any batch size, batch norms as modules that keep statis
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +70,8 @@ def _export(model: nn.Module, call: Call) -> ExportedProgram:
         return {0: Dim.AUTO} if is_batch and call.resizable else None
 
     shapes = tree_map(dynamic, call.args)
-    program = torch.export.export(_Arguments(model, call).eval(), args, dynamic_shapes=(shapes,), strict=False)
+    with _attention_in_parts():
+        program = torch.export.export(_Arguments(model, call).eval(), args, dynamic_shapes=(shapes,), strict=False)
     inputs = {s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
     values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs]
     wanted = tree_flatten(shapes, is_leaf=lambda x: x is None or isinstance(x, dict) and Dim.AUTO in x.values())[0]
@@ -80,6 +82,17 @@ def _export(model: nn.Module, call: Call) -> ExportedProgram:
                 " (int(x.shape[0]), a list of that length). Write it with tensor operations"
             )
     return program
+
+
+@contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """Without the fused inference kernels of nn.MultiheadAttention, which no rule covers."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @dataclass(frozen=True)
