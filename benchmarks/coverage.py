@@ -50,21 +50,21 @@ def run(args: argparse.Namespace) -> None:
                 continue
             if time.monotonic() - start > args.budget:
                 return
-            row = {"suite": suite, "name": name, **_process(suite, name, args.limit)}
+            row = {"suite": suite, "name": name, **_process(suite, name, args)}
             with args.cache.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             took = f"{row.get('seconds', args.limit):6.1f} s"
             print(f"{key:44}{outcome(row):11}{took} {row.get('error') or row['verification']}"[:260], flush=True)
 
 
-def _process(suite: str, name: str, limit: int) -> dict[str, Any]:
+def _process(suite: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
-    worker = context.Process(target=lambda: theirs.send(measure(suite, name)))
+    worker = context.Process(target=lambda: theirs.send(measure(suite, name, args.analysis)))
     worker.start()
     theirs.close()
     try:
-        return mine.recv() if mine.poll(limit) else {"error": f"more than {limit} s"}
+        return mine.recv() if mine.poll(args.limit) else {"error": f"more than {args.limit} s"}
     except EOFError:
         worker.join()
         return {"error": f"the process ended with exit code {worker.exitcode}"}
@@ -76,7 +76,7 @@ def _process(suite: str, name: str, limit: int) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- one model
 
 
-def measure(suite: str, name: str) -> dict[str, Any]:
+def measure(suite: str, name: str, only_analysis: bool = False) -> dict[str, Any]:
     """Everything about one model, as far as it goes."""
     import torch
     from zoo import SUITES
@@ -90,7 +90,7 @@ def measure(suite: str, name: str) -> dict[str, Any]:
     try:
         row |= analysis(model.eval(), batch(2))
         row["analysis_seconds"] = round(time.perf_counter() - start, 2)
-        row |= recovery(model, batch)
+        row |= {} if only_analysis else recovery(model, batch)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"
     row["seconds"] = round(time.perf_counter() - start, 2)
@@ -156,11 +156,13 @@ def recovery(model: Any, batch: Any) -> dict[str, Any]:
 
 
 def jitter(model: Any) -> None:
-    """Freshly initialised biases, scales and statistics are all alike: make features tell themselves apart."""
+    """Freshly initialised biases, scales and statistics are all alike: make features tell themselves apart.
+
+    Buffers that no checkpoint holds are constants of the code, and stay."""
     import torch
 
     with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and tensor.numel() > 1 and tensor.dim() <= 1 and "running_var" not in name:
                 tensor.add_(0.1 * torch.randn_like(tensor))
 
@@ -251,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=240, help="seconds per model (240)")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--again", action="store_true", help="measure what is in the cache, too")
+    parser.add_argument("--analysis", action="store_true", help="trace, infer and prove, but do not merge")
     parser.add_argument("--table", action="store_true", help="only write the documents")
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no model after so many seconds")
     return parser
