@@ -61,7 +61,7 @@ def _torchvision(name: str, kind: str) -> Made:
     if kind == "optical_flow":
         return model, lambda n: tuple(torch.randn(n, 3, 128, 128) for _ in range(2))
     if kind == "detection":
-        return model.backbone, images(96)
+        return model.backbone, images(300 if name.startswith("ssd300") else 96)
     return model, images(_SIZES.get(name, 96 if kind == "segmentation" else 64))
 
 
