@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from .errors import InputError
-from .trace import bind, compare_graphs, compare_shapes, describe, rows, unwrap
+from .trace import bind, call_signature, compare_graphs, compare_shapes, describe, rows, unwrap
 from .trace.guards import kept_rng, untraceable
 
 __all__ = ["Checked", "Replay", "check_merge", "compare_graphs", "compare_shapes", "peek", "unusable"]
@@ -49,6 +49,7 @@ def check_merge(
     needs_data: bool = False,
     problems: Sequence[str] = (),
     call: str = "fxzip.merge",
+    forward_fn: Callable[..., Any] | None = None,
 ) -> Checked:
     """Check the arguments of a merge; models, hooks, modes and random states stay as they are.
 
@@ -76,9 +77,9 @@ def check_merge(
         found += [f"{task}: {problem}" for problem in (*untraceable(module), *unusable(module))]
     if not found:
         if example_inputs is not None:
-            found += _misfit(plain[0][0], example_inputs, f"example_inputs do not fit {tasks[0]}")
+            found += _misfit(plain[0][0], example_inputs, f"example_inputs do not fit {tasks[0]}", forward_fn)
         for task, batch in batches.items():
-            found += _misfit(plain[tasks.index(task)][0], batch, f"batches do not fit {task}")
+            found += _misfit(plain[tasks.index(task)][0], batch, f"batches do not fit {task}", forward_fn)
     if found:
         raise InputError.listing(call, found)
     example = example_inputs if example_inputs is not None else next(iter(batches.values()))
@@ -240,9 +241,11 @@ class Replay:
             k += 1
 
 
-def _misfit(model: nn.Module, batch: Any, complaint: str) -> list[str]:
+def _misfit(
+    model: nn.Module, batch: Any, complaint: str, forward_fn: Callable[..., Any] | None = None
+) -> list[str]:
     """Why two rows of `batch` do not run through the model, if they do not."""
-    signature = inspect.signature(model.forward)
+    signature = call_signature(model, forward_fn)
     try:
         args = rows(bind(batch, signature), 2)
     except InputError as error:
@@ -251,7 +254,8 @@ def _misfit(model: nn.Module, batch: Any, complaint: str) -> list[str]:
     args = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) and device else x, args)
     try:
         with kept_rng(model.parameters()), torch.no_grad():
-            copy.deepcopy(model).eval()(*args)
+            module = copy.deepcopy(model).eval()
+            module(*args) if forward_fn is None else forward_fn(module, *args)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         name = type(model).__name__

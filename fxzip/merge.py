@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ def merge(
     verify: bool = True,
     strict: bool = False,
     progress: bool = True,
+    forward_fn: Callable[..., Any] | None = None,
 ) -> fx.GraphModule:
     """Merge N networks of one architecture into one; gradient-free, label-free, deterministic.
 
@@ -56,6 +57,7 @@ def merge(
     heads: "separate" or "average". example_inputs: one batch, if there is no loader.
     moments: from `collect`, instead of measuring. device: "auto" uses a GPU if there is one.
     verify: prove the inferred spaces on model 0 first. strict: refuse if any op has no rule.
+    forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...), to choose what comes out.
 
     Returns a GraphModule on the models' device, in eval mode; its forward returns one output per model, as a
     tuple (list of models) or dict. `report(zipped)` says what was done.
@@ -86,6 +88,7 @@ def merge(
         calibration=calibration,
         strict=strict,
         needs_data=needs_data,
+        forward_fn=forward_fn,
     )
     batches = calibration_batches(p, calibration, seed)
     with clock.stage("measure"):
@@ -137,6 +140,7 @@ def collect(
     seed: int = 0,
     device: str | torch.device = "auto",
     progress: bool = True,
+    forward_fn: Callable[..., Any] | None = None,
 ) -> Moments:
     """The joint moments `merge` would measure: `merge(models, moments=...)` reuses them, `.save` keeps them.
 
@@ -152,6 +156,7 @@ def collect(
         verify=False,
         seed=seed,
         calibration=calibration,
+        forward_fn=forward_fn,
     )
     return measure(p, calibration_batches(p, calibration, seed), seed, progress)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -20,7 +20,7 @@ from .match import Weights
 from .measure import Programs, collect_moments, read_batches
 from .measure.moments import Moments
 from .rewrite import Partition, owned, partition
-from .trace import Traced, bind, rows, state_of, trace
+from .trace import Traced, bind, first_rows, rows, state_of, trace
 from .verify import Verification, verify_spaces
 
 
@@ -83,21 +83,28 @@ def prepare(
     calibration: int = 2048,
     strict: bool = False,
     needs_data: bool = True,
+    forward_fn: Callable[..., Any] | None = None,
 ) -> Prepared:
     """Check the call, trace every model, infer on model 0, prove, and cut. See `fxzip.merge` for arguments."""
     checked: Checked = check_merge(
-        models, loader, call=call, example_inputs=example_inputs, calibration=calibration, needs_data=needs_data
+        models,
+        loader,
+        call=call,
+        example_inputs=example_inputs,
+        calibration=calibration,
+        needs_data=needs_data,
+        forward_fn=forward_fn,
     )
     where = _device(device, checked.models)
     with clock.stage("trace"):
-        few = [rows(bind(checked.example, signature(m.forward)), 2) for m in checked.models]
-        traced = tuple(trace(m, x) for m, x in zip(checked.models, few, strict=True))
+        few = first_rows(checked.example, 2)
+        traced = tuple(trace(m, few, forward_fn=forward_fn) for m in checked.models)
         problems = compare_graphs(traced, checked.names)
         if problems:
             raise InputError.listing(call, problems)
         for t in traced:
             t.graph_module.to(where)
-        args = bind(few[0], signature(traced[0].graph_module.forward))
+        args = bind(few, signature(traced[0].graph_module.forward))
         args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
     with clock.stage("infer"):
         spaces = analyse(traced[0].graph_module, args)

@@ -91,7 +91,9 @@ def _usable(module: nn.Module, task: str) -> nn.Module:
     return module
 
 
-def traced(plan: Plan, task: str, module: nn.Module) -> Traced:
+def traced(
+    plan: Plan, task: str, module: nn.Module, forward_fn: Callable[..., Any] | None = None
+) -> Traced:
     """The module as a graph on invented inputs; its parameters and nodes are those of the merged model."""
     expected = plan.originals[plan.tasks.index(task)]
     here = _kinds(module)  # what the graph does not use is in neither, its constants only in `expected`
@@ -105,7 +107,7 @@ def traced(plan: Plan, task: str, module: nn.Module) -> Traced:
     # by name, so that optional arguments that were given are given again; *args have no name
     starred = any(n.startswith("*") for n in names)
     try:
-        found = trace(module, args if starred else dict(zip(names, args, strict=True)))
+        found = trace(module, args if starred else dict(zip(names, args, strict=True)), forward_fn=forward_fn)
     except FxzipError as error:
         raise InputError(
             f"load: model_fn's module for {task!r} cannot be traced as the saved one was: {error}"

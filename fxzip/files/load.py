@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +26,10 @@ ModelFn = Callable[..., nn.Module]
 
 
 def load(
-    dir: str | os.PathLike[str], model_fn: ModelFn | Mapping[str, ModelFn] | Sequence[nn.Module]
+    dir: str | os.PathLike[str],
+    model_fn: ModelFn | Mapping[str, ModelFn] | Sequence[nn.Module],
+    *,
+    forward_fn: Callable[..., Any] | None = None,
 ) -> fx.GraphModule:
     """The network that `fxzip.save` wrote to the folder `dir`, equal bit for bit, in eval mode.
 
@@ -33,7 +37,7 @@ def load(
     task's name if it needs one argument (or calls its first one "task"), otherwise with none. Or a dict of
     such functions by task, or a list with a module per task; modules given are not changed. The graph is
     built again from these by the rewriter, then all tensors are put in: on the device model_fn uses, in the
-    saved dtypes.
+    saved dtypes. forward_fn: the one given to fxzip.merge, if one was.
     Random states are as before. `report` and `extract` work on the result.
     Raises InputError: a file is missing, malformed, of a newer version or of another save; or model_fn builds
     another network, with the first node, parameter or setting that differs.
@@ -43,7 +47,7 @@ def load(
     tensors = _read_tensors(folder / TENSORS, plan)
     with kept_rng(()):
         made = modules(plan, model_fn)
-        graphs = _traced_once(plan, made)
+        graphs = _traced_once(plan, made, forward_fn)
         problems = compare_graphs(graphs, plan.tasks)
         if problems:
             raise InputError.listing("load", [f"model_fn: {p}" for p in problems])
@@ -67,12 +71,14 @@ def load(
     return zipped
 
 
-def _traced_once(plan: Plan, made: Sequence[nn.Module]) -> list[Traced]:
+def _traced_once(
+    plan: Plan, made: Sequence[nn.Module], forward_fn: Callable[..., Any] | None
+) -> list[Traced]:
     """A graph per task; a module that serves several tasks of one shape is traced once."""
     graphs: list[Traced] = []
     for i, (task, module) in enumerate(zip(plan.tasks, made, strict=True)):
         again = i > 0 and module is made[0] and plan.originals[i] == plan.originals[0]
-        graphs.append(graphs[0] if again else traced(plan, task, module))
+        graphs.append(graphs[0] if again else traced(plan, task, module, forward_fn))
     return graphs
 
 

@@ -37,7 +37,7 @@ def summary(spaces: Spaces) -> list[str]:
     unused = [n for n in spaces.untouched if spaces.lowered.parameters[n].meta.get("kind") == "parameter"]
     if unused:
         lines.append(f"not used by the traced path, left out: {', '.join(_short(unused, 6))}")
-    return lines
+    return [*lines, *spaces.notices]
 
 
 def free_parameters(spaces: Spaces) -> tuple[int, int]:

@@ -121,6 +121,7 @@ class Spaces:
     lowered: Lowered = field(repr=False)
     layouts: Callable[[str], tuple[Layout, ...]] = field(repr=False, default=lambda name: ())
     graph_module: fx.GraphModule | None = field(repr=False, default=None)
+    notices: tuple[str, ...] = ()  # of the trace: which front end, and what it could not keep
 
     def __iter__(self) -> Iterator[FeatureSpace]:
         return iter(self.spaces)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten
 
 from ..errors import SpaceError
-from ..infer import Anchor, FeatureSpace, Spaces
+from ..infer import Anchor, FeatureSpace, Spaces, infer
 from ..trace.execute import run, state_of
 from ..trace.lower import Lowered, corresponding, lower
 
@@ -27,6 +27,7 @@ class Programs:
     spaces: Spaces
     states: Sequence[Mapping[str, Tensor]] = ()
     _lowered: dict[tuple, tuple[Lowered, Mapping[str, str]]] = field(default_factory=dict)
+    _anew: dict[tuple, Spaces] = field(default_factory=dict)  # spaces inferred at another batch shape
 
     def __post_init__(self) -> None:
         self.states = self.states or [state_of(m) for m in self.graph_modules]
@@ -49,20 +50,36 @@ class Programs:
         run(graph, self.states[model], args, wanted=nodes, sink=lambda node, value: sink(back[node.name], value))
 
     def visible(self, space: FeatureSpace, args: tuple) -> list[Anchor]:
-        """The anchors of `space` whose feature axes have, at this batch shape, the size they were analysed with.
+        """The anchors of `space` at this batch shape: those whose feature axes have the size they were analysed
+        with; if there is none, because the batch is flattened into them, what inference finds at this shape.
 
-        Raises SpaceError when there are anchors but none fits: the batch is flattened into the features.
+        Raises SpaceError when that does not show the space either.
         """
         graph, twin = self.lowered(0, args)
         now = {n.name: n.meta.get("shape") for n in graph.graph.nodes}
         then = {n.name: n.meta.get("shape") for n in self.spaces.lowered.graph.nodes}
         fits = [a for a in space.anchors if all(now[twin[a.node]][x] == then[a.node][x] for x in a.axes)]
-        if space.anchors and not fits:
+        return fits if fits or not space.anchors else self._inferred_anew(space, args)
+
+    def _inferred_anew(self, space: FeatureSpace, args: tuple) -> list[Anchor]:
+        graph, twin = self.lowered(0, args)
+        key = _shapes(args)
+        if key not in self._anew:
+            self._anew[key] = infer(graph)
+        back = {b: a for a, b in twin.items()}
+        wanted = {a.node for a in space.anchors}  # tell blocks apart, which have no parameters
+        same = (s for s in self._anew[key] if s.size == space.size and _uses(s) == _uses(space))
+        found = [replace(a, node=back[a.node]) for s in same for a in s.anchors if back[a.node] in wanted]
+        if not found:
             raise SpaceError(
                 f"{space.name}: at this batch size its features are flattened together with the batch in "
                 f"%{space.anchors[0].node}; it cannot be measured"
             )
-        return fits
+        return found
+
+
+def _uses(space: FeatureSpace) -> set[tuple]:
+    return {(s.parameter, s.axis, s.positions.tobytes()) for s in space.segments}
 
 
 def _shapes(args: Any) -> tuple:

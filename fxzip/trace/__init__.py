@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from .call import call_signature, counted, tensors_of
 from .compare import compare_graphs, compare_shapes
 from .execute import run, state_of
 from .guards import unwrap
-from .inputs import batch_size, bind, describe, rows
-from .ladder import Traced, tensors_of, trace
+from .inputs import batch_size, bind, describe, first_rows, rows
+from .ladder import Traced, trace
 from .lower import Lowered, corresponding, lower
 
 __all__ = [
@@ -14,10 +15,13 @@ __all__ = [
     "Traced",
     "batch_size",
     "bind",
+    "call_signature",
     "compare_graphs",
     "compare_shapes",
     "corresponding",
+    "counted",
     "describe",
+    "first_rows",
     "lower",
     "rows",
     "run",

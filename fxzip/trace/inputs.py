@@ -76,6 +76,18 @@ def rows(args: tuple, count: int) -> tuple:
     return tree_map(take, args)
 
 
+def first_rows(batch: Any, count: int) -> Any:
+    """`rows` of a batch as a loader gives it; mappings of any kind become dicts, so that names are kept.
+
+    >>> first_rows({"x": torch.zeros(4, 3)}, 2)["x"].shape
+    torch.Size([2, 3])
+    """
+    plain = {k: batch[k] for k in list(batch.keys())} if _is_mapping(batch) else batch
+    if isinstance(plain, (tuple, list)) and plain and _is_mapping(plain[0]):
+        plain = {k: plain[0][k] for k in list(plain[0].keys())}
+    return rows((plain,), count)[0]
+
+
 def _is_mapping(batch: Any) -> bool:
     return callable(getattr(batch, "keys", None)) and hasattr(batch, "__getitem__")
 

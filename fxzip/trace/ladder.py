@@ -8,9 +8,8 @@ import inspect
 import linecache
 import os
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +17,16 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from ..errors import InputError, TraceError
+from .call import Call, call_signature, counted, tensors_of
+from .exported import NOTICE as EVAL_ONLY
+from .exported import exported
 from .guards import kept_rng, untraceable, unwrap
 from .inputs import batch_size, bind, describe, rows
 from .lines import FXZIP_ROOT, TORCH_ROOT, user_line
 from .symbolic import frozen_functionals, symbolic
 
-# Tried in order; each is rung(model, fixed, leaf_modules) -> GraphModule and may raise anything.
-RUNGS = (symbolic,)
+# Tried in order; each is rung(model, call) -> GraphModule and may raise anything.
+RUNGS = (symbolic, exported)
 Forward = Callable[[tuple], list[Tensor]]
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative; float32 and float64: 1e-4
 
@@ -45,12 +47,14 @@ def trace(
     *,
     leaf_modules: Sequence[str | type] = (),
     concrete_args: Mapping[str, Any] | None = None,
+    forward_fn: Callable[..., Any] | None = None,
 ) -> Traced:
     """Trace an eval-mode deep copy of `model`; the model itself, global modes and RNG are left as they are.
 
     example_inputs: a batch as a loader gives it (see `bind`). Optional arguments it does not give are fixed
         at their defaults and leave the signature.
     leaf_modules: names or classes to keep whole. concrete_args: name -> value of arguments to fix.
+    forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...), to choose what comes out.
 
     The graph must give the original's outputs on the example and at another batch size, to 1e-4 relative.
     Raises InputError if the call is wrong or the model itself fails on the example; TraceError if no rung
@@ -66,27 +70,29 @@ def trace(
         raise TraceError("trace: " + "; ".join(problems))
     name = type(model).__name__
     leaves = _checked_leaves(model, tuple(leaf_modules))
-    signature = inspect.signature(model.forward)
+    signature = call_signature(model, forward_fn)
     concrete = _checked_concrete(signature, dict(concrete_args or {}))
     args, fixed = _arguments(example_inputs, signature, concrete)
     with kept_rng([*model.parameters(), *model.buffers()]), torch.no_grad():
         reference = _copy(model)
+        how = Call(signature, args, fixed, leaves, forward_fn=forward_fn)
 
         def call(args: tuple) -> list[Tensor]:
-            bound = _bound(signature, _cloned(args), fixed)
-            return tensors_of(reference(*bound.args, **bound.kwargs))
+            return tensors_of(how.run(reference, _cloned(args)))
 
         expected, more = _expected(call, name, args, signature)
+        how = replace(how, resizable=len(expected) > 1)
         failures = []
         for rung in RUNGS:
             traced_copy = _copy(model)
             try:
-                graph_module = rung(traced_copy, fixed, leaves)
+                graph_module = rung(traced_copy, how)
                 _agree(graph_module, expected)
             except Exception as error:
                 failures.append(f"  {rung.__name__}: {_reason(error, traced_copy)}")
                 continue
-            return Traced(graph_module, rung.__name__, (*notices, *more, *_frozen(graph_module)))
+            more = (*more, EVAL_ONLY) if rung is exported else (*more, *_frozen(graph_module))
+            return Traced(graph_module, rung.__name__, (*notices, *more))
         _refuse_random(call, name, *expected[0])
     raise TraceError("\n".join([f"{name} could not be traced", *failures, _WAYS_OUT]))
 
@@ -178,37 +184,14 @@ def _refuse_random(call: Forward, name: str, args: tuple, first: list[Tensor]) -
         )
 
 
-def _bound(signature: inspect.Signature, args: tuple, fixed: Mapping[str, Any]) -> inspect.BoundArguments:
-    """`args` for what is not fixed, in order; what is left over goes to *args."""
-    bound = inspect.BoundArguments(signature, OrderedDict(fixed))
-    rest = list(args)
-    for p in signature.parameters.values():
-        if p.kind is p.VAR_POSITIONAL:
-            bound.arguments[p.name], rest = tuple(rest), []
-        elif p.name not in fixed and rest:
-            bound.arguments[p.name] = rest.pop(0)
-    return bound
-
-
 def _cloned(args: tuple) -> tuple:
     return tuple(x.clone() if isinstance(x, Tensor) else copy.deepcopy(x) for x in args)
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """Tensors of a model's output, in order: pytrees, mappings and dataclass-like objects."""
-    found = []
-    for leaf in tree_flatten(output)[0]:
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
-            found += [x for x in tree_flatten(list(vars(leaf).values()))[0] if isinstance(x, Tensor)]
-    return found
 
 
 def _agree(graph_module: fx.GraphModule, expected: list[tuple[tuple, list[Tensor]]]) -> None:
     graph_module.graph.lint()
     for args, wanted in expected:
-        difference = _difference(wanted, tensors_of(graph_module(*_cloned(args))))
+        difference = _difference(wanted, tensors_of(counted(graph_module(*_cloned(args)))))
         if difference:
             raise TraceError(
                 f"the graph does not compute the same at batch size {batch_size(args)}: {difference}"

@@ -50,6 +50,8 @@ _REPLACED = {
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
     Tensor.__rmatmul__: _rmatmul,
+    torch.ops.aten.linear.default: _linear,  # of exported graphs
+    torch.ops.aten.matmul.default: _matmul,
 }
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..errors import TraceError
+from .call import Call
+
 
 class _Tracer(fx.Tracer):
     record_stack_traces = True  # node.stack_trace carries the user's line
@@ -29,11 +32,11 @@ class _Tracer(fx.Tracer):
         return super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
 
 
-def symbolic(
-    model: nn.Module, fixed: Mapping[str, Any], leaf_modules: tuple[str | type, ...]
-) -> fx.GraphModule:
-    """`model` as a GraphModule over the same modules; arguments in `fixed` become constants."""
-    graph = _Tracer(fixed, leaf_modules).trace(model)
+def symbolic(model: nn.Module, call: Call) -> fx.GraphModule:
+    """`model` as a GraphModule over the same modules; arguments that `call` fixes become constants."""
+    if call.forward_fn is not None:
+        raise TraceError("forward_fn: only torch.export traces a function of a model")
+    graph = _Tracer(call.fixed, call.leaves).trace(model)
     graph_module = fx.GraphModule(model, graph, type(model).__name__)
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for name, _ in graph_module.named_buffers(remove_duplicate=False):

@@ -1,0 +1,267 @@
+"""Which models fxzip traces, proves and merges: docs/COVERAGE.md and docs/coverage.json.
+
+One process per model with a time limit; results are appended to a cache of JSON lines, so that a run can be
+interrupted and continued. `--only GLOB` and `--suite` choose models, `--again` measures what is in the cache too,
+`--table` only writes the documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+CACHE = Path.home() / ".cache" / "fxzip-bench" / "coverage.jsonl"
+BATCH, SAMPLES = 4, 16
+RECOVERED = 1e-3  # relative error of a model recovered from its scrambled copy
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if not args.table:
+        run(args)
+    write(latest(args.cache), ROOT / "docs")
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what the cache lacks, one process per model, forked from this one, which has imported everything."""
+    from zoo import SUITES
+
+    done = {} if args.again else latest(args.cache)
+    args.cache.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    for suite in args.suite.split(","):
+        import_module(suite) if suite != "toys" else None
+        for name in SUITES[suite]():
+            key = f"{suite}:{name}"
+            if not fnmatch(name, args.only) or key in done:
+                continue
+            if time.monotonic() - start > args.budget:
+                return
+            row = {"suite": suite, "name": name, **_process(suite, name, args)}
+            with args.cache.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            took = f"{row.get('seconds', args.limit):6.1f} s"
+            print(f"{key:44}{outcome(row):11}{took} {row.get('error') or row['verification']}"[:260], flush=True)
+
+
+def _process(suite: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe(duplex=False)
+    worker = context.Process(target=lambda: theirs.send(measure(suite, name, args.analysis)))
+    worker.start()
+    theirs.close()
+    try:
+        return mine.recv() if mine.poll(args.limit) else {"error": f"more than {args.limit} s"}
+    except EOFError:
+        worker.join()
+        return {"error": f"the process ended with exit code {worker.exitcode}"}
+    finally:
+        worker.kill()
+        worker.join()
+
+
+# --------------------------------------------------------------------------------------------- one model
+
+
+def measure(suite: str, name: str, only_analysis: bool = False) -> dict[str, Any]:
+    """Everything about one model, as far as it goes."""
+    import torch
+    from zoo import SUITES
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    row: dict[str, Any] = {}
+    model, batch = SUITES[suite]()[name]()
+    start = time.perf_counter()
+    try:
+        row |= analysis(model.eval(), batch(2))
+        row["analysis_seconds"] = round(time.perf_counter() - start, 2)
+        row |= {} if only_analysis else recovery(model, batch)
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"
+    row["seconds"] = round(time.perf_counter() - start, 2)
+    row["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return row
+
+
+def analysis(model: Any, batch: Any) -> dict[str, Any]:
+    """Rung, graph, spaces, proof."""
+    from inspect import signature
+
+    from fxzip.infer import analyse
+    from fxzip.infer.show import free_parameters
+    from fxzip.trace import bind, trace
+    from fxzip.verify import verify_spaces
+
+    traced = trace(model, batch)
+    args = bind(batch, signature(traced.graph_module.forward))
+    spaces = analyse(traced.graph_module, args)
+    free, total = free_parameters(spaces)
+    proof = verify_spaces(traced, spaces, args)
+    return {
+        "rung": traced.rung,
+        "nodes": len(traced.graph_module.graph.nodes),
+        "operators": len(spaces.lowered.graph.nodes),
+        "spaces": sum(bool(s.segments) for s in spaces),
+        "block_spaces": sum(not s.segments for s in spaces),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "free": round(free / max(total, 1), 4),
+        "untouched": len(spaces.untouched),
+        "frozen": sorted({f"{f.op}: {f.reason}" for f in spaces.frozen}),
+        "sound": proof.ok,
+        "inconclusive": proof.inconclusive,
+        "proof_error": proof.error,
+        "sensitivity": proof.sensitivity,
+        "verification": str(proof),
+    }
+
+
+def recovery(model: Any, batch: Any) -> dict[str, Any]:
+    """Merge with a scrambled copy: the result must compute what the model computes."""
+    from inspect import signature
+
+    import torch
+
+    import fxzip
+    from fxzip.rewrite import recompute_statistics
+    from fxzip.trace import bind
+
+    jitter(model)
+    data = [batch(BATCH) for _ in range(SAMPLES // BATCH)]
+    run = copy.deepcopy(model)  # a transformers model that has run carries hooks, which fxzip refuses
+    recompute_statistics(run, data, lambda b: bind(b, signature(model.forward)))  # as the merge does
+    model.load_state_dict(run.state_dict())
+    example = data[0]
+    scrambled = fxzip.scramble(model, example)
+    zipped = fxzip.merge([model, scrambled], data, method="permute", verify=False, progress=False)
+    report = fxzip.report(zipped)
+    error = far(zipped, model, example)
+    with torch.no_grad():
+        moved = any(not torch.equal(a, b) for a, b in zip(model.parameters(), scrambled.parameters(), strict=True))
+    result = {"recovery_error": error, "recovered": error < RECOVERED, "scrambled": moved}
+    return {**result, "shared": round(report.shared, 4)}
+
+
+def jitter(model: Any) -> None:
+    """Freshly initialised biases, scales and statistics are all alike: make features tell themselves apart.
+
+    Buffers that no checkpoint holds are constants of the code, and stay."""
+    import torch
+
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and tensor.numel() > 1 and tensor.dim() <= 1 and "running_var" not in name:
+                tensor.add_(0.1 * torch.randn_like(tensor))
+
+
+def far(zipped: Any, model: Any, example: Any) -> float:
+    """Largest deviation of either head from the model, relative to the largest output."""
+    from inspect import signature
+
+    import torch
+
+    from fxzip.trace import bind, counted, tensors_of
+
+    with torch.no_grad():
+        outputs = zipped(*bind(example, signature(zipped.forward)))
+        wanted = tensors_of(counted(model(*bind(example, signature(model.forward)))))
+    floating = [t for t in wanted if t.is_floating_point()]
+    worst = 0.0
+    for output in outputs:
+        given = [t for t in tensors_of(output) if t.is_floating_point()]
+        for a, b in zip(given, floating, strict=True):
+            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)))
+    return worst
+
+
+# --------------------------------------------------------------------------------------------- documents
+
+
+def latest(cache: Path) -> dict[str, dict[str, Any]]:
+    """The last row of every model."""
+    lines = cache.read_text(encoding="utf-8").splitlines() if cache.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    return {f"{r['suite']}:{r['name']}": r for r in rows}
+
+
+def outcome(row: dict[str, Any]) -> str:
+    if row.get("sound") is False:
+        return "no proof" if row.get("inconclusive") else "UNSOUND"
+    if "recovered" in row:
+        return "recovered" if row["recovered"] else "not exact"
+    return "sound" if row.get("sound") else "refused"
+
+
+def write(rows: dict[str, dict[str, Any]], folder: Path) -> None:
+    """The table, with a count per suite, and all numbers as JSON."""
+    folder.mkdir(exist_ok=True)
+    lines = ["# Coverage", "", *__doc__.split("\n\n")[0].splitlines(), "", _HOW, ""]  # type: ignore[union-attr]
+    lines += [_COUNTS, "|---|" + "--:|" * 6]
+    suites = list(dict.fromkeys(r["suite"] for r in rows.values()))
+    for suite in suites:
+        own = [r for r in rows.values() if r["suite"] == suite]
+        counts = [len(own), sum("rung" in r for r in own), sum(r.get("sound") is True for r in own)]
+        counts += [sum(outcome(r) == "UNSOUND" for r in own), sum(r.get("recovered") is True for r in own)]
+        counts += [sum("recovered" in r for r in own)]
+        lines.append(f"| {suite} | {' | '.join(map(str, counts))} |")
+    for suite in suites:
+        lines += ["", f"## {suite}", "", _HEADER, "|" + "---|" * 11]
+        lines += [_line(r) for r in rows.values() if r["suite"] == suite]
+    (folder / "COVERAGE.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "coverage.json").write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
+
+
+_COUNTS = "| suite | models tried | traced | sound | unsound | recovered | of those merged |"
+_HEADER = (
+    "| model | outcome | rung | nodes | spaces | free | proof error | sensitivity | recovery error"
+    " | s (analysis) | why not all |"
+)
+_HOW = f"""Made by `python benchmarks/coverage.py`; random weights, one thread. *sound*: a random element of the
+inferred group leaves the output unchanged (float64), leaving a use out does not. *recovered*: merging the model
+with its scrambled copy (`method="permute"`, {SAMPLES} random inputs) gives the model back to {RECOVERED}. *spaces*:
+with parameters + blocks without (heads). *free*: share of the parameters with an axis on a
+space. *no proof*: nothing was wrong, but the output hardly moves, so nothing is proven and fxzip refuses."""
+
+
+def _line(row: dict[str, Any]) -> str:
+    def number(key: str) -> str:
+        return f"{row[key]:.1e}" if isinstance(row.get(key), float) else "-"
+
+    spaces = f"{row['spaces']} + {row['block_spaces']}" if "spaces" in row else "-"
+    free = f"{100 * row['free']:.1f} %" if "free" in row else "-"
+    why = "; ".join([*row.get("frozen", [])[:3], row.get("error", "")]).strip("; ").splitlines()
+    cells = [row["name"], outcome(row), row.get("rung", "-"), row.get("nodes", "-"), spaces, free]
+    cells += [number("proof_error"), number("sensitivity"), number("recovery_error")]
+    cells += [row.get("analysis_seconds", "-"), (why or [""])[0].replace("|", "/")[:160]]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="torchvision,timm,transformers,toys")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="names of models")
+    parser.add_argument("--limit", type=int, default=240, help="seconds per model (240)")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--again", action="store_true", help="measure what is in the cache, too")
+    parser.add_argument("--analysis", action="store_true", help="trace, infer and prove, but do not merge")
+    parser.add_argument("--table", action="store_true", help="only write the documents")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="start no model after so many seconds")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

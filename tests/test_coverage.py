@@ -1,0 +1,40 @@
+"""The coverage benchmark on its toys: what it measures, and what it writes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import coverage as table
+import zoo
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", ["gru", "nn.TransformerEncoder"])
+def test_toys_are_recovered(name):
+    row = table.measure("toys", name)
+    assert row["sound"] and row["recovered"] and row["scrambled"] and not row["frozen"], row
+    assert row["rung"] == "symbolic" and row["free"] > 0.98 and row["proof_error"] < 1e-9
+
+
+def test_documents_count_and_say_why(tmp_path):
+    good = {"suite": "toys", "name": "a", "rung": "exported", "sound": True, "recovered": True, "spaces": 2}
+    good |= {"block_spaces": 1, "free": 0.5, "frozen": ["aten.x: no rule for aten.x"], "proof_error": 1e-16}
+    bad = {"suite": "toys", "name": "b", "rung": "symbolic", "sound": False}
+    refused = {"suite": "toys", "name": "c", "error": "TraceError: one\nmore"}
+    table.write({f"toys:{r['name']}": r for r in (good, bad, refused)}, tmp_path)
+    text = (tmp_path / "COVERAGE.md").read_text()
+    assert "| toys | 3 | 2 | 1 | 1 | 1 | 1 |" in text
+    assert "| a | recovered | exported | - | 2 + 1 | 50.0 % | 1.0e-16 |" in text and "no rule for aten.x |" in text
+    assert "| b | UNSOUND | symbolic |" in text
+    assert "| c | refused |" in text and "TraceError: one |" in text and "more" not in text.split("| c |")[1]
+    assert [r["name"] for r in json.loads((tmp_path / "coverage.json").read_text())] == ["a", "b", "c"]
+
+
+def test_every_suite_has_models():
+    assert len(zoo.ARCHITECTURES) == 30 and set(zoo.SUITES) == {"torchvision", "timm", "transformers", "toys"}
+    assert len(zoo.timm()) == 98
