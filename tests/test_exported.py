@@ -309,3 +309,20 @@ def test_multihead_attention_is_taken_apart():
         spaces = fxzip.inspect(net, x)
     assert not spaces.frozen and {"8", "12", "2 x 4"} == {s.structure for s in spaces if s.segments}
     assert fxzip.verify(net, x).ok
+
+
+def test_amplified_rounding_is_no_proof_against_the_rules():
+    class Chaos(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 256), nn.Linear(256, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.sigmoid(self.b(torch.tanh(self.a(x))))
+            for _ in range(70):  # the logistic map doubles an error each time
+                x = 4 * x * (1 - x)
+            return x
+
+    torch.manual_seed(0)
+    proof = fxzip.verify(Chaos().eval(), torch.randn(2, 4))
+    assert not proof.ok and proof.inconclusive and "rounding alone changes the output by" in str(proof)
