@@ -132,20 +132,21 @@ def verify(
 def verify_spaces(traced: Traced, spaces: Spaces, args: tuple, seed: int = 0) -> Verification:
     """As `verify`, for spaces that are known already. args: positional example arguments, any batch size.
 
-    A draw that proves nothing (the units it moves are silent on its sample) is followed by another, _DRAWS in all.
+    A draw that proves nothing (the units it moves are silent on its sample) is followed by another, on more samples,
+    _DRAWS in all.
     """
     drawn: list[Verification] = []
     while not drawn or (drawn[-1].inconclusive and len(drawn) < _DRAWS):
-        drawn.append(_one_proof(traced, spaces, args, seed + 1000 * len(drawn)))
+        drawn.append(_one_proof(traced, spaces, args, seed + 1000 * len(drawn), 4 ** len(drawn)))
     return drawn[-1]
 
 
-def _one_proof(traced: Traced, spaces: Spaces, args: tuple, seed: int) -> Verification:
+def _one_proof(traced: Traced, spaces: Spaces, args: tuple, seed: int, samples: int) -> Verification:
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), double_by_default():
         torch.manual_seed(seed)
         module = doubled(traced.graph_module).eval()
-        first, other = _two_inputs(args)
+        first, other = _two_inputs(args, samples)
         _perturb(module, first, other)
         state = state_of(module)
 
@@ -208,8 +209,9 @@ def scramble(
     return other
 
 
-def _two_inputs(args: tuple) -> tuple[tuple, tuple]:
-    """Two single samples in float64: the example's first, and noise of the same scale (integers: shuffled)."""
+def _two_inputs(args: tuple, samples: int) -> tuple[tuple, tuple]:
+    """Two inputs in float64: the example's first sample and (for samples > 1) noise of the same scale, and noise.
+    Integers are shuffled."""
 
     def noise(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.dim():
@@ -219,9 +221,13 @@ def _two_inputs(args: tuple) -> tuple[tuple, tuple]:
             return x.mean() + scale * torch.randn_like(x)
         return x.flatten()[torch.randperm(x.numel())].reshape(x.shape)
 
-    first = tree_map(
+    def stacked(*parts: Any) -> Any:
+        return torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
+
+    one = tree_map(
         lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, rows(args, 1)
     )
+    first = one if samples == 1 else tree_map(stacked, one, *(tree_map(noise, one) for _ in range(samples - 1)))
     return first, tree_map(noise, first)
 
 
