@@ -13,6 +13,7 @@ from .errors import InputError
 from .evaluate import cost
 from .infer import Spaces
 from .match import MATCHERS, Matcher, Matching, lossless, match, needs, resolve
+from .measure import invent
 from .measure.moments import Moments
 from .prepare import Clock, Prepared, calibration_batches, measure, prepare
 from .repair import Repair, repair_parameters, split
@@ -55,7 +56,8 @@ def merge(
     until: path of the first module that stays per model (`"layer3"`): only what is not downstream is merged.
     budget: FLOPs of the result, times those of one model: widths are chosen to fit. Default: the models' widths.
     heads: "separate" or "average". example_inputs: one batch, if there is no loader.
-    moments: from `collect`, instead of measuring. device: "auto" uses a GPU if there is one.
+    moments: from `collect`, instead of measuring; methods that need no more then work without a loader.
+    device: "auto" uses a GPU if there is one.
     verify: prove the inferred spaces on model 0 first. strict: refuse if any op has no rule.
     forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...), to choose what comes out.
 
@@ -75,6 +77,8 @@ def merge(
     matcher = solver.matcher if solver else resolve(method)  # type: ignore[arg-type]
     measured = bool(needs(matcher) - {"weights"}) or budget is not None
     needs_data = bool(solver or repair) or (measured and moments is None)
+    if loader is None and example_inputs is None and moments is not None and moments.form is not None:
+        example_inputs = invent(moments.form, seed)
     p = prepare(
         models,
         loader,

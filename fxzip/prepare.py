@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any
 
@@ -17,7 +17,7 @@ from .check import Checked, check_merge, compare_graphs, compare_shapes
 from .errors import InputError
 from .infer import FeatureSpace, Spaces, analyse, annotate
 from .match import Weights
-from .measure import Programs, collect_moments, read_batches
+from .measure import Programs, collect_moments, form_of, read_batches
 from .measure.moments import Moments
 from .rewrite import Partition, owned, partition
 from .trace import Traced, bind, first_rows, rows, state_of, trace
@@ -138,8 +138,6 @@ def prepare(
 
 def shared_spaces(spaces: Spaces, cut: Partition, parameters: Iterable[str]) -> list[FeatureSpace]:
     """Spaces that a shared parameter holds, or a value that private parts read, and all their ancestors."""
-    from dataclasses import replace
-
     shared = {spaces.lowered.tied.get(p, p) for p in parameters}
     wanted = {s.name for s in spaces if any(g.parameter in shared for g in s.segments)}
     for node in (v for name in cut.boundary for v in spaces.lowered.values.get(name, ())):
@@ -160,7 +158,8 @@ def measure(prepared: Prepared, batches: list[tuple], seed: int, progress: bool)
     """Moments of the merged spaces over `batches`."""
     programs = Programs(prepared.graph_modules, prepared.spaces)
     count = sum(max((x.shape[0] for x in b if isinstance(x, Tensor) and x.dim()), default=1) for b in batches)
-    return collect_moments(programs, prepared.merged_spaces(), batches, count, seed=seed, progress=progress)
+    found = collect_moments(programs, prepared.merged_spaces(), batches, count, seed=seed, progress=progress)
+    return replace(found, form=form_of(prepared.args))
 
 
 def calibration_batches(prepared: Prepared, count: int, seed: int) -> list[tuple]:

@@ -524,3 +524,16 @@ def test_select_keeps_equal_models_even_on_data_of_low_rank(name):
     wanted = model(*data) if isinstance(data, tuple) else model(data)
     for output in zipped(*data) if isinstance(data, tuple) else zipped(data):
         torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_moments_from_a_file_are_enough(tmp_path):
+    """Statistics measured elsewhere: no batch is needed any more, only batch norms lose by it."""
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3)) for _ in range(2)]
+    moments = fxzip.collect(models, [DATA], progress=False)
+    moments.save(tmp_path / "moments.safetensors")
+    again = fxzip.Moments.load(tmp_path / "moments.safetensors")
+    assert again.form == moments.form == ({"shape": [2, 1, 8, 8], "dtype": "float32"},)
+    with_data = fxzip.merge(models, [DATA], method="zip", moments=moments, progress=False)
+    assert same_bytes(with_data, fxzip.merge(models, moments=again, method="zip", progress=False))
+    with pytest.raises(InputError, match="loader is missing: this method reads batches"):
+        fxzip.merge(models, moments=again, method="solve", progress=False)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
+from .example import Form
 
 DEAD = 1e-12  # a feature whose variance is below this share of its power is constant in float32
 ROWS = 1 << 15  # rows converted to float64 at once
@@ -156,9 +157,13 @@ def balanced(parts: Sequence[SpaceMoments]) -> SpaceMoments:
 
 @dataclass(frozen=True, eq=False)
 class Moments(Mapping[str, SpaceMoments]):
-    """Space name -> SpaceMoments. Saved without pickle, as one safetensors file."""
+    """Space name -> SpaceMoments. Saved without pickle, as one safetensors file.
+
+    form: what the inputs looked like (see `form_of`), so that `merge(models, moments=...)` needs no loader.
+    """
 
     spaces: Mapping[str, SpaceMoments]
+    form: Form | None = None
 
     def __getitem__(self, name: str) -> SpaceMoments:
         return self.spaces[name]
@@ -176,7 +181,9 @@ class Moments(Mapping[str, SpaceMoments]):
             tensors[f"mean/{name}"] = m.mean.cpu().contiguous()
             tensors[f"second/{name}"] = m.second.cpu().contiguous()
             facts[name] = {"sizes": m.sizes, "count": m.count}
-        save_file(tensors, str(path), {"format": FORMAT, "spaces": json.dumps(facts)})
+        save_file(
+            tensors, str(path), {"format": FORMAT, "spaces": json.dumps(facts), "form": json.dumps(self.form)}
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
@@ -197,7 +204,8 @@ class Moments(Mapping[str, SpaceMoments]):
                             file.get_tensor(f"second/{name}"),
                         )
                         for name, fact in json.loads(facts["spaces"]).items()
-                    }
+                    },
+                    form if (form := json.loads(facts.get("form", "null"))) is None else tuple(form),
                 )
         except SafetensorError as error:
             raise InputError(f"Moments.load: {str(path)!r} is not a safetensors file ({error})") from error
