@@ -47,6 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "mudsc-0": {"method": fxzip.MuDSC(balance=0.0)},
     "solve": {"method": "solve"},
     "solve-select": {"method": fxzip.Solve(matcher=fxzip.Select())},
+    "solve-alpha1": {"method": fxzip.Solve(matcher=fxzip.Zip(alpha=1.0, beta=1.0))},
+    "solve-pair": {"method": fxzip.Solve(matcher=fxzip.Pair())},
     "solve-1.15x": {"method": "solve", "budget": 1.15},
     "solve-1.33x": {"method": "solve", "budget": 1.33},
 }

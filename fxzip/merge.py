@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -74,7 +74,8 @@ def merge(
     clock = Clock()
     repair, method = split(method, budget)
     solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
-    matcher = solver.matcher if solver else resolve(method)  # type: ignore[arg-type]
+    count = len(models) if isinstance(models, Sized) else 2  # what is no collection is refused below
+    matcher = solver.matcher_for(count) if solver else resolve(method)  # type: ignore[arg-type]
     measured = bool(needs(matcher) - {"weights"}) or budget is not None
     needs_data = bool(solver or repair) or (measured and moments is None)
     if loader is None and example_inputs is None and moments is not None and moments.form is not None:

@@ -228,3 +228,12 @@ def test_error_feedback_repairs_the_other_branch(images):
         for f in (True, False)
     )  # fmt: skip
     assert on < 0.97 * off
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_equal_models_stay_what_they_are(count, images):
+    net = pair(Residual, images)[0]
+    nets = [net, *(fxzip.scramble(net, images[:2], seed=s) for s in range(count - 1))]
+    zipped = fxzip.merge(nets, [images], progress=False)
+    with torch.no_grad():
+        assert all((y - net(images)).abs().max() < 1e-3 * net(images).abs().max() for y in zipped(images))

@@ -28,14 +28,20 @@ CHUNK = 128  # samples that run at once
 class Solve:
     """method="solve": match, merge, then fit every merge point in closed form (fxzip; see CONTRIBUTING, "Solve").
 
-    matcher: gives M, U and the weights the ridge pulls towards. settings: see `Settings`.
+    matcher: gives M, U and the weights the ridge pulls towards; None: `Zip(beta=1.0)` for two models, and for more
+        `Zip(alpha=1.0, beta=1.0)`, as a feature that all of them share makes a group of more than two, which
+        alpha < 1 would hold back. settings: see `Settings`.
     """
 
-    matcher: Matcher = field(default_factory=lambda: Zip(beta=1.0))
+    matcher: Matcher | None = None
     settings: Settings = field(default_factory=Settings)
     name: ClassVar[str] = "solve"
     paper: ClassVar[str] = "fxzip"
     correspondence: ClassVar[str] = "free"
+
+    def matcher_for(self, models: int) -> Matcher:
+        """The matcher for this many models."""
+        return self.matcher or (Zip(beta=1.0) if models == 2 else Zip(alpha=1.0, beta=1.0))
 
 
 @dataclass(frozen=True)
