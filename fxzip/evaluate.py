@@ -36,18 +36,20 @@ class Cost:
 
 
 class Ensemble(nn.Module):
-    """Every model on the same input: what a merge is measured against, at the cost of all of them.
+    """Every model on the same input: what a merge is measured against, at the cost of all of them. Returns a tuple,
+    or with `names` a dict, as a merge of a list or a dict of models does.
 
     >>> Ensemble([nn.Linear(4, 2), nn.Linear(4, 3)])(torch.zeros(1, 4))[1].shape
     torch.Size([1, 3])
     """
 
-    def __init__(self, models: Sequence[nn.Module]):
+    def __init__(self, models: Sequence[nn.Module], names: Sequence[str] | None = None):
         super().__init__()
-        self.models = nn.ModuleList(models)
+        self.models, self.names = nn.ModuleList(models), names
 
-    def forward(self, *inputs: Any) -> tuple[Any, ...]:
-        return tuple(model(*inputs) for model in self.models)
+    def forward(self, *inputs: Any) -> Any:
+        outputs = tuple(model(*inputs) for model in self.models)
+        return outputs if self.names is None else dict(zip(self.names, outputs, strict=True))
 
 
 @torch.no_grad()

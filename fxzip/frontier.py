@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
 from .errors import InputError
+from .evaluate import Ensemble
 from .merge import collect, merge
 from .prepare import Clock, calibration_batches, prepare
 from .report import report, table
@@ -124,7 +125,7 @@ def frontier(
         points.append(_point(name, zipped, p.graph_modules, held, evaluate))
     sizes = report(zipped).inputs
     flops, parameters = [s.flops or 0 for s in sizes], sum(s.parameters or 0 for s in sizes)
-    ensemble = _Together(p.graph_modules, p.names if p.as_dict else None).eval()
+    ensemble = Ensemble(p.graph_modules, p.names if p.as_dict else None).eval()
     measured = evaluate(ensemble) if evaluate else None
     points.sort(key=lambda x: x.cost)
     end = Point("ensemble", sum(flops) / max(*flops, 1), parameters, (0.0,) * len(p.names), measured)
@@ -168,18 +169,6 @@ def _point(
     drift = tuple(w / max(t, 1e-300) for w, t in zip(wrong, total, strict=True))
     cost = (made.result.flops or 0) / max(1, *(s.flops or 0 for s in made.inputs))
     return Point(name, cost, made.result.parameters or 0, drift, evaluate(zipped) if evaluate else None)
-
-
-class _Together(nn.Module):
-    """The models side by side, with outputs in the form of a merged network's."""
-
-    def __init__(self, models: Sequence[nn.Module], names: Sequence[str] | None) -> None:
-        super().__init__()
-        self.models, self.names = nn.ModuleList(models), names
-
-    def forward(self, *args: Any) -> Any:
-        outputs = tuple(m(*args) for m in self.models)
-        return outputs if self.names is None else dict(zip(self.names, outputs, strict=True))
 
 
 def _slice(batches: list[tuple], start: int, stop: int) -> list[tuple]:
