@@ -81,20 +81,9 @@ def merge(
     if loader is None and example_inputs is None and moments is not None and moments.form is not None:
         example_inputs = invent(moments.form, seed)
     p = prepare(
-        models,
-        loader,
-        call="fxzip.merge",
-        clock=clock,
-        example_inputs=example_inputs,
-        until=until,
-        device=device,
-        verify=verify,
-        seed=seed,
-        calibration=calibration,
-        strict=strict,
-        needs_data=needs_data,
-        forward_fn=forward_fn,
-    )
+        models, loader, call="fxzip.merge", clock=clock, example_inputs=example_inputs, until=until, device=device,
+        verify=verify, seed=seed, calibration=calibration, strict=strict, needs_data=needs_data, forward_fn=forward_fn,
+    )  # fmt: skip
     batches = calibration_batches(p, calibration, seed)
     with clock.stage("measure"):
         if moments is None:
@@ -114,17 +103,9 @@ def merge(
     if solver:
         with clock.stage("solve"):
             resized = assemble(p, shared, private, models, heads) if widths else None
+            settings = replace(solver.settings, seed=seed)
             solved = solve_parameters(
-                p.graph_modules,
-                p.spaces,
-                p.cut,
-                matchings,
-                shared,
-                private,
-                batches,
-                replace(solver.settings, seed=seed),
-                progress,
-                resized,
+                p.graph_modules, p.spaces, p.cut, matchings, shared, private, batches, settings, progress, resized
             )
             shared, private, notices = solved.shared, solved.heads, [*notices, *solved.notices]
     with clock.stage("rewrite"):
@@ -152,17 +133,9 @@ def collect(
     Arguments and errors as for `merge`. Count, mean [Sn] and second moment [Sn, Sn] (float64) per space.
     """
     p = prepare(
-        models,
-        loader,
-        call="fxzip.collect",
-        clock=Clock(),
-        until=until,
-        device=device,
-        verify=False,
-        seed=seed,
-        calibration=calibration,
-        forward_fn=forward_fn,
-    )
+        models, loader, call="fxzip.collect", clock=Clock(), until=until, device=device, verify=False, seed=seed,
+        calibration=calibration, forward_fn=forward_fn,
+    )  # fmt: skip
     return measure(p, calibration_batches(p, calibration, seed), seed, progress)
 
 
