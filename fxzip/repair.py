@@ -18,6 +18,8 @@ from .infer import Spaces
 from .match import Matcher, Matching, Permute, resolve
 from .measure import Programs
 from .rewrite import Partition, merge_parameters, state_of
+from .solve.affine import packet
+from .solve.slots import arguments
 
 # operator: (argument of the weight, of the bias, output axis of the weight, feature axis of the value)
 AFFINE = {
@@ -180,7 +182,7 @@ def affine_sites(spaces: Spaces, cut: Partition, shared: Mapping[str, Tensor]) -
     for node in spaces.lowered.graph.nodes:
         if node.op != "call_function" or node.meta.get("origin") not in cut.shared:
             continue
-        name = getattr(node.target, "_schema", None) and node.target._schema.name.split("::")[1]
+        name = packet(node)
         if name in AFFINE:
             site = _site(node, name, shared)
             sites += [site] if site else []
@@ -190,15 +192,15 @@ def affine_sites(spaces: Spaces, cut: Partition, shared: Mapping[str, Tensor]) -
 
 def _site(node: fx.Node, name: str, shared: Mapping[str, Tensor]) -> Site | None:
     weight, bias, out, axis = AFFINE[name]
-    arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)  # type: ignore[union-attr]
-    held = [arguments.get(weight), arguments.get(bias)]
+    given = arguments(node)
+    held = [given.get(weight), given.get(bias)]
     if not all(isinstance(h, fx.Node) and "parameter" in h.meta and len(h.users) == 1 for h in held):
         return None
     first, second = (h.meta["parameter"] for h in held)  # type: ignore[union-attr]
     if first not in shared or second not in shared or shared[second].dim() != 1:
         return None
-    if arguments.get("transposed"):
-        if arguments.get("groups") != 1:
+    if given.get("transposed"):
+        if given.get("groups") != 1:
             return None
         out = 1
     value = node if not name.startswith("native") else next((u for u in node.users if u.args[1] == 0), None)

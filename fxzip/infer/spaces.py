@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..trace.lower import Lowered
 
 
+MAKES = frozenset({"produce", "vector"})  # roles in which an axis holds features; "consume" reads them
+
+
 @dataclass(frozen=True)
 class Segment:
     """One space on one parameter axis: feature k sits at index `positions[k]` of that axis.

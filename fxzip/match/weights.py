@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..infer.spaces import FeatureSpace, Segment
+from ..infer.spaces import MAKES, FeatureSpace, Segment
 from ..measure.moments import SpaceMoments
 from .matching import Matching
-
-MAKES = frozenset({"produce", "vector"})
 
 
 @dataclass(frozen=True, eq=False)

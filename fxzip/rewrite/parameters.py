@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SpaceError
+from ..infer.spaces import MAKES
 
 if TYPE_CHECKING:
     from ..infer.spaces import Segment, Spaces
     from ..match import Matching
 
-MAKES = frozenset({"produce", "vector"})
 
 
 @dataclass(frozen=True)
