@@ -13,7 +13,7 @@ from .evaluate import Accuracy, accuracy, cost
 from .files import load, save
 from .frontier import Frontier, frontier
 from .inspection import inspect
-from .match import C2M3, CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, Select, Transport, Zip
+from .match import C2M3, CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, Select, Transport, Unmerge, Zip
 from .measure.moments import Moments
 from .merge import METHODS, collect, merge
 from .repair import Repair
@@ -28,6 +28,6 @@ __version__ = "0.1.0"
 __all__ = [
     "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError", "Moments",
     "MuDSC", "Pair", "Permute", "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError",
-    "Transport", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points", "extract",
-    "frontier", "greedy_soup", "inspect", "load", "merge", "report", "save", "scramble", "verify",
+    "Transport", "Unmerge", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points",
+    "extract", "frontier", "greedy_soup", "inspect", "load", "merge", "report", "save", "scramble", "verify",
 ]  # fmt: skip

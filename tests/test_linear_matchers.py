@@ -12,7 +12,7 @@ from scipy.optimize import linprog
 from torch import nn
 
 import fxzip
-from fxzip import CCA, InputError, Pair, Permute, SpaceError, Transport, greedy_soup
+from fxzip import CCA, InputError, Pair, Permute, Rebasin, SpaceError, Transport, Unmerge, Zip, greedy_soup
 from fxzip.match.matching import Affinity
 from fxzip.match.pair import pairing
 from fxzip.match.transport import sinkhorn
@@ -135,7 +135,31 @@ def test_four_models_are_paired_in_rounds():
     assert found.blocks_unmerge(1).argmax(1).tolist() == [3, 1, 0, 4, 2] and found.quality == pytest.approx(1)
 
 
+# --- any merge with the best unmerge
+
+
+def test_the_best_unmerge_is_the_regression_on_the_merged_features():
+    x, y = features(8, 1, relu=False), features(8, 2, relu=False)
+    m = moments_of(x, y)
+    both = torch.cat([x, y], 1)
+    plain, found = Zip(beta=1.0)(m, 8), Unmerge(Zip(beta=1.0), ridge=0.0)(m, 8)
+    assert torch.equal(found.merge, plain.merge) and not torch.equal(found.unmerge, plain.unmerge)
+    centred = both - both.mean(0)
+    oracle = torch.linalg.lstsq(centred @ plain.merge.T.to(both), centred).solution.T
+    torch.testing.assert_close(found.unmerge, oracle.double(), atol=1e-5, rtol=1e-4)
+
+
+def test_copies_are_unmerged_as_copies():
+    x = features(6, 3)
+    m = moments_of(x, x[:, [3, 1, 0, 5, 4, 2]])
+    assert torch.equal(Unmerge(Permute())(m, 6).unmerge, Permute()(m, 6).unmerge)
+
+
 def test_settings_and_unequal_widths_are_refused():
+    with pytest.raises(InputError, match="Unmerge: rebasin looks at weights; a matcher of activations is needed"):
+        Unmerge(Rebasin())
+    with pytest.raises(InputError, match="Unmerge: ridge must be 0 or more, not -1"):
+        Unmerge(ridge=-1)
     x = features(11, 1)
     for matcher in (CCA(), Transport()):
         with pytest.raises(SpaceError, match=f"{matcher.name}: the models have \\(4, 7\\) features; use 'permute'"):

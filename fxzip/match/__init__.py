@@ -16,10 +16,13 @@ from .rebasin import Rebasin
 from .select import Select
 from .sweeps import match
 from .transport import Transport
+from .unmerge import Unmerge
 from .weights import Weights
 from .zip import Zip
 
-MATCHERS: tuple[type[Matcher], ...] = (Average, Rebasin, C2M3, Permute, Zip, Pair, Transport, CCA, MuDSC, Select)
+MATCHERS: tuple[type[Matcher], ...] = (
+    Average, Rebasin, C2M3, Permute, Zip, Pair, Transport, CCA, MuDSC, Select, Unmerge,
+)  # fmt: skip
 
 __all__ = [
     "C2M3",
@@ -36,6 +39,7 @@ __all__ = [
     "Rebasin",
     "Select",
     "Transport",
+    "Unmerge",
     "Weights",
     "Zip",
     "from_slots",
