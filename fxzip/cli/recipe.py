@@ -118,7 +118,7 @@ class Read:
             if "weights" in entry:
                 entry["sha256"] = hashes[entry["weights"]]
                 entry["weights"] = change(inside(entry["weights"], self.folder))
-        return HEAD + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=100)
+        return HEAD + yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def read(path: Path, files: bool = True) -> Read:
@@ -221,6 +221,17 @@ def _made(kind: Any, given: Mapping[str, Any]) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------- YAML
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists of plain values on one line."""
+
+    def represent_list(self, data: list[Any]) -> yaml.Node:
+        flow = not any(isinstance(x, (list, dict)) for x in data)
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
 
 
 def _node(text: str) -> yaml.Node | None:

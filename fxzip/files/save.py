@@ -194,6 +194,8 @@ class Files:
         path = self.folder / f".{name}.{self.mark}.tmp"
         self.written[path] = self.folder / name
         writer(path)
+        if os.name == "posix":  # safetensors makes files that only their owner reads
+            os.chmod(path, 0o666 & ~_umask())
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
         return sha256_of(path)
@@ -228,6 +230,12 @@ class Files:
     def __exit__(self, *_: object) -> None:
         for path in self.written:
             path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _second_name(path: Path, name: Path) -> None:
