@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from file_nets import IMAGES, Conv, by_task
+from file_nets import IMAGES, by_task
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from toy_attention import VisionTransformer

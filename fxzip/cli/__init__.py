@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 NEEDS = {"typer", "pydantic", "pydantic_core", "yaml"}
-MANY = ("--weights", "--data")  # options that take several values: --weights a.pt b.pt
+MANY = ("--weights", "--name", "--data")  # options of merge that take several values: --weights a.pt b.pt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,18 +19,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'fxzip: the command line needs {error.name}: pip install "fxzip[cli]"', file=sys.stderr)
         return 1
     try:
-        app(args=spread(sys.argv[1:] if argv is None else argv), prog_name="fxzip")
+        app(args=spread(sys.argv[1:] if argv is None else list(argv)), prog_name="fxzip")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
 
 
 def spread(argv: Sequence[str]) -> list[str]:
-    """`--weights a b` as `--weights a --weights b`, up to the next option.
+    """Of `merge`: `--weights a b` as `--weights a --weights b`, up to the next option.
 
     >>> spread(["merge", "--weights", "a", "b", "--out", "c"])
     ['merge', '--weights', 'a', '--weights', 'b', '--out', 'c']
     """
+    if argv[:1] != ["merge"]:  # elsewhere, what follows may be an argument
+        return list(argv)
     found: list[str] = []
     current = ""
     for word in argv:

@@ -1,7 +1,4 @@
-"""The application: what all commands share, and the commands in their order.
-
-Torch is imported inside the commands: `fxzip --help` answers at once.
-"""
+"""The application: what all commands share, and the commands in their order."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ fxzip merge --model torchvision:resnet18 --weights a.pt b.pt --data images/ --ou
 Exit codes: 0 done, 1 refused or failed, 2 the call is wrong.
 """
 DO, LOOK, SHARE = "Merge", "Look", "Share"
-MESSAGES, MODEL, INPUT = "Messages", "Model", "Input"
+MODEL, INPUT, METHOD, RESULT, MESSAGES = "Model", "Input", "Method", "Result", "Messages"
 
 app = typer.Typer(
     help="Merge trained PyTorch models of one architecture by rewriting their FX graphs.",
@@ -34,14 +31,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only results and errors.", rich_help_panel=MESSAGES)]
-Verbose = Annotated[
-    bool, typer.Option("-v", "--verbose", help="What is done, and the traceback of an error.", rich_help_panel=MESSAGES)
-]
-TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Allow models path/to/file.py:FACTORY, which run that file.", rich_help_panel=MODEL)
-]
-Folder = Annotated[Path, typer.Argument(help="A folder that merge wrote.", show_default=False, metavar="OUT")]
+
+
+def option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    """What an option says of itself, and under which heading."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+Quiet = Annotated[bool, option(MESSAGES, "Only results and errors.", "-q", "--quiet")]
+Verbose = Annotated[bool, option(MESSAGES, "What is done, and the traceback of an error.", "-v", "--verbose")]
+TrustCode = Annotated[bool, option(MODEL, "Allow path/to/file.py:FACTORY, which runs that file.", "--trust-code")]
+Folder = Annotated[Path, typer.Argument(help="A folder that merge wrote.", metavar="OUT")]
 MODEL_HELP = "torchvision:NAME, timm:NAME, hf:NAME, hf:FOLDER or path/to/file.py:FACTORY; options as ?key=value"
 DATA_HELP = "A folder of images, torchvision:CIFAR10?root=DIR, a file .npz, or random:3x224x224"
 

@@ -74,7 +74,8 @@ def published(only: str = "*") -> str:
         )
         for r in rows
     ]
-    total = f"{len(rows)} models, {sum('rung' in r for r in rows)} traced, {sum(r.get('sound') is True for r in rows)} sound"
+    traced, sound = sum("rung" in r for r in rows), sum(r.get("sound") is True for r in rows)
+    total = f"{len(rows)} models, {traced} traced, {sound} sound"
     return "\n".join([*table(("model", "traced", "sound", "recovered", "free %"), shown), "", total])
 
 

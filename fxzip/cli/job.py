@@ -121,7 +121,8 @@ def refuse_strangers(out: Path, force: bool) -> None:
         return
     ours = [n for n in (CARD, RECIPE, TENSORS, PROGRAM) if (out / n).exists()]
     if ours:
-        raise InputError(f"{str(out)!r} has a {ours[0]} that fxzip did not write: choose another folder, or pass --force")
+        hint = "choose another folder, or pass --force"
+        raise InputError(f"{str(out)!r} has a {ours[0]} that fxzip did not write: {hint}")
 
 
 def _spec(given: Read, entry: Any) -> str:
@@ -136,7 +137,8 @@ def _network(given: Read, entry: Any, made: models.Architecture, hashes: dict[st
     path = inside(entry.weights, given.folder)
     hashes[entry.weights] = found = sha256_of(path)
     if entry.sha256 and entry.sha256 != found:
-        raise InputError(f"weights {str(path)!r} are not those of the recipe: sha256 {found[:12]}.., not {entry.sha256[:12]}..")
+        differs = f"sha256 {found[:12]}.., not {entry.sha256[:12]}.."
+        raise InputError(f"weights {str(path)!r} are not those of the recipe: {differs}")
     return models.build(made, read_checkpoint(path), f"weights {str(path)!r}", given.recipe.seed)
 
 

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import DATA_HELP, INPUT, LOOK, MODEL, MODEL_HELP, Quiet, TrustCode, Verbose, command
+from .app import DATA_HELP, INPUT, LOOK, MODEL, MODEL_HELP, RESULT, Quiet, TrustCode, Verbose, command, option
 
-ModelName = Annotated[str, typer.Argument(help=MODEL_HELP + "; or a folder that merge wrote", metavar="MODEL", show_default=False)]
-Weights = Annotated[Path | None, typer.Option(help="A checkpoint; default: random weights.", rich_help_panel=MODEL)]
-Data = Annotated[str | None, typer.Option(help=f"{DATA_HELP}. Default: what the model takes, at random.", rich_help_panel=INPUT)]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Of the example image.", rich_help_panel=INPUT)]
-Seed = Annotated[int, typer.Option(min=0, help="Of random weights, inputs and the proof.", rich_help_panel=INPUT)]  # fmt: skip
+ModelName = Annotated[str, typer.Argument(help=f"{MODEL_HELP}; or a folder that merge wrote", metavar="MODEL")]
+Weights = Annotated[Path | None, option(MODEL, "A checkpoint; default: random weights.")]
+Data = Annotated[str | None, option(INPUT, f"{DATA_HELP}. Default: what the model takes, at random.")]
+ImageSize = Annotated[int | None, option(INPUT, "Of the example image.", min=1)]
+Seed = Annotated[int, option(INPUT, "Of random weights, inputs and the proof.", min=0)]
 
 
 @command(LOOK)
@@ -22,12 +22,12 @@ def inspect(
     weights: Weights = None,
     data: Data = None,
     image_size: ImageSize = None,
-    explain: Annotated[str | None, typer.Option(metavar="MODULE", help="Only this module or parameter, in words.")] = None,
+    explain: Annotated[str | None, option(RESULT, "Only this one, in words.", metavar="MODULE")] = None,
     seed: Seed = 0,
     trust_code: TrustCode = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-) -> None:  # fmt: skip
+) -> None:
     """Feature spaces of a model, a row each, or one module explained."""
     import fxzip
 
@@ -62,11 +62,11 @@ def verify(
 
 @command(LOOK)
 def coverage(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = None,
     weights: Weights = None,
     data: Data = None,
     image_size: ImageSize = None,
-    only: Annotated[str, typer.Option(metavar="GLOB", help="Without a model: rows of these names.")] = "*",
+    only: Annotated[str, option(RESULT, "Without a model: rows of these names.", metavar="GLOB")] = "*",
     seed: Seed = 0,
     trust_code: TrustCode = False,
     quiet: Quiet = False,
@@ -94,7 +94,7 @@ def chosen(
 
     from ..errors import InputError
     from ..files.checkpoint import read_checkpoint
-    from ..files.plan import PLAN, read_plan
+    from ..files.plan import PLAN
     from . import data as datas
     from . import models
 
@@ -112,7 +112,8 @@ def chosen(
     if image_size is not None:
         if not isinstance(example, torch.Tensor):
             raise InputError("--image-size: this model takes no image; pass --data")
-        example = torch.randn(*example.shape[:-2], image_size, image_size, generator=torch.Generator().manual_seed(seed))
+        size = (*example.shape[:-2], image_size, image_size)
+        example = torch.randn(size, generator=torch.Generator().manual_seed(seed))
     return network, example
 
 

@@ -7,35 +7,50 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import DATA_HELP, DO, INPUT, LOOK, MODEL, MODEL_HELP, Quiet, TrustCode, Verbose, command, progress
+from .app import (
+    DATA_HELP,
+    DO,
+    INPUT,
+    LOOK,
+    METHOD,
+    MODEL,
+    MODEL_HELP,
+    RESULT,
+    Quiet,
+    TrustCode,
+    Verbose,
+    command,
+    option,
+    progress,
+)
 
-METHOD, RESULT = "Method", "Result"
+RECIPE_HELP = "A YAML file, or a folder that merge wrote."
 
 
 @command(DO)
 def merge(
-    recipe: Annotated[Path | None, typer.Argument(help="A YAML file, or a folder that merge wrote.", show_default=False, metavar="RECIPE")] = None,
-    out_folder: Annotated[Path | None, typer.Argument(help="Where to write.", metavar="OUT", show_default=False)] = None,
-    model: Annotated[str | None, typer.Option(help=MODEL_HELP, rich_help_panel=MODEL)] = None,
-    weights: Annotated[list[str] | None, typer.Option(help="Checkpoints, one per model: --weights a.pt b.pt", rich_help_panel=MODEL)] = None,
-    name: Annotated[list[str] | None, typer.Option(help="Names of the tasks, one each; default: of the files.", rich_help_panel=MODEL)] = None,
+    recipe: Annotated[Path | None, typer.Argument(help=RECIPE_HELP, metavar="RECIPE")] = None,
+    out_folder: Annotated[Path | None, typer.Argument(help="Where to write.", metavar="OUT")] = None,
+    model: Annotated[str | None, option(MODEL, MODEL_HELP)] = None,
+    weights: Annotated[list[str] | None, option(MODEL, "Checkpoints, one per model: --weights a.pt b.pt")] = None,
+    name: Annotated[list[str] | None, option(MODEL, "Names of the tasks; default: those of the files.")] = None,
     trust_code: TrustCode = False,
-    data: Annotated[list[str] | None, typer.Option(help=f"{DATA_HELP}. Once, or once per model. No label is used.", rich_help_panel=INPUT)] = None,
-    image_size: Annotated[int | None, typer.Option(help="Of images from a folder (224) or data set (as they are).", rich_help_panel=INPUT)] = None,
-    calibration: Annotated[int | None, typer.Option(help="Samples to use (2048).", rich_help_panel=INPUT)] = None,
-    method: Annotated[str | None, typer.Option(help="solve (default), zip, permute, rebasin, ..., zip+repair", rich_help_panel=METHOD)] = None,
-    until: Annotated[str | None, typer.Option(help="First module that stays per model, such as layer3.", rich_help_panel=METHOD)] = None,
-    budget: Annotated[float | None, typer.Option(help="FLOPs of the result, times those of one model.", rich_help_panel=METHOD)] = None,
-    heads: Annotated[str | None, typer.Option(help="separate (default) or average", rich_help_panel=METHOD)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all that is drawn (0).", rich_help_panel=METHOD)] = None,
-    device: Annotated[str | None, typer.Option(help="auto (default), cpu, cuda, ...", rich_help_panel=METHOD)] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the result: float32, bfloat16, ...; default: the models'.", rich_help_panel=RESULT)] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write, without a recipe.", rich_help_panel=RESULT)] = None,
-    pt2: Annotated[bool, typer.Option("--pt2", help="Also model.pt2, which runs without fxzip.", rich_help_panel=RESULT)] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that fxzip did not write.", rich_help_panel=RESULT)] = False,
+    data: Annotated[list[str] | None, option(INPUT, f"{DATA_HELP}. Once, or per model. Labels are not used.")] = None,
+    image_size: Annotated[int | None, option(INPUT, "Of a folder's images (224), a data set's (as is).")] = None,
+    calibration: Annotated[int | None, option(INPUT, "Samples to use (2048).")] = None,
+    method: Annotated[str | None, option(METHOD, "solve (default), zip, permute, ..., zip+repair")] = None,
+    until: Annotated[str | None, option(METHOD, "First module that stays per model, such as layer3.")] = None,
+    budget: Annotated[float | None, option(METHOD, "FLOPs of the result, times those of one model.")] = None,
+    heads: Annotated[str | None, option(METHOD, "separate (default) or average")] = None,
+    seed: Annotated[int | None, option(METHOD, "Of all that is drawn (0).")] = None,
+    device: Annotated[str | None, option(METHOD, "auto (default), cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, option(RESULT, "float32, bfloat16, ...; default: the models'.")] = None,
+    out: Annotated[Path | None, option(RESULT, "Where to write, without a recipe.")] = None,
+    pt2: Annotated[bool, option(RESULT, "Also model.pt2, which runs without fxzip.", "--pt2")] = False,
+    force: Annotated[bool, option(RESULT, "Replace files that fxzip did not write.", "--force")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-) -> None:  # fmt: skip
+) -> None:
     """Merge trained models into one network.
 
     `fxzip merge recipe.yaml OUT`, or `fxzip merge --model M --weights a.pt b.pt --data DIR --out OUT`.
@@ -69,14 +84,14 @@ def merge(
 
 @command(LOOK)
 def plot(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, or a folder that merge wrote.", show_default=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The picture: .png, .svg or .pdf.")] = Path("frontier.png"),
-    budget: Annotated[list[float], typer.Option(help="FLOPs over one model's, as often as you like.")] = [1.0, 1.15, 1.33],  # noqa: B006
-    until: Annotated[list[str] | None, typer.Option(help="Cuts to try, too.")] = None,
+    recipe: Annotated[Path, typer.Argument(help=RECIPE_HELP, metavar="RECIPE")],
+    out: Annotated[Path, option(RESULT, "The picture: .png, .svg or .pdf.", "-o", "--out")] = Path("frontier.png"),
+    budget: Annotated[list[float], option(METHOD, "FLOPs over one model's; several.")] = [1.0, 1.15, 1.33],  # noqa: B006
+    until: Annotated[list[str] | None, option(METHOD, "Cuts to try, too; several.")] = None,
     trust_code: TrustCode = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-) -> None:  # fmt: skip
+) -> None:
     """Draw what budgets and cuts cost and keep.
 
     Merges a recipe at each of them, measures how far the outputs drift, prints the table too.
@@ -131,7 +146,7 @@ def _recipe(given: dict[str, Any]) -> dict[str, Any]:
     if names and len(names) != len(weights):
         raise typer.BadParameter(f"{len(names)} names for {len(weights)} weights")
     if len(data) > 1 and len(data) != len(weights):
-        raise typer.BadParameter(f"--data {len(data)} times for {len(weights)} weights: give it once, or once per model")
+        raise typer.BadParameter(f"{len(data)} data for {len(weights)} weights: give one for all, or one per model")
     names = names or (stems if len(set(stems)) == len(stems) else [None] * len(stems))
     models = [{"weights": w, **({"name": n} if n else {})} for w, n in zip(weights, names, strict=True)]
     sources = [{"source": d, **({"image_size": size} if size else {})} for d in data]

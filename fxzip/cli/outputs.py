@@ -8,22 +8,22 @@ from typing import Annotated
 
 import typer
 
-from .app import DATA_HELP, INPUT, LOOK, MODEL, SHARE, Folder, Quiet, TrustCode, Verbose, command
+from .app import DATA_HELP, INPUT, LOOK, RESULT, SHARE, Folder, Quiet, TrustCode, Verbose, command, option
 
-Repository = Annotated[str, typer.Argument(help="A repository, user/name, or a local folder.", show_default=False)]
+Repository = Annotated[str, typer.Argument(help="A repository, user/name, or a local folder.")]
 
 
 @command(LOOK)
 def eval_(
     out: Folder,
-    data: Annotated[list[str], typer.Option(help=f"{DATA_HELP}, with labels: one for all tasks, or TASK=DATA for each.", rich_help_panel=INPUT)],
-    classes: Annotated[list[str] | None, typer.Option(help="TASK=0,1,2: which class each output is; default: the recipe's.", rich_help_panel=INPUT)] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's.", rich_help_panel=INPUT)] = None,
-    parents: Annotated[bool, typer.Option("--parents/--no-parents", help="The models themselves and their ensemble, too.", rich_help_panel=MODEL)] = True,
+    data: Annotated[list[str], option(INPUT, f"{DATA_HELP}, with labels: one, or TASK=DATA for each task.")],
+    classes: Annotated[list[str] | None, option(INPUT, "TASK=0,1,2: the class of each output.")] = None,
+    image_size: Annotated[int | None, option(INPUT, "Default: the recipe's.", min=1)] = None,
+    parents: Annotated[bool, option(RESULT, "The models themselves and their ensemble, too.")] = True,
     trust_code: TrustCode = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-) -> None:  # fmt: skip
+) -> None:
     """Accuracy of a merge beside its models and their ensemble."""
     from . import job, score
 
@@ -36,10 +36,10 @@ def eval_(
 @command(LOOK)
 def report(
     out: Folder,
-    html: Annotated[Path | None, typer.Option("-o", "--html", help="Where to write the page; default: OUT/report.html.")] = None,
+    html: Annotated[Path | None, option(RESULT, "The page; default: OUT/report.html.", "-o", "--html")] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
-) -> None:  # fmt: skip
+) -> None:
     """What a merge did: sizes, spaces, what stayed apart and why."""
     from ..files.plan import PLAN, read_plan
 
@@ -60,7 +60,7 @@ def page(out: Path, path: Path) -> None:
 def push(
     out: Folder,
     repository: Repository,
-    public: Annotated[bool, typer.Option("--public", help="A new repository is private otherwise.")] = False,
+    public: Annotated[bool, option(RESULT, "A new repository is private otherwise.", "--public")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
@@ -75,8 +75,8 @@ def push(
 @command(SHARE)
 def pull(
     repository: Repository,
-    out: Annotated[Path, typer.Argument(help="Where to write.", metavar="OUT", show_default=False)],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    out: Annotated[Path, typer.Argument(help="Where to write.", metavar="OUT")],
+    revision: Annotated[str | None, option(INPUT, "Branch, tag or commit.")] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:

@@ -18,7 +18,7 @@ from . import models
 from .spec import inside, moved
 
 RECIPE = "recipe.yaml"
-LIMIT = 1 << 20  # bytes
+LIMIT, DEPTH = 1 << 18, 20  # bytes; levels of nesting
 HEAD = "# fxzip merge recipe.yaml OUT makes this folder again. Paths are relative to this file.\n"
 
 
@@ -235,8 +235,12 @@ _Dumper.add_representer(list, _Dumper.represent_list)
 
 
 def _node(text: str) -> yaml.Node | None:
-    """The document, without anchors and keys that come twice. Raises InputError."""
+    """The document, if it is not nested without end and has no anchors; else YAMLError."""
+    depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH:
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: nested too deep")
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError(f"line {event.start_mark.line + 1}: anchors and aliases are not supported")
     return yaml.compose(text, yaml.SafeLoader)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -50,7 +50,8 @@ def labelled(read: Read, own: Mapping[str, str], one: str | None, classes: Seque
     for text in classes:
         task, _, listed = text.partition("=")
         if task not in read.recipe.tasks or not listed:
-            raise InputError(f"--classes {text!r}: write TASK=0,1,2 for one of the tasks {', '.join(read.recipe.tasks)}")
+            tasks = ", ".join(read.recipe.tasks)
+            raise InputError(f"--classes {text!r}: write TASK=0,1,2 for one of the tasks {tasks}")
         named[task] = listed.split(",")
     if set(named) != set(read.recipe.tasks):
         lacks = next(t for t in read.recipe.tasks if t not in named)
@@ -71,8 +72,8 @@ def scores(zipped: nn.Module, read: Read, test: Test, parents: bool, trust_code:
     if parents:
         networks = job.prepared(read, trust_code).networks
         outputs = [_logits(network, test)[0][0] for network in networks.values()]
-        own = [(name, [o if i == j else None for j in range(len(tasks))]) for i, (name, o) in enumerate(zip(tasks, outputs, strict=True))]
-        rows = [*own, ("ensemble", outputs), *rows]
+        alone = [[o if i == j else None for j in range(len(tasks))] for i, o in enumerate(outputs)]
+        rows = [*zip(tasks, alone, strict=True), ("ensemble", outputs), *rows]
     body = [(name, *_row(given, test, labels)) for name, given in rows]
     lines = table(("network", *(f"{t} %" for t in tasks), "mean %", "joint %"), body)
     return "\n".join([*lines, "", f"{len(labels)} samples; joint: arg max over all outputs side by side"])
@@ -140,4 +141,5 @@ def _class(samples: datas.Samples, wanted: int | str) -> int:
     try:
         return int(wanted)
     except ValueError as error:
-        raise InputError(f"class {wanted!r}: the data has {', '.join(map(str, samples.classes)) or 'no names'}") from error
+        names = ", ".join(map(str, samples.classes)) or "no names"
+        raise InputError(f"class {wanted!r}: the data has {names}") from error

@@ -62,7 +62,7 @@ def save(
         tensors.update((untouched[task][name], tensor.detach()) for name, tensor in entries.items())
     stored = {name: _facts(name, t, name in trainable) for name, t in tensors.items()}
     for name in texts or {}:
-        if name in (TENSORS, PLAN, PROGRAM) or Path(name).name != name or name.startswith("."):
+        if name in (TENSORS, PLAN, PROGRAM) or Path(name).name != name or name[:1] in ("", "."):
             raise InputError(f"save: {name!r} cannot be the name of a further file")
     program = export_program(zipped, example_to_json(info["example"])) if pt2 else None
     folder = Path(dir)
