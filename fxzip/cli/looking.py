@@ -53,7 +53,12 @@ def verify(
     """
     import fxzip
 
-    network, example = chosen(model, weights, data, image_size, seed, trust_code)
+    try:
+        network, example = chosen(model, weights, data, image_size, seed, trust_code)
+    except fxzip.InputError as error:
+        if not (Path(model) / "plan.json").is_file():
+            raise
+        raise fxzip.VerificationError(str(error)) from error  # the files are not as they were written
     result = fxzip.verify(network, example, seed=seed)
     if not (quiet and result.ok):
         print(result)

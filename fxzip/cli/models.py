@@ -182,7 +182,7 @@ def _factory(spec: Spec, folder: Path, trust_code: bool) -> Architecture:
         made = runpy.run_path(str(path))
     except Exception as error:
         raise InputError(f"model {spec.text!r}: {path.name} fails: {type(error).__name__}: {error}") from error
-    factory = made.get(attribute)
+    factory: Any = made.get(attribute)
     if not callable(factory):
         hint = nearest(attribute, [k for k, v in made.items() if callable(v)])
         raise InputError(f"model {spec.text!r}: {path.name} has no function {attribute!r} {hint}".rstrip())

@@ -84,7 +84,7 @@ class Recipe(_Strict):
         names = [m.name for m in given if m.name]
         twice = next((n for n in names if names.count(n) > 1), None)
         if twice:
-            raise PydanticCustomError("names", f"two models are called {twice!r}")
+            raise PydanticCustomError("names", "two models are called '{name}'", {"name": twice})
         if names and len(names) < len(given):
             raise PydanticCustomError("names", "give every model a name, or none")
         return given
@@ -163,8 +163,9 @@ def method_of(recipe: Recipe) -> Any:
     from ..solve import Settings, Solve
 
     if not recipe.parameters:
-        if recipe.method != "solve":
-            split(recipe.method)[0] or resolve(recipe.method)
+        repaired, plain = split(recipe.method)
+        if not repaired and plain != "solve":
+            resolve(plain)
         return recipe.method
     given, (name, _, modifier) = dict(recipe.parameters), recipe.method.partition("+")
     if isinstance(given.get("matcher"), str):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..errors import InputError
 from ..evaluate import accuracy
@@ -46,7 +47,9 @@ def labelled(read: Read, own: Mapping[str, str], one: str | None, classes: Seque
             raise InputError("--classes: with data per task, output i is class i of the task's data")
         return _own(read, own, size)
     samples = _samples(read, one, size)
-    named = {t: list(m.classes) for t, m in zip(read.recipe.tasks, read.recipe.models, strict=True) if m.classes}
+    named: dict[str, list[Any]] = {
+        t: list(m.classes) for t, m in zip(read.recipe.tasks, read.recipe.models, strict=True) if m.classes
+    }
     for text in classes:
         task, _, listed = text.partition("=")
         if task not in read.recipe.tasks or not listed:
@@ -93,16 +96,21 @@ def _row(given: Sequence[Tensor | None], test: Test, labels: Tensor) -> list[str
 def _logits(network: nn.Module, test: Test) -> tuple[list[Tensor], Tensor]:
     """Every output [n, classes] on all samples, and the labels [n]."""
     form = signature(network.forward)
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     found: list[list[Tensor]] = []
     labels = []
     for batches, offset in test.batches:
         for x, y in batches:
-            output = network(*bind(x, form))
+            output = network(*tree_map(lambda t: _cast(t, dtype), bind(x, form)))
             heads = list(output.values()) if isinstance(output, dict) else output
             heads = heads if isinstance(heads, (list, tuple)) else [heads]
             found.append([_matrix(counted(h)) for h in heads])
             labels.append(y + offset)
     return [torch.cat(column) for column in zip(*found, strict=True)], torch.cat(labels)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _matrix(output: Any) -> Tensor:
