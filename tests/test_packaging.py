@@ -49,6 +49,7 @@ def test_sdist(source, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     (archive,) = tmp_path.glob("fxzip-*.tar.gz")
-    names = {n.partition("/")[2] for n in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as file:
+        names = {n.partition("/")[2] for n in file.getnames()}
     assert {"fxzip/py.typed", "docs/coverage.json", "LICENSE", "README.md", "CHANGELOG.md", "setup.py"} <= names
     assert not [n for n in names if n.startswith("tests/")]
