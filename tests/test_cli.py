@@ -1,61 +1,86 @@
-"""The command line: exit codes, messages, the demo's parts and its whole run."""
+"""The command line as a user types it: exit codes, messages, what is written."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fxzip
 from fxzip import cli, demo
+from fxzip.cli.models import architecture, build
 from fxzip.errors import InputError, TraceError
 
 ROOT = Path(__file__).parent.parent
+FLAGS = ("--model", "net.py:net", "--weights", "a.pt", "b.pt", "--trust-code", "--method", "zip")
 
 
 def run(capsys, *argv):
-    code = cli.main(argv)
+    code = cli.main([str(a) for a in argv])
     out, err = capsys.readouterr()
     return code, out, err
 
 
-def test_help_lists_the_commands_and_exit_codes(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("demo", "inspect", "verify", "exit codes"))
+def test_help_lists_the_commands_in_groups_and_exit_codes(capsys):
+    code, text, _ = run(capsys, "--help")
+    assert code == 0
+    commands = ("merge", "demo", "inspect", "verify", "coverage", "plot", "eval", "report", "push", "pull")
+    assert all(f"│ {word} " in text for word in commands) and "Exit codes: 0 done" in text
+    assert all(f" {group} ─" in text for group in ("Merge", "Look", "Share"))
 
 
-@pytest.mark.parametrize("argv", [[], ["merge"], ["inspect"], ["demo", "--width", "x"], ["demo", "-q", "-v"]])
-def test_usage_errors_exit_with_2(argv):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(argv)
-    assert stop.value.code == 2
+@pytest.mark.parametrize("command", ["merge", "inspect", "eval", "demo"])
+def test_every_command_has_help(capsys, command):
+    code, text, _ = run(capsys, command, "-h")
+    assert code == 0 and " Messages ─" in text and "--quiet" in text
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [], ["mrege"], ["merge"], ["merge", "recipe.yaml"], ["merge", "--weights", "a.pt"], ["inspect"],
+        ["demo", "--width", "x"], ["demo", "-q", "-v"], ["merge", "recipe.yaml", "out", "--method", "zip"],
+        ["merge", *FLAGS, "--name", "a", "--out", "x"], ["plot", "recipe.yaml", "-o", "x.txt"],
+    ],
+)  # fmt: skip
+def test_usage_errors_exit_with_2(capsys, argv):
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["inspect", "torchvision:resnet5"], "did you mean resnet50"),
-        (["verify", "torchvision:fasterrcnn_resnet50_fpn"], "no classification model"),
+        (["verify", "torchvision:fasterrcnn_resnet50_fpn"], "no classification, segmentation or video model"),
         (["inspect", "resnet50"], "write torchvision:NAME"),
-        (["inspect", "timm:resnet50"], "write torchvision:NAME"),
-        (["verify", "torchvision:resnet18", "--image-size", "0"], "--image-size 0: must be at least 1"),
+        (["inspect", "keras:resnet50"], "write torchvision:NAME"),
+        (["inspect", "net.py:net"], "read it, then pass --trust-code"),
+        (["inspect", "net.py:ne", "--trust-code"], "net.py has no function 'ne' did you mean net?"),
+        (["inspect", "net.py:net", "--trust-code"], "fxzip cannot know what it takes; pass --data"),
+        (["inspect", "gone.py:net"], "no such file: 'gone.py'"),
+        (["inspect", "torchvision:resnet18?depth=3"], "cannot be built: TypeError"),
+        (["inspect", "torchvision:resnet18?depth"], "write options as name=value"),
+        (["verify", "net.py:net", "--trust-code", "--weights", "c.pt", "--data", "x.npz"], "'c.pt': no such file"),
+        (["verify", "net.py:net", "--trust-code", "--data", "y.npz"], "data 'y.npz': no such file"),
+        (["report", "nowhere"], "is this a folder that fxzip.save wrote?"),
+        (["eval", "nowhere", "--data", "x.npz"], "is this a folder that fxzip.save wrote?"),
+        (["coverage", "--only", "nothing*"], "no such model in the table"),
         (["demo", "--width", "0"], "width 0"),
+        (["push", "nowhere", "./there"], "is this a folder that fxzip.save wrote?"),
     ],
 )
-def test_bad_calls_exit_with_2_and_say_why(capsys, argv, message):
+def test_bad_calls_exit_with_2_and_say_why(capsys, place, argv, message):
     code, out, err = run(capsys, *argv)
     assert (code, out) == (2, "")
     assert message in err and "Traceback" not in err
 
 
-def test_verbose_shows_the_traceback():
-    with pytest.raises(InputError, match="did you mean"):
-        cli.main(["inspect", "-v", "torchvision:resnet5"])
+def test_verbose_shows_the_traceback(capsys):
+    code, _, err = run(capsys, "inspect", "-v", "torchvision:resnet5")
+    assert code == 2 and "Traceback" in err and "did you mean" in err
 
 
 def test_work_that_fails_exits_with_1(capsys, monkeypatch):
@@ -67,15 +92,89 @@ def test_work_that_fails_exits_with_1(capsys, monkeypatch):
     assert (code, out, err) == (1, "", "fxzip: forward branches on data\n")
 
 
-def test_loading_is_reproducible_and_leaves_the_random_state():
-    state = torch.get_rng_state()
-    first, image = cli.load("torchvision:squeezenet1_1", 64, 3)
-    again, _ = cli.load("torchvision:squeezenet1_1", 64, 3)
-    other, _ = cli.load("torchvision:squeezenet1_1", 64, 4)
-    weights = [next(m.parameters()) for m in (first, again, other)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    assert image.shape == (1, 3, 64, 64) and not first.training
-    assert torch.equal(state, torch.get_rng_state())
+# -------------------------------------------------------------------------------------------------- commands
+
+
+def test_merge_by_options_writes_a_folder_that_merges_again(capsys, place):
+    code, out, err = run(capsys, "merge", *FLAGS, "--data", "x.npz", "--out", "out")
+    assert code == 0 and not err and "2 models merged by zip (a, b)" in out
+    assert "wrote out: README.md, model.safetensors, plan.json, recipe.yaml" in out
+    assert run(capsys, "merge", "out/recipe.yaml", "out2", "--trust-code", "-q") == (0, "", "")
+    assert run(capsys, "merge", "out", "out", "--trust-code", "-q") == (0, "", "")
+    for file in sorted((place / "out").iterdir()):
+        assert file.read_bytes() == (place / "out2" / file.name).read_bytes(), file.name
+    assert str(place) not in (place / "out" / "recipe.yaml").read_text()
+
+
+def test_merge_by_recipe_then_everything_that_reads_its_folder(capsys, place):
+    assert run(capsys, "merge", "recipe.yaml", "out", "--trust-code", "-q", "--pt2") == (0, "", "")
+    assert torch.export.load(place / "out" / "model.pt2").module()(torch.zeros(7, 3, 8, 8))["dogs"].shape == (7, 2)
+    code, out, _ = run(capsys, "eval", "out", "--data", "x.npz", "--trust-code")
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0 and [row[0] for row in lines[2:6]] == ["cats", "dogs", "ensemble", "merged"]
+    assert lines[2][2] == "-" and "30 samples" in out
+    assert lines[4][1:3] == [lines[2][1], lines[3][2]]  # the ensemble is its parts
+    code, out, _ = run(capsys, "report", "out")
+    assert code == 0 and "2 models merged by zip (cats, dogs)" in out
+    assert run(capsys, "verify", "out", "--trust-code", "-q") == (0, "", "")
+    code, out, _ = run(capsys, "inspect", "out", "--trust-code")
+    assert code == 0 and "s0" in out
+    (place / "a.pt").unlink()  # weights are not needed to open a folder
+    assert run(capsys, "eval", "out", "--data", "x.npz", "--trust-code", "--no-parents")[0] == 0
+    code, _, err = run(capsys, "merge", "out", "again", "--trust-code")
+    assert code == 2 and "models[0].weights: no file" in err
+    data = bytearray((place / "out" / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (place / "out" / "model.safetensors").write_bytes(data)
+    code, _, err = run(capsys, "verify", "out", "--trust-code")
+    assert code == 1 and "It is damaged" in err
+
+
+def test_eval_with_data_per_task_and_with_named_classes(capsys, place):
+    import numpy as np
+
+    assert run(capsys, "merge", *FLAGS, "--data", "x.npz", "--out", "out", "-q")[0] == 0
+    held = np.load("x.npz")
+    for name, low, high in (("a", 0, 3), ("b", 3, 5)):
+        own = (held["y"] >= low) & (held["y"] < high)
+        np.savez(f"{name}.npz", x=held["x"][own], y=held["y"][own] - low)
+    code, out, _ = run(capsys, "eval", "out", "--data", "a=a.npz", "--data", "b=b.npz", "--trust-code")
+    listed = ("--classes", "a=0,1,2", "--classes", "b=3,4")
+    assert code == 0 and run(capsys, "eval", "out", "--data", "x.npz", *listed, "--trust-code")[1] == out
+    for argv, message in (
+        (["--data", "x.npz"], "which classes are the outputs of 'a'?"),
+        (["--data", "a=a.npz"], "once, or as TASK=DATA for each of the tasks a, b"),
+        (["--data", "x.npz", "--classes", "c=1"], "write TASK=0,1,2 for one of the tasks a, b"),
+        (["--data", "x.npz", "--classes", "a=0,1,z", "--classes", "b=3,4"], "class 'z': the data has no names"),
+        (["--data", "random:3x8x8", "--classes", "a=0,1,2", "--classes", "b=3,4"], "has no labels"),
+    ):
+        code, _, err = run(capsys, "eval", "out", *argv, "--trust-code")
+        assert code == 2 and message in err
+
+
+def test_merge_refuses_to_replace_what_is_not_its_own(capsys, place):
+    (place / "out").mkdir()
+    (place / "out" / "README.md").write_text("mine")
+    code, _, err = run(capsys, "merge", *FLAGS, "--data", "x.npz", "--out", "out")
+    assert code == 2 and "has a README.md that fxzip did not write: choose another folder, or pass --force" in err
+    assert (place / "out" / "README.md").read_text() == "mine"
+    assert run(capsys, "merge", *FLAGS, "--data", "x.npz", "--out", "out", "--force", "-q")[0] == 0
+
+
+def test_merge_in_another_dtype_without_data(capsys, place):
+    argv = ["merge", *FLAGS[:-1], "rebasin", "--dtype", "bfloat16", "--out", "out"]
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and "neither loader nor example_inputs" in err
+    assert run(capsys, *argv, "--data", "random:3x8x8?count=8", "-q")[0] == 0
+    assert load_file(place / "out" / "model.safetensors")["0.weight"].dtype == torch.bfloat16
+    classes = ("--classes", "a=0,1,2", "--classes", "b=3,4")
+    assert run(capsys, "eval", "out", "--data", "x.npz", *classes, "--trust-code")[0] == 0
+
+
+def test_plot_draws_the_frontier(capsys, place):
+    pytest.importorskip("matplotlib", reason="not installed")
+    code, out, _ = run(capsys, "plot", "recipe.yaml", "--trust-code", "--budget", "1", "--until", "3", "-o", "f.svg")
+    assert code == 0 and "until 3" in out and "ensemble" in out and "<svg" in (place / "f.svg").read_text()
 
 
 def test_inspect_prints_spaces_and_explains(capsys):
@@ -86,9 +185,10 @@ def test_inspect_prints_spaces_and_explains(capsys):
     assert code == 0 and "features.3.squeeze" in out
 
 
-def test_verify_exit_codes(capsys, monkeypatch):
-    command = ("verify", "torchvision:squeezenet1_1", "--image-size", "64")
-    assert run(capsys, *command)[0] == 0
+def test_verify_exit_codes(capsys, monkeypatch, place):
+    command = ("verify", "net.py:net", "--trust-code", "--data", "random:3x8x8")
+    code, out, _ = run(capsys, *command)
+    assert code == 0 and out.startswith("sound")
     assert run(capsys, *command, "-q") == (0, "", "")
 
     class Failed:
@@ -101,12 +201,78 @@ def test_verify_exit_codes(capsys, monkeypatch):
     assert run(capsys, *command, "-q") == (1, "NOT SOUND\n", "")
 
 
-def test_cli_imports_only_the_standard_library_at_the_top():
-    for name in ("cli.py", "__main__.py"):
-        body = ast.parse((ROOT / "fxzip" / name).read_text()).body
-        absolute = [a.name for n in body if isinstance(n, ast.Import) for a in n.names]
-        absolute += [n.module for n in body if isinstance(n, ast.ImportFrom) and not n.level and n.module]
-        assert absolute and all(a.split(".")[0] in sys.stdlib_module_names for a in absolute)
+def test_coverage_of_the_table_and_of_one_model(capsys, place):
+    code, out, _ = run(capsys, "coverage", "--only", "bert")
+    assert code == 0 and "transformers:bert" in out and "1 models, 1 traced, 1 sound" in out
+    code, out, _ = run(capsys, "coverage", "net.py:net", "--trust-code", "--data", "random:3x8x8")
+    assert code == 0 and [line.split()[:2] for line in out.splitlines()] == [
+        ["traced", "yes"], ["spaces", "yes"], ["sound", "yes"], ["recovered", "yes"]
+    ]  # fmt: skip
+    (place / "bad.py").write_text(
+        "from torch import nn\n\nclass Bad(nn.Module):\n    def forward(self, x):\n"
+        "        return x if x.sum() > 0 else -x\n"
+    )
+    code, out, _ = run(capsys, "coverage", "bad.py:Bad", "--trust-code", "--data", "random:3x8x8")
+    assert code == 1 and out.startswith("traced    no")
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+def test_random_weights_are_reproducible_and_leave_the_random_state():
+    state = torch.get_rng_state()
+    made = architecture("torchvision:squeezenet1_1")
+    weights = [next(build(made, seed=s).parameters()) for s in (3, 3, 4)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_classes_are_read_off_the_weights_and_nothing_else_is_guessed():
+    made = architecture("torchvision:squeezenet1_1")
+    state = architecture("torchvision:squeezenet1_1?num_classes=7").make().state_dict()
+    assert torch.equal(build(made, state).classifier[1].weight, state["classifier.1.weight"])
+    state["features.0.weight"] = state["features.0.weight"][:3]
+    with pytest.raises(InputError, match=r"features.0.weight is \[3, 3, 3, 3\], in the model \[64, 3, 3, 3\]"):
+        build(made, state)
+
+
+def test_timm_and_transformers(tmp_path, capsys):
+    pytest.importorskip("timm", reason="not installed")
+    transformers = pytest.importorskip("transformers", reason="not installed")
+    timm = architecture("timm:resnet10t?in_chans=1")
+    assert build(timm).conv1[0].weight.shape[1] == 1
+    with pytest.raises(InputError, match="did you mean resnet10t"):
+        architecture("timm:resnet10")
+    small = "hidden_size=8&num_hidden_layers=1&num_attention_heads=2&intermediate_size=16&vocab_size=20"
+    made = architecture(f"hf:bert?{small}&head=SequenceClassification")
+    model = build(made)
+    assert type(model).__name__ == "BertForSequenceClassification" and "input_ids" in made.example(model)
+    model.save_pretrained(tmp_path / "bert")
+    again = build(architecture("hf:bert", tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    for text, message in (("hf:brt", "did you mean bert"), ("hf:bert?head=Sequence", "has no head 'Sequence'")):
+        with pytest.raises(InputError, match=message):
+            architecture(text)
+    assert transformers.__version__
+    tokens = ("--data", "random:6?high=20&name=input_ids")
+    assert run(capsys, "verify", f"hf:{tmp_path}/bert", *tokens, "-q")[:2] == (0, "")
+
+
+def test_missing_libraries_say_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match="needs timm: pip install timm"):
+        architecture("timm:resnet10t")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "fxzip.cli.app")
+    code, _, err = run(capsys, "--help")
+    assert code == 1 and err == 'fxzip: the command line needs typer: pip install "fxzip[cli]"\n'
+
+
+def test_the_library_does_not_import_the_command_line():
+    names = ("typer", "pydantic", "yaml", "timm", "transformers")
+    code = f"import sys, fxzip; print([m for m in {names} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_python_m_fxzip():
@@ -115,6 +281,7 @@ def test_python_m_fxzip():
     assert done.returncode == 2 and "write torchvision:NAME" in done.stderr
 
 
+# ------------------------------------------------------------------------------------------------------ demo
 def test_digits_are_split_without_overlap():
     data = demo.digits(0)
     images = torch.cat([data.train[0], data.calibration, data.test[0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..errors import InputError
 from .plan import dtype_name, dtype_of
 
 SCALARS = (bool, int, float, str, type(None))
+LIMIT = 1 << 30  # elements of an invented tensor
 
 
 def example_to_json(value: Any) -> Any:
@@ -56,6 +58,8 @@ def example_from_json(data: Any, device: torch.device, generator: torch.Generato
 
 
 def _tensor(shape: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    if math.prod(shape) > LIMIT:
+        raise RuntimeError(f"more than {LIMIT:,} elements")
     if dtype.is_complex:
         return torch.randn(shape, generator=generator, dtype=torch.complex64).to(device, dtype)
     if not dtype.is_floating_point:  # 0 is a valid index whatever is looked up

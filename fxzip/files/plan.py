@@ -16,7 +16,8 @@ from ..errors import InputError
 from ..report import Report
 from ..rewrite import Partition, Signature
 
-PLAN, TENSORS, CARD = "plan.json", "model.safetensors", "README.md"
+PLAN, TENSORS, CARD, PROGRAM = "plan.json", "model.safetensors", "README.md", "model.pt2"
+LIMIT = 1 << 28  # bytes of a plan: a graph of 1,000 nodes takes about one million
 FORMAT, VERSION = "fxzip", 1
 
 
@@ -76,9 +77,13 @@ class Plan:
 def read_plan(path: Path) -> Plan:
     """Parse and check plan.json. Raises InputError for what is missing, no JSON, newer or malformed."""
     try:
+        if path.stat().st_size > LIMIT:
+            raise InputError(f"load: {str(path)!r} has {path.stat().st_size:,} bytes, more than any plan ({LIMIT:,})")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"load: no file {str(path)!r}; is this a folder that fxzip.save wrote?") from error
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"load: {str(path)!r} cannot be read as JSON ({error})") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT or type(data.get("version")) is not int:

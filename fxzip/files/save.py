@@ -22,17 +22,27 @@ from ..rewrite import difference, signature, state_of
 from ..rewrite.zipped import notes
 from .card import card
 from .example import example_to_json
-from .plan import CARD, FORMAT, PLAN, TENSORS, VERSION, Plan, Stored, UnmergeSpec, dtype_name, encode
+from .plan import CARD, FORMAT, PLAN, PROGRAM, TENSORS, VERSION, Plan, Stored, UnmergeSpec, dtype_name, encode
+from .program import export_program, write_program
 
 
-def save(zipped: fx.GraphModule, dir: str | os.PathLike[str]) -> None:
+def save(
+    zipped: fx.GraphModule,
+    dir: str | os.PathLike[str],
+    *,
+    pt2: bool = False,
+    texts: Mapping[str, str] | None = None,
+) -> None:
     """Write a merged network to the folder `dir` (made if missing): no pickle.
 
     model.safetensors: every parameter and buffer, tied ones once, and what `extract` gives back. plan.json:
     how to build the graph again. README.md: a model card. All are written aside, flushed to the disk and
-    renamed, plan.json last: a reader sees whole files, and `load` refuses files of two saves. Values, dtypes
-    and requires_grad are kept; the device and the mode are not. `zipped` is not changed.
-    Raises InputError when it is not the result of fxzip.merge, or its graph or shapes were changed since.
+    renamed, plan.json last: a reader sees whole files, and `load` refuses files of two saves; if anything fails,
+    the files that were there are still there. Values, dtypes and requires_grad are kept; the device, the mode and
+    the report's timings are not: the same merge gives the same bytes. `zipped` is not changed.
+    pt2: also model.pt2, by torch.export, which runs without fxzip. texts: further files by name.
+    Raises InputError when it is not the result of fxzip.merge, or its graph or shapes were changed since, or
+    torch.export refuses it; OSError when the disk does.
 
     >>> from tempfile import mkdtemp
     >>> from fxzip import load, merge
@@ -51,16 +61,23 @@ def save(zipped: fx.GraphModule, dir: str | os.PathLike[str]) -> None:
         untouched[task] = {name: f"untouched:{task}:{name}" for name in entries}
         tensors.update((untouched[task][name], tensor.detach()) for name, tensor in entries.items())
     stored = {name: _facts(name, t, name in trainable) for name, t in tensors.items()}
+    for name in texts or {}:
+        if name in (TENSORS, PLAN, PROGRAM) or Path(name).name != name or name[:1] in ("", "."):
+            raise InputError(f"save: {name!r} cannot be the name of a further file")
+    program = export_program(zipped, example_to_json(info["example"])) if pt2 else None
     folder = Path(dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"save: {str(folder)!r} cannot be a folder: {error}") from error
 
-    with _Files(folder) as files:
+    with Files(folder) as files:
         sha256 = files.write(TENSORS, lambda path: _write_tensors(tensors, path))
         plan = _plan(zipped, info, stored, tied, untouched, sha256)
-        files.write(CARD, lambda path: _write_text(card(plan), path))
+        for name, content in {CARD: card(plan), **(texts or {})}.items():
+            files.write(name, lambda path, content=content: _write_text(content, path))
+        if program is not None:
+            files.write(PROGRAM, lambda path: write_program(program, path))
         text = json.dumps(encode(plan), indent=1, allow_nan=False) + "\n"
         files.write(PLAN, lambda path: _write_text(text, path))
         files.publish()
@@ -116,7 +133,7 @@ def _plan(
 ) -> Plan:
     axes: dict[str, Any] = {target: zipped.get_submodule(target) for target in info["unmerges"]}
     report = info.get("report")
-    report = report if isinstance(report, Report) else None
+    report = report.with_(seconds={}) if isinstance(report, Report) else None
     return Plan(
         FORMAT, VERSION, _version(), torch.__version__, info["tasks"], info["as_dict"], info["heads"], sha256,
         summary=str(report) if report else "",
@@ -161,7 +178,7 @@ def _version() -> str:
         return "(not installed)"
 
 
-class _Files:
+class Files:
     """Files written under temporary names beside their final ones; removed again unless published."""
 
     def __init__(self, folder: Path) -> None:
@@ -169,7 +186,7 @@ class _Files:
         self.mark = uuid.uuid4().hex[:8]
         self.written: dict[Path, Path] = {}  # temporary -> final
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> Files:
         return self
 
     def write(self, name: str, writer: Callable[[Path], None]) -> str:
@@ -177,14 +194,32 @@ class _Files:
         path = self.folder / f".{name}.{self.mark}.tmp"
         self.written[path] = self.folder / name
         writer(path)
+        if os.name == "posix":  # safetensors makes files that only their owner reads
+            os.chmod(path, 0o666 & ~_umask())
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
         return sha256_of(path)
 
     def publish(self) -> None:
-        """Rename all, in the order written."""
-        for path, final in self.written.items():
-            os.replace(path, final)
+        """Rename all, in the order written. If one cannot be, those before it are put back."""
+        kept = {final: self.folder / f".{final.name}.{self.mark}.old" for final in self.written.values()}
+        done: list[Path] = []
+        try:
+            for path, final in self.written.items():
+                if final.is_file():
+                    _second_name(final, kept[final])
+                done.append(final)
+                os.replace(path, final)
+        except BaseException:
+            for final in done:
+                if kept[final].exists():
+                    os.replace(kept[final], final)
+                elif final.is_file():
+                    final.unlink()
+            raise
+        finally:
+            for old in kept.values():
+                old.unlink(missing_ok=True)
         if os.name == "posix":  # elsewhere a folder cannot be opened
             descriptor = os.open(self.folder, os.O_RDONLY)
             try:
@@ -195,6 +230,20 @@ class _Files:
     def __exit__(self, *_: object) -> None:
         for path in self.written:
             path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _second_name(path: Path, name: Path) -> None:
+    """The file under `name`, too; or instead, where the file system has no links."""
+    try:
+        os.link(path, name)
+    except OSError:
+        os.replace(path, name)
 
 
 def sha256_of(path: Path) -> str:

@@ -1,0 +1,169 @@
+"""A recipe carried out, and the folder that comes of it opened again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import fxzip
+
+from ..errors import InputError
+from ..files.checkpoint import read_checkpoint
+from ..files.plan import CARD, PLAN, PROGRAM, TENSORS, Plan, read_plan
+from ..files.save import sha256_of
+from . import data as datas
+from . import models
+from .recipe import RECIPE, Read, check, method_of, read
+from .spec import inside
+
+log = logging.getLogger("fxzip")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recipe stands for. loader: batches, or a dict of them by task, or None; example: inputs, without one;
+    hashes: of the weights, by how the recipe writes them."""
+
+    networks: dict[str, nn.Module]
+    named: bool
+    loader: Any
+    example: Any
+    hashes: dict[str, str]
+
+
+def load_recipe(path: Path) -> Read:
+    """The recipe in a file, or in a folder that `merge` wrote."""
+    return read(path / RECIPE if path.is_dir() else path)
+
+
+def prepared(given: Read, trust_code: bool = False) -> Job:
+    """Every model and the data of a recipe. Raises one InputError with all that is wrong."""
+    recipe, problems = given.recipe, []
+
+    def tried(where: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except InputError as error:
+            problems.append(f"{where}: {error}")
+
+    hashes: dict[str, str] = {}
+    networks: dict[str, nn.Module] = {}
+    example = None
+    for i, (task, entry) in enumerate(zip(recipe.tasks, recipe.models, strict=True)):
+        log.info("model %s: %s %s", task, entry.model or recipe.model, entry.weights or "")
+        made = tried(f"models[{i}]", lambda e=entry: models.architecture(_spec(given, e), given.folder, trust_code))
+        if made is None:
+            continue
+        networks[task] = tried(f"models[{i}]", lambda e=entry, m=made: _network(given, e, m, hashes))
+        if example is None and made.example and networks[task] is not None:
+            example = made.example(networks[task])
+    sources = {t: e.data for t, e in zip(recipe.tasks, recipe.models, strict=True) if e.data}
+    one = tried("data", lambda: _batches(given, recipe.data)) if recipe.data else None
+    own = {t: tried(f"data of {t}", lambda d=d: _batches(given, d)) for t, d in sources.items()}
+    if problems:
+        raise InputError.listing("recipe", list(dict.fromkeys(problems)))
+    named = any(m.name for m in recipe.models)
+    return Job(networks, named, own or one, None if own or one else example, hashes)
+
+
+def run(
+    given: Read, out: Path, *, trust_code: bool = False, pt2: bool = False, progress: bool = True, force: bool = False
+) -> fx.GraphModule:
+    """Merge as the recipe says and write the folder `out`: what `fxzip.save` writes, and the recipe in full.
+
+    Raises InputError before any work if `out` holds files that fxzip did not write, unless `force`.
+    """
+    refuse_strangers(out, force)
+    recipe, job = given.recipe, prepared(given, trust_code)
+    log.info("merging %s by %s", ", ".join(job.networks), recipe.method)
+    zipped = fxzip.merge(
+        job.networks if job.named else list(job.networks.values()),
+        job.loader,
+        method=method_of(recipe),
+        until=recipe.until,
+        budget=recipe.budget,
+        heads=recipe.heads,
+        example_inputs=job.example,
+        calibration=recipe.calibration,
+        seed=recipe.seed,
+        device=recipe.device,
+        strict=recipe.strict,
+        progress=progress,
+    )
+    if recipe.dtype:
+        zipped.to(getattr(torch, recipe.dtype))
+    log.info("writing %s", out)
+    fxzip.save(zipped, out, pt2=pt2, texts={RECIPE: given.text_for(out, job.hashes)})
+    return zipped
+
+
+def opened(folder: Path, trust_code: bool = False) -> tuple[fx.GraphModule, Read]:
+    """The merged network in a folder, by its recipe; the models' weights are not needed.
+
+    Raises InputError for what `fxzip.load` refuses, or without a recipe.
+    """
+    plan = read_plan(folder / PLAN)
+    if not (folder / RECIPE).is_file():
+        raise InputError(f"{str(folder)!r} has no {RECIPE}: open it in Python, with fxzip.load(folder, model_fn)")
+    given = read(folder / RECIPE, files=False)
+    return fxzip.load(folder, _makers(plan, given, trust_code)), given
+
+
+def refuse_strangers(out: Path, force: bool) -> None:
+    """InputError if writing to `out` would replace what is not ours."""
+    if force or not out.is_dir() or (out / PLAN).is_file():
+        return
+    ours = [n for n in (CARD, RECIPE, TENSORS, PROGRAM) if (out / n).exists()]
+    if ours:
+        hint = "choose another folder, or pass --force"
+        raise InputError(f"{str(out)!r} has a {ours[0]} that fxzip did not write: {hint}")
+
+
+def _spec(given: Read, entry: Any) -> str:
+    return entry.model or given.recipe.model or ""
+
+
+def _network(given: Read, entry: Any, made: models.Architecture, hashes: dict[str, str]) -> nn.Module:
+    if entry.weights is None:
+        if not made.held:
+            raise InputError(f"{made.text} without weights would be random: give weights")
+        return models.build(made, seed=given.recipe.seed)
+    path = inside(entry.weights, given.folder)
+    hashes[entry.weights] = found = sha256_of(path)
+    if entry.sha256 and entry.sha256 != found:
+        differs = f"sha256 {found[:12]}.., not {entry.sha256[:12]}.."
+        raise InputError(f"weights {str(path)!r} are not those of the recipe: {differs}")
+    return models.build(made, read_checkpoint(path), f"weights {str(path)!r}", given.recipe.seed)
+
+
+def _batches(given: Read, data: Any) -> Any:
+    samples = data.samples(given.folder, given.recipe.seed)
+    return datas.loader(samples, data.batch_size, given.recipe.calibration, given.recipe.seed)
+
+
+def _makers(plan: Plan, given: Read, trust_code: bool) -> Mapping[str, Callable[[], nn.Module]]:
+    """Per task a function that builds its architecture with the shapes of the plan."""
+    entries = dict(zip(given.recipe.tasks, given.recipe.models, strict=True))
+    lacks = [t for t in plan.tasks if t not in entries]
+    if lacks:
+        raise InputError(f"{RECIPE} has no model {lacks[0]!r}, which {PLAN} has")
+
+    def maker(task: str, shapes: Mapping[str, Tensor]) -> Callable[[], nn.Module]:
+        made = models.architecture(_spec(given, entries[task]), given.folder, trust_code)
+        return lambda: models.build(made, shapes)
+
+    return {
+        task: maker(task, {n: torch.empty(s, device="meta") for n, (s, _) in kinds.items()})
+        for task, kinds in zip(plan.tasks, plan.originals, strict=True)
+    }
+
+
+def from_flags(given: Mapping[str, Any]) -> Read:
+    """A recipe from command-line options; paths start from the working directory."""
+    return check(given, Path(), "merge")

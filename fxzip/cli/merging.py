@@ -1,0 +1,157 @@
+"""`merge`, `plot`, `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .app import (
+    DATA_HELP,
+    DO,
+    INPUT,
+    LOOK,
+    METHOD,
+    MODEL,
+    MODEL_HELP,
+    RESULT,
+    Quiet,
+    TrustCode,
+    Verbose,
+    command,
+    option,
+    progress,
+)
+
+RECIPE_HELP = "A YAML file, or a folder that merge wrote."
+
+
+@command(DO)
+def merge(
+    recipe: Annotated[Path | None, typer.Argument(help=RECIPE_HELP, metavar="RECIPE")] = None,
+    out_folder: Annotated[Path | None, typer.Argument(help="Where to write.", metavar="OUT")] = None,
+    model: Annotated[str | None, option(MODEL, MODEL_HELP)] = None,
+    weights: Annotated[list[str] | None, option(MODEL, "Checkpoints, one per model: --weights a.pt b.pt")] = None,
+    name: Annotated[list[str] | None, option(MODEL, "Names of the tasks; default: those of the files.")] = None,
+    trust_code: TrustCode = False,
+    data: Annotated[list[str] | None, option(INPUT, f"{DATA_HELP}. Once, or per model. Labels are not used.")] = None,
+    image_size: Annotated[int | None, option(INPUT, "Of a folder's images (224), a data set's (as is).")] = None,
+    calibration: Annotated[int | None, option(INPUT, "Samples to use (2048).")] = None,
+    method: Annotated[str | None, option(METHOD, "solve (default), zip, permute, ..., zip+repair")] = None,
+    until: Annotated[str | None, option(METHOD, "First module that stays per model, such as layer3.")] = None,
+    budget: Annotated[float | None, option(METHOD, "FLOPs of the result, times those of one model.")] = None,
+    heads: Annotated[str | None, option(METHOD, "separate (default) or average")] = None,
+    seed: Annotated[int | None, option(METHOD, "Of all that is drawn (0).")] = None,
+    device: Annotated[str | None, option(METHOD, "auto (default), cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, option(RESULT, "float32, bfloat16, ...; default: the models'.")] = None,
+    out: Annotated[Path | None, option(RESULT, "Where to write, without a recipe.")] = None,
+    pt2: Annotated[bool, option(RESULT, "Also model.pt2, which runs without fxzip.", "--pt2")] = False,
+    force: Annotated[bool, option(RESULT, "Replace files that fxzip did not write.", "--force")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge trained models into one network.
+
+    `fxzip merge recipe.yaml OUT`, or `fxzip merge --model M --weights a.pt b.pt --data DIR --out OUT`.
+    OUT gets model.safetensors, plan.json, README.md (a model card) and recipe.yaml, which makes it again.
+    """
+    flags = {
+        "model": model, "weights": weights, "name": name, "data": data, "image_size": image_size,
+        "calibration": calibration, "method": method, "until": until, "budget": budget, "heads": heads,
+        "seed": seed, "device": device, "dtype": dtype,
+    }  # fmt: skip
+    given = {k: v for k, v in flags.items() if v is not None and v != []}
+    target = out or out_folder
+    if recipe is not None and given:
+        words = ", ".join("--" + k.replace("_", "-") for k in given)
+        raise typer.BadParameter(f"a recipe and {words}: write them into the recipe")
+    if recipe is None and not ({"model", "weights"} <= given.keys()):
+        raise typer.BadParameter("give a recipe and a folder, or --model, --weights and --out")
+    if target is None or (out and out_folder):
+        raise typer.BadParameter("name one folder to write to: merge recipe.yaml OUT, or --out OUT")
+
+    import fxzip
+
+    from . import job
+
+    read = job.load_recipe(recipe) if recipe is not None else job.from_flags(_recipe(given))
+    zipped = job.run(read, target, trust_code=trust_code, pt2=pt2, progress=progress(quiet), force=force)
+    if not quiet:
+        print(fxzip.report(zipped))
+        print(f"\nwrote {target}: {', '.join(sorted(p.name for p in target.iterdir() if p.name[0] != '.'))}")
+
+
+@command(LOOK)
+def plot(
+    recipe: Annotated[Path, typer.Argument(help=RECIPE_HELP, metavar="RECIPE")],
+    out: Annotated[Path, option(RESULT, "The picture: .png, .svg or .pdf.", "-o", "--out")] = Path("frontier.png"),
+    budget: Annotated[list[float], option(METHOD, "FLOPs over one model's; several.")] = [1.0, 1.15, 1.33],  # noqa: B006
+    until: Annotated[list[str] | None, option(METHOD, "Cuts to try, too; several.")] = None,
+    trust_code: TrustCode = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Draw what budgets and cuts cost and keep.
+
+    Merges a recipe at each of them, measures how far the outputs drift, prints the table too.
+    """
+    import fxzip
+
+    from ..errors import InputError
+    from . import job
+
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"--out {out}: end it in .png, .svg or .pdf")
+    read = job.load_recipe(recipe)
+    work = job.prepared(read, trust_code)
+    if work.loader is None:
+        raise InputError(f"{recipe}: plot measures drift on data; the recipe has none")
+    found = fxzip.frontier(
+        work.networks if work.named else list(work.networks.values()),
+        work.loader,
+        budget,
+        untils=until or (),
+        calibration=read.recipe.calibration,
+        seed=read.recipe.seed,
+        device=read.recipe.device,
+        method=job.method_of(read.recipe),
+        progress=progress(quiet),
+    )
+    print(found)
+    found.plot().savefig(out, dpi=150)
+    if not quiet:
+        print(f"\nwrote {out}")
+
+
+@command(DO)
+def demo(
+    width: Annotated[int, typer.Option(help="Channels of the first stage.")] = 16,
+    epochs: Annotated[int, typer.Option(help="Training epochs per network.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of split, initialisations and merges.")] = 0,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train two small networks, merge them with every method, print the table."""
+    from .. import demo as job
+
+    job.main(seed, width, epochs, progress=progress(quiet))
+
+
+def _recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """Options as the keys of a recipe."""
+    weights, names, data = given.pop("weights"), given.pop("name", None), given.pop("data", [])
+    size = given.pop("image_size", None)
+    stems = [Path(w).stem for w in weights]
+    if names and len(names) != len(weights):
+        raise typer.BadParameter(f"{len(names)} names for {len(weights)} weights")
+    if len(data) > 1 and len(data) != len(weights):
+        raise typer.BadParameter(f"{len(data)} data for {len(weights)} weights: give one for all, or one per model")
+    names = names or (stems if len(set(stems)) == len(stems) else [None] * len(stems))
+    models = [{"weights": w, **({"name": n} if n else {})} for w, n in zip(weights, names, strict=True)]
+    sources = [{"source": d, **({"image_size": size} if size else {})} for d in data]
+    if len(sources) == 1:
+        given["data"] = sources[0]
+    for model, source in zip(models, sources if len(sources) > 1 else [], strict=False):
+        model["data"] = source
+    return {**given, "models": models}
