@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -50,7 +52,7 @@ def describe(
         tuple(str(f) for f in p.spaces.frozen),
         tuple(dict.fromkeys([*(n for t in p.traced for n in t.notices), *notices])),
         str(p.verification) if p.verification else "",
-        nodes=node_rows(zipped),
+        nodes=node_rows(zipped, one, {n: (m.sizes[0], m.width) for n, m in matchings.items()}),
         layers=tuple(
             LayerRow(r.node, r.kind, r.before, r.after, "" if r.model is None else p.names[r.model]) for r in records
         ),
@@ -73,11 +75,14 @@ def space_rows(spaces: Spaces, matchings: Mapping[str, Matching], moments: Momen
     return tuple(rows)
 
 
-def node_rows(zipped: fx.GraphModule) -> tuple[NodeRow, ...]:
+def node_rows(
+    zipped: fx.GraphModule, args: tuple, widths: Mapping[str, tuple[int, int]]
+) -> tuple[NodeRow, ...]:
     """The tensor-valued nodes of a merged graph, as `annotate` and `build` left them; shapes, constants and bare
-    parameters are left out."""
+    parameters are left out. widths: space -> (a model's, the merged network's)."""
     notes = zipped.meta[KEY]
     tasks, originals, unmerges = notes["tasks"], notes["nodes"], notes["unmerges"]
+    shapes = _shapes(zipped, args)
     rows: dict[str, NodeRow] = {}
     for node in zipped.graph.nodes:
         found = node.meta.get(KEY) or {}
@@ -95,7 +100,7 @@ def node_rows(zipped: fx.GraphModule) -> tuple[NodeRow, ...]:
             _module(node),
             tuple(i.name for i in node.all_input_nodes if i.name in rows),
             tuple(_parameters(node, zipped)),
-            found.get("type", ""),
+            _type(found.get("type", ""), shapes.get(node.name), widths),
             tuple(found.get("spaces", ())),
             state,
             task,
@@ -129,9 +134,49 @@ def _module(node: fx.Node) -> str:
 
 
 def _parameters(node: fx.Node, zipped: fx.GraphModule) -> Iterator[str]:
-    if node.op == "call_module":
-        yield from (f"{node.target}.{n}" for n, _ in zipped.get_submodule(str(node.target)).named_parameters())
-    yield from (str(i.target) for i in node.all_input_nodes if i.op == "get_attr")
+    """Names of the parameters that a node reads, as in the models."""
+    targets = zipped.meta[KEY]["targets"]
+    read = [i for i in node.all_input_nodes if i.op == "get_attr"]
+    for target in [str(n.target) for n in (node, *read) if n.op in ("call_module", "get_attr")]:
+        original = targets[target][1] if target in targets else target
+        if target == str(node.target):
+            yield from (f"{original}.{n}" for n, _ in zipped.get_submodule(target).named_parameters())
+        else:
+            yield original
+
+
+def _shapes(zipped: fx.GraphModule, args: tuple) -> dict[str, torch.Size]:
+    """Of every node with one tensor: private parts differ in size, and a budget changes widths."""
+    found: dict[str, torch.Size] = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, Tensor):
+                found[n.name] = result.shape
+            return result
+
+    with torch.no_grad():
+        Shapes(zipped).run(*args)
+    return found
+
+
+def _type(text: str, shape: torch.Size | None, widths: Mapping[str, tuple[int, int]]) -> str:
+    """A labelled type of the models, at the merged network's sizes.
+
+    >>> _type("[1, s0:64, 8]", torch.Size([1, 96, 4]), {"s0": (64, 96)})
+    '[1, s0:96, 4]'
+    """
+
+    def relabelled(found: re.Match) -> str:
+        own, merged = widths.get(found[1], (0, 0))
+        return f"{found[1]}:{merged}" if int(found[2]) == own else found[0]
+
+    dims = text.strip("[]").split(", ")
+    if shape is not None and len(dims) == len(shape):
+        dims = [str(n) if d.isdigit() else d for d, n in zip(dims, shape, strict=True)]
+        text = f"[{', '.join(dims)}]"
+    return re.sub(r"(\w+):(\d+)", relabelled, text)
 
 
 def _inside(name: str, owner: str) -> bool:

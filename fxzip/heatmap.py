@@ -46,35 +46,38 @@ class HeatMap:
 
 
 def heat_maps(matching: Matching, moments: SpaceMoments) -> tuple[HeatMap, HeatMap]:
-    """(feature k of the first model against feature l of the second, in the models' own order; what the two models
-    put into merged feature k against what they put into l). The matched map's diagonal is what merging brought
-    together.
+    """(feature k of the first model against feature l of the second, in the models' own order; what the first puts
+    into merged feature k against what the second puts into l). The second map has merged features that both feed (all
+    if there is none), best first: its diagonal is what merging brought together.
 
     >>> from .match import from_slots
     >>> m = SpaceMoments((2, 2), 9.0, torch.zeros(4), torch.eye(4) + torch.eye(4).flip(0))  # in opposite order
     >>> [h.array().diagonal().tolist() for h in heat_maps(from_slots(np.array([0, 1, 1, 0]), 2, (2, 2)), m)]
     [[0.0, 0.0], [1.0, 1.0]]
     """
-    starts, sizes = moments.offsets, moments.sizes
-    mean, second = moments.mean.cpu(), moments.second.cpu()
-    parts = [slice(starts[i], starts[i] + sizes[i]) for i in (0, 1)]
-
-    def correlated(rows: list[Tensor], total: int) -> HeatMap:
-        """rows[i] [k, n_i]: k combinations of model i's features."""
-        means = [r @ mean[p] for r, p in zip(rows, parts, strict=True)]
-        power = [((r @ second[p, p]) * r).sum(1) for r, p in zip(rows, parts, strict=True)]  # [k]
-        spread = [(e - m * m).where(e - m * m > DEAD * e, torch.nan) for e, m in zip(power, means, strict=True)]
-        covariance = rows[0] @ second[parts[0], parts[1]] @ rows[1].T - torch.outer(*means)
-        return HeatMap.of((covariance / torch.outer(*spread).sqrt()).numpy(), total)
-
-    shared = min(sizes[0], sizes[1])
-    chosen = torch.from_numpy(_spread(shared))
-    plain = [torch.eye(n, dtype=torch.float64)[chosen] for n in sizes[:2]]
-    slots = torch.from_numpy(_spread(matching.width))
-    matched = [matching.blocks_merge(i).cpu()[slots] for i in (0, 1)]
-    return correlated(plain, shared), correlated(matched, matching.width)
+    first, second = (matching.blocks_merge(i).cpu() for i in (0, 1))
+    both = ((first != 0).any(1) & (second != 0).any(1)).nonzero().flatten()
+    fed = both if len(both) else torch.arange(matching.width)
+    chosen = fed[_spread(len(fed))]
+    matched = _correlation(moments, first[chosen], second[chosen])
+    best = np.argsort(-np.nan_to_num(matched.diagonal(), nan=-2.0), kind="stable")
+    few = min(moments.sizes[:2])
+    own = [torch.eye(n, dtype=torch.float64)[_spread(few)] for n in moments.sizes[:2]]
+    return HeatMap.of(_correlation(moments, *own), few), HeatMap.of(matched[np.ix_(best, best)], len(fed))
 
 
-def _spread(total: int) -> np.ndarray:
+def _correlation(moments: SpaceMoments, *rows: Tensor) -> np.ndarray:
+    """Of combinations rows[0] [k, n_0] of the first model's features with rows[1] [k, n_1] of the second's; NaN where
+    one of them is constant. [k, k]"""
+    mean, second, starts = moments.mean.cpu(), moments.second.cpu(), moments.offsets
+    parts = [slice(starts[i], starts[i + 1]) for i in (0, 1)]
+    means = [r @ mean[p] for r, p in zip(rows, parts, strict=True)]
+    power = [((r @ second[p, p]) * r).sum(1) for r, p in zip(rows, parts, strict=True)]  # [k]
+    spread = [(e - m * m).where(e - m * m > DEAD * e, torch.nan) for e, m in zip(power, means, strict=True)]
+    covariance = rows[0] @ second[parts[0], parts[1]] @ rows[1].T - torch.outer(*means)
+    return (covariance / torch.outer(*spread).sqrt()).numpy()
+
+
+def _spread(total: int) -> Tensor:
     """At most SIDE indices below `total`, evenly spaced. int64"""
-    return np.arange(min(SIDE, total)) * total // min(SIDE, total)
+    return torch.arange(min(SIDE, total)) * total // max(min(SIDE, total), 1)

@@ -60,6 +60,9 @@ class Job:
     records: tuple[Record, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict) -> Job:
+        return self  # a value: a deepcopy of the graph need not copy the models
+
 
 def start(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],
