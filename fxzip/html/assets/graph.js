@@ -39,7 +39,7 @@ class Graph {
     this.lit = null;
     this.cy = cytoscape({
       container: holder, elements: [], style: this.style(), minZoom: 0.04, maxZoom: 2.5, autoungrabify: true,
-      boxSelectionEnabled: false, hideEdgesOnViewport: data.nodes.length > 1500, textureOnViewport: false,
+      boxSelectionEnabled: false, textureOnViewport: data.nodes.length > 150,
     });
     this.cy.on("tap", "node", e => this.tapped(e.target));
     this.cy.on("tap", e => { if (e.target === this.cy) onSelect(null); });
