@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import fx
 
+from . import markup
 from .errors import InputError
 from .heatmap import HeatMap
+
+_SPACE_HEADER = ("space", "structure", "width", "quality", "averaged")
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Report:
         if self.spaces:
             lines += [
                 "",
-                *table(("space", "structure", "width", "quality", "averaged"), map(_space_row, self.spaces)),
+                *table(_SPACE_HEADER, map(_space_row, self.spaces)),
             ]
         for title, entries in (("not merged", self.frozen), ("notices", self.notices)):
             lines += ["", f"{title}:", *(f"  {e}" for e in entries)] if entries else []
@@ -124,6 +127,17 @@ class Report:
         if self.seconds:
             lines += ["", "seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items())]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same as tables, for notebooks."""
+        parts = [
+            f"<p>{markup.cell(str(self).splitlines()[0])}</p>",
+            markup.table(("network", "parameters", "FLOPs"), map(_size_row, (*self.inputs, self.result))),
+            markup.table(_SPACE_HEADER, map(_space_row, self.spaces)) if self.spaces else "",
+        ]
+        for title, entries in (("not merged", self.frozen), ("notices", self.notices)):
+            parts += [f"<p>{title}</p>{markup.items(entries)}"] if entries else []
+        return "".join([*parts, f"<p>verification: {markup.cell(self.verification or 'not run')}</p>"])
 
     def with_(self, **changes: Any) -> Report:
         """A copy with some fields replaced."""

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "fxzip"
 LAYERS = (  # lowest first
-    "errors version markup trace infer evaluate measure match rewrite solve "
+    "errors version markup drawing trace infer evaluate measure match rewrite solve "
     "repair verify check prepare inspection widths assemble heatmap report describe passes merge frontier landscape "
     "plot html soup files __init__ demo cli __main__"
 )
