@@ -41,7 +41,8 @@ def batches() -> list[Tensor]:
 def stages(method: str = "", **given) -> list:
     return [
         passes.Infer(), passes.Cut(), passes.Prove(), passes.Read(), passes.Measure(),
-        passes.Match(method or fxzip.Zip(), **given), passes.Average(), passes.Build(), passes.Calibrate(), passes.Describe(),
+        passes.Match(method or fxzip.Zip(), **given), passes.Average(), passes.Build(), passes.Calibrate(),
+        passes.Describe(),
     ]  # fmt: skip
 
 

@@ -73,6 +73,7 @@ class Graph {
       { selector: ".dim", style: { opacity: 0.3 } },
       { selector: "node.lit", style: { "border-width": 3, "border-style": "solid", "border-color": link } },
       { selector: "node.cursor", style: { "underlay-color": link, "underlay-opacity": 0.35, "underlay-padding": 5 } },
+      { selector: ":parent.cursor", style: { "underlay-opacity": 0, "border-width": 2.5, "border-color": link } },
     ];
   }
 
