@@ -56,7 +56,7 @@ def graph(found: Spaces) -> Any:
     names = [s.name for s in found]
     place = nx.multipartite_layout(flow, subset_key="depth", align="vertical")
     held = [flow.nodes[n].get("spaces") or () for n in flow]
-    depth = max(d for _, d in flow.nodes(data="depth"))
+    depth = max(flow.nodes[n]["depth"] for n in flow)
     figure, axes = drawing("plot.graph", min(24, max(8, 0.14 * depth)), 4)
     colours = [_colour(names.index(h[0])) if h else "0.75" for h in held]
     nx.draw_networkx(flow, place, ax=axes, node_color=colours, node_size=30, with_labels=False, width=0.6,

@@ -171,4 +171,4 @@ def _pairs(values: Mapping[str, str], missing: str) -> str:
 
 
 def _asset(name: str) -> str:
-    return files(__package__).joinpath("assets").joinpath(*name.split("/")).read_text(encoding="utf-8")
+    return files("fxzip.html").joinpath("assets").joinpath(*name.split("/")).read_text(encoding="utf-8")

@@ -99,6 +99,10 @@ class Stage(PassBase):
     needs: ClassVar[Mapping[str, str]] = {}
     clock: ClassVar[str] = ""
 
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        self.requires(graph_module)
+        return self.call(graph_module)
+
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raises InputError when an earlier stage has not run, or the graph was changed since Infer."""
         now, here = job(graph_module), type(self).__name__
