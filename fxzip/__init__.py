@@ -8,10 +8,12 @@ See `merge`, `inspect`, `verify`; the pipeline is fxzip/merge.py, read top to bo
 
 from __future__ import annotations
 
+from . import html, landscape, passes, plot
 from .errors import FxzipError, InputError, SpaceError, TraceError, VerificationError
 from .evaluate import Accuracy, accuracy, cost
 from .files import load, save
 from .frontier import Frontier, frontier
+from .infer import readable
 from .inspection import inspect
 from .match import C2M3, CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, Select, Transport, Unmerge, Zip
 from .measure.moments import Moments
@@ -29,5 +31,6 @@ __all__ = [
     "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError", "Moments",
     "MuDSC", "Pair", "Permute", "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError",
     "Transport", "Unmerge", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points",
-    "extract", "frontier", "greedy_soup", "inspect", "load", "merge", "report", "save", "scramble", "verify",
+    "extract", "frontier", "greedy_soup", "html", "inspect", "landscape", "load", "merge", "passes", "plot",
+    "readable", "report", "save", "scramble", "verify",
 ]  # fmt: skip

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
+from . import markup
+from .drawing import drawing
 from .errors import InputError
 from .evaluate import Ensemble
 from .merge import collect, merge
@@ -43,26 +45,26 @@ class Frontier:
     tasks: tuple[str, ...]
 
     def __str__(self) -> str:
+        return "\n".join(table(*self._table()))
+
+    def _repr_html_(self) -> str:
+        return markup.table(*self._table())
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
         heads = ["merge", "FLOPs", "parameters", *(f"drift {t}" for t in self.tasks), "measured"]
-        rows = [
+        return heads, [
             [p.name, f"{p.cost:.2f}x", f"{p.parameters:,}", *(f"{d:.4f}" for d in p.drift), _shown(p.measured)]
             for p in self.points
         ]
-        return "\n".join(table(heads, rows))
 
     def plot(self, value: Callable[[Any], float] = float, label: str = "measured"):
         """A matplotlib Figure: `value(measured)` (or, without evaluate, 1 - mean drift) against cost.
 
         Raises InputError without matplotlib (the `report` extra).
         """
-        try:
-            from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise InputError('Frontier.plot draws with matplotlib: pip install "fxzip[report]"') from error
         measured = all(p.measured is not None for p in self.points)
         heights = [value(p.measured) if measured else 1 - sum(p.drift) / len(p.drift) for p in self.points]
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.add_subplot()
+        figure, axes = drawing("Frontier.plot", 6, 4)
         axes.axhline(heights[-1], color="0.6", linestyle=":", linewidth=1)
         axes.plot([p.cost for p in self.points], heights, marker="o", color="C0", linewidth=1.5)
         for point, height in zip(self.points, heights, strict=True):
@@ -72,7 +74,6 @@ class Frontier:
         axes.set_xlabel("FLOPs, times one network")
         axes.set_ylabel(label if measured else "1 - drift of the outputs")
         axes.margins(x=0.12, y=0.18)
-        axes.spines[["top", "right"]].set_visible(False)
         return figure
 
 

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from .errors import InputError
-from .evaluate import cost
-from .infer import Spaces
-from .match import MATCHERS, Matcher, Matching, lossless, match, needs, resolve
+from . import passes
+from .match import MATCHERS, Matcher, needs, resolve
 from .measure import invent
 from .measure.moments import Moments
-from .prepare import Clock, Prepared, calibration_batches, measure, prepare
-from .repair import Repair, repair_parameters, split
-from .report import Report, Size, SpaceRow
-from .rewrite import Heads, build, head_parameters, merge_parameters, owned, recompute_statistics, state_of
-from .rewrite.zipped import KEY
-from .solve import Solve, solve_parameters
-from .widths import allocate, cost_terms, probe, resizable
+from .prepare import Clock, calibration_batches, measure, prepare
+from .repair import Repair, split
+from .solve import Solve
 
 METHODS = (*(m.name for m in MATCHERS), Solve.name)
 
@@ -80,41 +73,21 @@ def merge(
     needs_data = bool(solver or repair) or (measured and moments is None)
     if loader is None and example_inputs is None and moments is not None and moments.form is not None:
         example_inputs = invent(moments.form, seed)
-    p = prepare(
-        models, loader, call="fxzip.merge", clock=clock, example_inputs=example_inputs, until=until, device=device,
-        verify=verify, seed=seed, calibration=calibration, strict=strict, needs_data=needs_data, forward_fn=forward_fn,
+    graph = passes.start(
+        models, loader, call="fxzip.merge", clock=clock, progress=progress, example_inputs=example_inputs,
+        device=device, calibration=calibration, needs_data=needs_data, forward_fn=forward_fn,
     )  # fmt: skip
-    batches = calibration_batches(p, calibration, seed)
-    with clock.stage("measure"):
-        if moments is None:
-            moments = measure(p, batches, seed, progress) if needs_data else Moments({})
-    with clock.stage("match"):
-        widths = choose_widths(p, moments, budget, models) if budget is not None else {}
-        matchings = match(p.merged_spaces(), moments, matcher, widths, len(p.names), p.weights(), seed)
-    with clock.stage("rewrite"):
-        shared, private = merged_parameters(p, matchings)
-    notices = list(matchings.notices)
-    if repair:
-        with clock.stage("calibrate"):
-            shared, found = repair_parameters(
-                p.graph_modules, p.spaces, p.cut, matchings, shared, batches, repair.shift
-            )
-            notices += found
-    if solver:
-        with clock.stage("solve"):
-            resized = assemble(p, shared, private, models, heads) if widths else None
-            settings = replace(solver.settings, seed=seed)
-            solved = solve_parameters(
-                p.graph_modules, p.spaces, p.cut, matchings, shared, private, batches, settings, progress, resized
-            )
-            shared, private, notices = solved.shared, solved.heads, [*notices, *solved.notices]
-    with clock.stage("rewrite"):
-        zipped = assemble(p, shared, private, models, heads)
-    with clock.stage("calibrate"):
-        notices += [] if solver else calibrate(zipped, batches, agree(p, matchings, moments))
-    zipped.to(next((t.device for m in _list(models) for t in (*m.parameters(), *m.buffers())), torch.device("cpu")))
-    zipped.meta[KEY]["report"] = describe(p, (solver or repair or matcher).name, matchings, zipped, notices, clock)
-    return zipped
+    stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]
+    stages += [passes.Prove(seed)] if verify else []
+    stages += [passes.Read(calibration, seed)]
+    stages += [passes.Measure(seed, moments)] if needs_data or moments is not None else []
+    stages += [passes.Match(matcher, budget, seed), passes.Average()]
+    stages += [passes.Respread(repair)] if repair else []
+    stages += [passes.Solve(solver, heads, seed)] if solver else []
+    stages += [passes.Build(heads), passes.Calibrate(), passes.Describe()]
+    for stage in stages:
+        graph = stage(graph).graph_module
+    return graph
 
 
 def collect(
@@ -137,131 +110,3 @@ def collect(
         calibration=calibration, forward_fn=forward_fn,
     )  # fmt: skip
     return measure(p, calibration_batches(p, calibration, seed), seed, progress)
-
-
-def merged_parameters(p: Prepared, matchings: Mapping[str, Matching]) -> tuple[dict[str, Tensor], Heads]:
-    """Zipped weights of the shared part, and what every model keeps with U absorbed or explicit."""
-    modules = p.graph_modules
-    states = [state_of(m) for m in modules]
-    shared = merge_parameters(states, p.spaces, matchings, owned(modules[0], p.cut.shared))
-    return shared, head_parameters(modules, p.cut, p.spaces, matchings, feature_axis(p.spaces), p.args)
-
-
-def assemble(p: Prepared, shared: Mapping[str, Tensor], private: Heads, models: Any, heads: str) -> fx.GraphModule:
-    """One GraphModule of these parameters."""
-    originals = [m.state_dict() for m in _list(models)]
-    return build(
-        p.graph_modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads, originals=originals
-    )
-
-
-def choose_widths(p: Prepared, moments: Moments, budget: float, models: Any) -> dict[str, int]:
-    """Widths within the budget. Spaces that turn out not to take a new width keep theirs, and we allocate again."""
-    merged = p.merged_spaces()
-    terms = cost_terms(p.spaces, p.cut, len(p.names))
-    free = resizable(p.spaces, merged, 8)
-
-    def build_at(widths: Mapping[str, int]) -> fx.GraphModule:
-        matchings = {s.name: plain_matching(s.size, widths.get(s.name, s.size), len(p.names)) for s in merged}
-        return assemble(p, *merged_parameters(p, matchings), models, "separate")
-
-    while free:
-        widths = allocate(terms, merged, moments, free, budget, len(p.names))
-        wrong = probe(build_at, p.spaces, p.graph_modules[0], p.args, widths)
-        if not wrong:
-            return widths
-        free -= wrong
-    raise InputError(f"budget={budget}: no space of this network can change its width; use until= to spend more")
-
-
-def plain_matching(size: int, width: int, models: int) -> Matching:
-    """Some matching of the right shape: slot k holds feature k (mod n) of every model."""
-    slots = torch.arange(width) % size
-    unmerge = torch.zeros(size, width, dtype=torch.float64)
-    unmerge[slots, torch.arange(width)] = 1
-    unmerge = unmerge / unmerge.sum(1, keepdim=True).clamp(min=1)
-    chosen = torch.zeros(width, size, dtype=torch.float64)
-    chosen[torch.arange(width), slots] = 1
-    return Matching(chosen.repeat(1, models) / models, unmerge.repeat(models, 1), (size,) * models)
-
-
-def feature_axis(spaces: Spaces):
-    """FX node name -> (feature axes of its value, [(space, positions [n])]); None without features."""
-
-    def of(name: str):
-        nodes = spaces.lowered.values.get(name, ())
-        layouts = spaces.layouts(nodes[0].name) if nodes else ()
-        if not layouts:
-            return None
-        layout = layouts[0]
-        return layout.axes, [(s, column) for s, positions in layout.runs for column in positions.T]
-
-    return of
-
-
-def agree(p: Prepared, matchings: Mapping[str, Matching], moments: Moments) -> bool:
-    """Whether the models are equal, or compute the same features in another order."""
-    first, *others = (state_of(m) for m in p.graph_modules)
-    if all(s[n].shape == first[n].shape and torch.equal(s[n], first[n]) for s in others for n in first):
-        return True
-    return bool(moments) and all(lossless(m, moments[n]) for n, m in matchings.items() if n in moments)
-
-
-def calibrate(zipped: fx.GraphModule, batches: list[tuple], agree: bool) -> list[str]:
-    """Recompute batch-norm statistics of the merged network; what the user should know if that is not possible.
-
-    agree: nothing is lost by the matching, so the models' own statistics are right, and better than a sample's."""
-    if agree:
-        return ["the models agree feature by feature: batch-norm statistics are their own, not recomputed"]
-    if batches:
-        recompute_statistics(zipped, batches, lambda batch: batch)
-        return []
-    if any(name.endswith("running_var") for name, _ in zipped.named_buffers()):
-        return ["batch-norm statistics were averaged, not recomputed: pass a loader, or expect chance accuracy"]
-    return []
-
-
-def describe(
-    p: Prepared,
-    method: str,
-    matchings: Mapping[str, Matching],
-    zipped: fx.GraphModule,
-    notices: list[str],
-    clock: Clock,
-) -> Report:
-    """What was done, for `report`."""
-    device = next((t.device for t in zipped.parameters()), torch.device("cpu"))
-    args = tuple(x.to(device) if isinstance(x, Tensor) else x for x in p.args)
-    one = tuple(x[:1] if isinstance(x, Tensor) and x.dim() else x for x in args)
-    sizes = [Size(n, *_cost(m.to(device), one)) for n, m in zip(p.names, p.graph_modules, strict=True)]
-    result = Size("merged", *_cost(zipped, one))
-    private = sum(t.numel() for n, t in zipped.named_parameters() if n in _private(zipped))
-    structure = {s.name: s.structure for s in p.spaces}
-    rows = tuple(SpaceRow(n, structure[n], m.sizes, m.width, m.quality, m.baseline) for n, m in matchings.items())
-    notices = [*dict.fromkeys(n for t in p.traced for n in t.notices), *notices]
-    return Report(
-        method,
-        p.names,
-        tuple(sizes),
-        result,
-        1 - private / max(result.parameters, 1),
-        rows,
-        tuple(str(f) for f in p.spaces.frozen),
-        tuple(notices),
-        str(p.verification) if p.verification else "",
-        dict(clock.seconds),
-    )
-
-
-def _private(zipped: fx.GraphModule) -> set[str]:
-    targets = tuple(zipped.meta[KEY]["targets"])
-    return {n for n, _ in zipped.named_parameters() if any(n == t or n.startswith(t + ".") for t in targets)}
-
-
-def _cost(module: nn.Module, args: tuple) -> tuple[int, int]:
-    c = cost(module, args)
-    return c.parameters, c.flops
-
-
-def _list(models: Any) -> list[nn.Module]:
-    return list(models.values()) if isinstance(models, Mapping) else list(models)

@@ -20,7 +20,7 @@ from .match import Weights
 from .measure import Programs, collect_moments, form_of, read_batches
 from .measure.moments import Moments
 from .rewrite import Partition, owned, partition
-from .trace import Traced, bind, first_rows, rows, state_of, trace
+from .trace import Traced, bind, first_rows, state_of, trace
 from .verify import Verification, verify_spaces
 
 
@@ -39,19 +39,26 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+_LATER: Any = None  # what `begin` leaves open
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """N traced models of one graph with its spaces and cut. args: example arguments, two samples."""
+    """N traced models of one graph; from `infer_spaces` on with its spaces, from `cut_graph` on with its cut.
 
+    args: example arguments, two samples. call: what the user called, for messages.
+    """
+
+    call: str
     names: tuple[str, ...]
     as_dict: bool
     traced: tuple[Traced, ...]
     args: tuple
-    spaces: Spaces
-    cut: Partition
-    verification: Verification | None
     device: torch.device
     loader: Iterable | Mapping | None
+    spaces: Spaces = _LATER
+    cut: Partition = _LATER
+    verification: Verification | None = None
 
     @property
     def graph_modules(self) -> list:
@@ -73,19 +80,35 @@ def prepare(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],
     loader: Iterable | Mapping | None,
     *,
-    call: str,
     clock: Clock,
-    example_inputs: Any = None,
     until: str | None = None,
-    device: str | torch.device = "auto",
     verify: bool = True,
     seed: int = 0,
+    **options: Any,
+) -> Prepared:
+    """Check the call, trace every model, infer on model 0, cut, and prove. options: as for `begin`."""
+    with clock.stage("trace"):
+        p = begin(models, loader, **options)
+    with clock.stage("infer"):
+        p = cut_graph(infer_spaces(p), until)
+    if verify:
+        with clock.stage("verify"):
+            p = prove(p, seed)
+    return p
+
+
+def begin(
+    models: Sequence[nn.Module] | Mapping[str, nn.Module],
+    loader: Iterable | Mapping | None,
+    *,
+    call: str,
+    example_inputs: Any = None,
+    device: str | torch.device = "auto",
     calibration: int = 2048,
-    strict: bool = False,
     needs_data: bool = True,
     forward_fn: Callable[..., Any] | None = None,
 ) -> Prepared:
-    """Check the call, trace every model, infer on model 0, prove, and cut. See `fxzip.merge` for arguments."""
+    """Check the call and trace every model. See `fxzip.merge` for arguments."""
     checked: Checked = check_merge(
         models,
         loader,
@@ -96,44 +119,48 @@ def prepare(
         forward_fn=forward_fn,
     )
     where = _device(device, checked.models)
-    with clock.stage("trace"):
-        few = first_rows(checked.example, 2)
-        traced = tuple(trace(m, few, forward_fn=forward_fn) for m in checked.models)
-        problems = compare_graphs(traced, checked.names)
-        if problems:
-            raise InputError.listing(call, problems)
-        for t in traced:
-            t.graph_module.to(where)
-        args = bind(few, signature(traced[0].graph_module.forward))
-        args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
-    with clock.stage("infer"):
-        spaces = analyse(traced[0].graph_module, args)
-    if strict and spaces.frozen:
-        raise InputError.listing(f"{call}(strict=True)", [str(f) for f in spaces.frozen])
-    cut = partition(traced[0].graph_module, spaces.opaque, until, [str(f) for f in spaces.frozen])
-    shapes = compare_shapes(
-        [state_of(t.graph_module) for t in traced], checked.names, allowed=owned(traced[0].graph_module, cut.private)
-    )
-    if shapes:
-        raise InputError.listing(call, shapes)
+    few = first_rows(checked.example, 2)
+    traced = tuple(trace(m, few, forward_fn=forward_fn) for m in checked.models)
+    compare(call, traced, checked.names)
     for t in traced:
-        annotate(t.graph_module, spaces, cut.private)
-    verification = None
-    if verify:
-        with clock.stage("verify"):
-            verification = verify_spaces(traced[0], spaces, args, seed)
-            verification.check()
-    return Prepared(
-        tuple(checked.names),
-        isinstance(models, Mapping),
-        traced,
-        rows(args, 2),
-        spaces,
-        cut,
-        verification,
-        where,
-        checked.loader,
-    )
+        t.graph_module.to(where)
+    args = bind(few, signature(traced[0].graph_module.forward))
+    args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
+    return Prepared(call, tuple(checked.names), isinstance(models, Mapping), traced, args, where, checked.loader)
+
+
+def compare(call: str, traced: Sequence[Traced], names: Sequence[str]) -> None:
+    """Raises InputError unless all graphs are alike."""
+    problems = compare_graphs(traced, names)
+    if problems:
+        raise InputError.listing(call, problems)
+
+
+def infer_spaces(p: Prepared, strict: bool = False) -> Prepared:
+    """Infer the feature spaces on model 0. Raises InputError where strict and an operator has no rule."""
+    spaces = analyse(p.graph_modules[0], p.args)
+    if strict and spaces.frozen:
+        raise InputError.listing(f"{p.call}(strict=True)", [str(f) for f in spaces.frozen])
+    return replace(p, spaces=spaces)
+
+
+def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
+    """Find what stays per model, and write what is known into node.meta of all graphs."""
+    first = p.graph_modules[0]
+    cut = partition(first, p.spaces.opaque, until, [str(f) for f in p.spaces.frozen])
+    shapes = compare_shapes([state_of(m) for m in p.graph_modules], p.names, allowed=owned(first, cut.private))
+    if shapes:
+        raise InputError.listing(p.call, shapes)
+    for module in p.graph_modules:
+        annotate(module, p.spaces, cut.private)
+    return replace(p, cut=cut)
+
+
+def prove(p: Prepared, seed: int = 0) -> Prepared:
+    """Prove the spaces on model 0. Raises VerificationError when the proof fails."""
+    verification = verify_spaces(p.traced[0], p.spaces, p.args, seed)
+    verification.check()
+    return replace(p, verification=verification)
 
 
 def shared_spaces(spaces: Spaces, cut: Partition, parameters: Iterable[str]) -> list[FeatureSpace]:

@@ -8,7 +8,11 @@ from typing import Any
 
 from torch import fx
 
+from . import markup
 from .errors import InputError
+from .heatmap import HeatMap
+
+_SPACE_HEADER = ("space", "structure", "width", "quality", "averaged")
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,9 @@ class SpaceRow:
     """One merged space. width_in: n_i per model; width: m.
 
     quality: mean correlation between merged features of different models; baseline: the same under plain
-    averaging. None or NaN where it was not measured.
+    averaging. None or NaN where it was not measured. parents: spaces whose features are blocks of this one's.
+    tied: what lies on it, `conv1.weight[0] produce`. own, matched: correlations between the first two models'
+    features, in their own order and as merged; None where activations were not measured.
     """
 
     name: str
@@ -25,6 +31,42 @@ class SpaceRow:
     width: int
     quality: float | None = None
     baseline: float | None = None
+    parents: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+    own: HeatMap | None = None
+    matched: HeatMap | None = None
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One tensor-valued node of the merged graph. call: what it does, `Conv2d`, `relu`; module: path of the module
+    that it stands in; inputs: names of rows; type: `[1, s0:64, 8, 8]`; spaces: on its axes; state: "merged", "per
+    model" or "frozen: why"; task: the model it belongs to, "" for all; line: of the user's code.
+    """
+
+    name: str
+    call: str
+    module: str = ""
+    inputs: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    type: str = ""
+    spaces: tuple[str, ...] = ()
+    state: str = ""
+    task: str = ""
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One fit of solve: squared error against its target, relative to the target's square, on the merged network's
+    own inputs, with matched and with fitted weights. node: as in the models' graph; task: "" for a shared layer.
+    """
+
+    node: str
+    kind: str
+    before: float | None
+    after: float | None
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +85,8 @@ class Report:
     method: the matcher's short name. tasks: one name per model. inputs, result: sizes. shared: fraction of
     the result's parameters that all tasks use. spaces: one row per merged space. frozen: what could not be
     merged and why. notices: what the user should know. verification: one line, "" when it was not run.
-    seconds: per stage.
+    seconds: per stage. nodes: the merged graph; layers: fits of solve, in order; settings: of the call;
+    versions: of what ran it.
 
     >>> print(Report("zip", ("a",), (Size("a", 10),), Size("merged", 10), 1.0))  # doctest: +ELLIPSIS
     fxzip: 1 model merged by zip (a)
@@ -60,6 +103,10 @@ class Report:
     notices: tuple[str, ...] = ()
     verification: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
+    nodes: tuple[NodeRow, ...] = ()
+    layers: tuple[LayerRow, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         models = f"{len(self.tasks)} model{'s' if len(self.tasks) != 1 else ''}"
@@ -71,7 +118,7 @@ class Report:
         if self.spaces:
             lines += [
                 "",
-                *table(("space", "structure", "width", "quality", "averaged"), map(_space_row, self.spaces)),
+                *table(_SPACE_HEADER, map(_space_row, self.spaces)),
             ]
         for title, entries in (("not merged", self.frozen), ("notices", self.notices)):
             lines += ["", f"{title}:", *(f"  {e}" for e in entries)] if entries else []
@@ -80,6 +127,17 @@ class Report:
         if self.seconds:
             lines += ["", "seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items())]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The same as tables, for notebooks."""
+        parts = [
+            f"<p>{markup.cell(str(self).splitlines()[0])}</p>",
+            markup.table(("network", "parameters", "FLOPs"), map(_size_row, (*self.inputs, self.result))),
+            markup.table(_SPACE_HEADER, map(_space_row, self.spaces)) if self.spaces else "",
+        ]
+        for title, entries in (("not merged", self.frozen), ("notices", self.notices)):
+            parts += [f"<p>{title}</p>{markup.items(entries)}"] if entries else []
+        return "".join([*parts, f"<p>verification: {markup.cell(self.verification or 'not run')}</p>"])
 
     def with_(self, **changes: Any) -> Report:
         """A copy with some fields replaced."""

@@ -8,19 +8,60 @@ from typing import TYPE_CHECKING
 import networkx as nx
 from torch import fx
 
+from .. import markup
+
 if TYPE_CHECKING:
     from .spaces import FeatureSpace, Spaces
 
+_HEADER = ("space", "width", "structure", "parents", "produced by", "consumed by", "vectors", "notes")
 _NAMES = 3  # parameters shown per cell before "+k"
 
 
 def table(spaces: Spaces) -> str:
     """One row per space: name, width, structure, who produces, who consumes, what rides along."""
-    rows = [("space", "width", "structure", "parents", "produced by", "consumed by", "vectors", "notes")]
-    rows += [_row(s) for s in spaces]
+    rows = [_HEADER, *(_row(s) for s in spaces)]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
     return "\n".join([*lines, "", *summary(spaces)])
+
+
+def table_html(spaces: Spaces) -> str:
+    """The same as HTML, for notebooks."""
+    return markup.table(_HEADER, map(_row, spaces)) + markup.items(summary(spaces))
+
+
+def readable_lowered(spaces: Spaces) -> str:
+    """The lowered graph, a line per operator: `%mm = aten.mm(%x, fc.weight [s1:8, 4]) : [2, s1:8]  # fc, net.py:41`.
+
+    Axes are named by the spaces on them, parameters by the model's names.
+    """
+    frozen = {f.node: f"frozen: {f.reason}" for f in spaces.frozen}
+    lines = []
+    for node in spaces.lowered.graph.nodes:
+        if node.op != "call_function":
+            continue
+        read = ", ".join(_operand(i, spaces) for i in node.all_input_nodes)
+        origin = node.meta.get("origin") or ""
+        notes = [origin and f"%{origin}", frozen.get(origin, ""), node.meta.get("line") or ""]
+        target = str(node.target) if hasattr(node.target, "overloadpacket") else getattr(node.target, "__name__", "")
+        lines.append(f"%{node.name} = {target}({read}) : {typed(node, spaces)}  # {', '.join(filter(None, notes))}")
+    return "\n".join(line.rstrip(" #") for line in lines)
+
+
+def _operand(node: fx.Node, spaces: Spaces) -> str:
+    name = node.meta.get("parameter")
+    return f"{name} {_axes(name, node, spaces)}" if name else f"%{node.name}"
+
+
+def _axes(parameter: str, node: fx.Node, spaces: Spaces) -> str:
+    """`[s0:64, 3, 7, 7]`: the shape of a parameter with the spaces on its axes."""
+    shape: list[list[str]] = [[] for _ in node.meta["shape"]]
+    for space in spaces:
+        for s in space.segments:
+            if s.parameter == parameter:
+                shape[s.axis].append(f"{space.name}:{len(s.positions)}")
+    sizes = zip(shape, node.meta["shape"], strict=True)
+    return f"[{', '.join('+'.join(dict.fromkeys(held)) or str(n) for held, n in sizes)}]"
 
 
 def summary(spaces: Spaces) -> list[str]:

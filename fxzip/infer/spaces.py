@@ -155,8 +155,16 @@ class Spaces:
 
         return to_networkx(self)
 
-    def readable(self) -> str:
-        """The traced graph, a line per node, with the spaces on its axes."""
+    def readable(self, lowered: bool = False) -> str:
+        """The traced graph, a line per node, with the spaces on its axes; lowered: the graph of ATen operators."""
         from .annotate import readable
+        from .show import readable_lowered
 
+        if lowered:
+            return readable_lowered(self)
         return readable(self.graph_module) if self.graph_module is not None else ""
+
+    def _repr_html_(self) -> str:
+        from .show import table_html
+
+        return table_html(self)

@@ -32,7 +32,9 @@ from .slots import argument
 
 @dataclass(frozen=True)
 class Record:
-    """One fit: relative squared error of the merge point against its target, with zipped and with solved weights."""
+    """One fit: relative squared error of the merge point against its target, with zipped and with solved weights.
+
+    model: whose private layer it is, None for a shared one."""
 
     node: str
     kind: str
@@ -40,6 +42,7 @@ class Record:
     rows: int
     before: float
     after: float
+    model: int | None = None
 
 
 @dataclass
@@ -166,7 +169,7 @@ class Pass:
         )
         if record is not None:
             self.records.append(
-                Record(self.dynamic[name].meta.get("origin") or name, packet(self.dynamic[name]), *record)
+                Record(self.dynamic[name].meta.get("origin") or name, packet(self.dynamic[name]), *record, model)
             )
             self.folded.update(k.other.name for k in links if k.kind == "norm" and k.other is not None)
 

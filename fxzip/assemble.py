@@ -1,0 +1,100 @@
+"""From matchings to one network: its parameters, its widths, its graph, its batch-norm statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import InputError
+from .infer import Spaces
+from .match import Matching, lossless
+from .measure.moments import Moments
+from .prepare import Prepared
+from .rewrite import Heads, build, head_parameters, merge_parameters, owned, recompute_statistics, state_of
+from .widths import allocate, cost_terms, probe, resizable
+
+
+def merged_parameters(p: Prepared, matchings: Mapping[str, Matching]) -> tuple[dict[str, Tensor], Heads]:
+    """Zipped weights of the shared part, and what every model keeps with U absorbed or explicit."""
+    modules = p.graph_modules
+    states = [state_of(m) for m in modules]
+    shared = merge_parameters(states, p.spaces, matchings, owned(modules[0], p.cut.shared))
+    return shared, head_parameters(modules, p.cut, p.spaces, matchings, feature_axis(p.spaces), p.args)
+
+
+def assemble(
+    p: Prepared, shared: Mapping[str, Tensor], private: Heads, models: Sequence[nn.Module], heads: str
+) -> fx.GraphModule:
+    """One GraphModule of these parameters."""
+    originals = [m.state_dict() for m in models]
+    return build(
+        p.graph_modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads, originals=originals
+    )
+
+
+def choose_widths(p: Prepared, moments: Moments, budget: float, models: Sequence[nn.Module]) -> dict[str, int]:
+    """Widths within the budget. Spaces that turn out not to take a new width keep theirs, and we allocate again."""
+    merged = p.merged_spaces()
+    terms = cost_terms(p.spaces, p.cut, len(p.names))
+    free = resizable(p.spaces, merged, 8)
+
+    def build_at(widths: Mapping[str, int]) -> fx.GraphModule:
+        matchings = {s.name: plain_matching(s.size, widths.get(s.name, s.size), len(p.names)) for s in merged}
+        return assemble(p, *merged_parameters(p, matchings), models, "separate")
+
+    while free:
+        widths = allocate(terms, merged, moments, free, budget, len(p.names))
+        wrong = probe(build_at, p.spaces, p.graph_modules[0], p.args, widths)
+        if not wrong:
+            return widths
+        free -= wrong
+    raise InputError(f"budget={budget}: no space of this network can change its width; use until= to spend more")
+
+
+def plain_matching(size: int, width: int, models: int) -> Matching:
+    """Some matching of the right shape: slot k holds feature k (mod n) of every model."""
+    slots = torch.arange(width) % size
+    unmerge = torch.zeros(size, width, dtype=torch.float64)
+    unmerge[slots, torch.arange(width)] = 1
+    unmerge = unmerge / unmerge.sum(1, keepdim=True).clamp(min=1)
+    chosen = torch.zeros(width, size, dtype=torch.float64)
+    chosen[torch.arange(width), slots] = 1
+    return Matching(chosen.repeat(1, models) / models, unmerge.repeat(models, 1), (size,) * models)
+
+
+def feature_axis(spaces: Spaces):
+    """FX node name -> (feature axes of its value, [(space, positions [n])]); None without features."""
+
+    def of(name: str):
+        nodes = spaces.lowered.values.get(name, ())
+        layouts = spaces.layouts(nodes[0].name) if nodes else ()
+        if not layouts:
+            return None
+        layout = layouts[0]
+        return layout.axes, [(s, column) for s, positions in layout.runs for column in positions.T]
+
+    return of
+
+
+def agree(p: Prepared, matchings: Mapping[str, Matching], moments: Moments) -> bool:
+    """Whether the models are equal, or compute the same features in another order."""
+    first, *others = (state_of(m) for m in p.graph_modules)
+    if all(s[n].shape == first[n].shape and torch.equal(s[n], first[n]) for s in others for n in first):
+        return True
+    return bool(moments) and all(lossless(m, moments[n]) for n, m in matchings.items() if n in moments)
+
+
+def calibrate(zipped: fx.GraphModule, batches: list[tuple], agree: bool) -> list[str]:
+    """Recompute batch-norm statistics of the merged network; what the user should know if that is not possible.
+
+    agree: nothing is lost by the matching, so the models' own statistics are right, and better than a sample's."""
+    if agree:
+        return ["the models agree feature by feature: batch-norm statistics are their own, not recomputed"]
+    if batches:
+        recompute_statistics(zipped, batches, lambda batch: batch)
+        return []
+    if any(name.endswith("running_var") for name, _ in zipped.named_buffers()):
+        return ["batch-norm statistics were averaged, not recomputed: pass a loader, or expect chance accuracy"]
+    return []

@@ -1,0 +1,222 @@
+"""The stages of `merge`, in their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from ..assemble import agree, assemble, calibrate, choose_widths, merged_parameters
+from ..describe import describe
+from ..errors import InputError
+from ..match import Matcher, match, needs, resolve
+from ..measure.moments import Moments
+from ..prepare import calibration_batches, compare, cut_graph, infer_spaces, measure, prove
+from ..repair import Repair, repair_parameters
+from ..rewrite.zipped import KEY
+from ..solve import Solve as SolveMethod
+from ..solve import solve_parameters
+from .job import JOB, Job, Stage, job, node_names
+
+
+@dataclass(frozen=True)
+class Infer(Stage):
+    """Feature spaces, from the operators. strict: refuse operators without a rule."""
+
+    strict: bool = False
+    clock: ClassVar[str] = "infer"
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        compare(now.prepared.call, now.prepared.traced, now.prepared.names)
+        return graph, replace(now, prepared=infer_spaces(now.prepared, self.strict), nodes=node_names(graph))
+
+
+@dataclass(frozen=True)
+class Cut(Stage):
+    """What is shared and what stays per model; from here on, node.meta["fxzip"]. until: as in `merge`."""
+
+    until: str | None = None
+    clock: ClassVar[str] = "infer"
+    needs: ClassVar = {"spaces": "Infer"}
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        return graph, replace(now, prepared=cut_graph(now.prepared, self.until))
+
+
+@dataclass(frozen=True)
+class Prove(Stage):
+    """The numerical proof of the spaces."""
+
+    seed: int = 0
+    clock: ClassVar[str] = "verify"
+    needs: ClassVar = {"spaces": "Infer"}
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        return graph, replace(now, prepared=prove(now.prepared, self.seed))
+
+
+@dataclass(frozen=True)
+class Read(Stage):
+    """The first `calibration` samples of the loader; none without one."""
+
+    calibration: int = 2048
+    seed: int = 0
+    clock: ClassVar[str] = "read"
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        return graph, replace(now, batches=calibration_batches(now.prepared, self.calibration, self.seed))
+
+
+@dataclass(frozen=True)
+class Measure(Stage):
+    """Moments of every shared space; or those of `collect`."""
+
+    seed: int = 0
+    moments: Moments | None = field(default=None, repr=False)
+    clock: ClassVar[str] = "measure"
+    needs: ClassVar = {"cut": "Cut", "batches": "Read"}
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        found = self.moments
+        return graph, replace(now, moments=measure(now.prepared, now.batches, self.seed, now.progress)
+                              if found is None else found)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Match(Stage):
+    """M and U of every shared space, by a matcher or its name; also in node.meta["fxzip"]["matchings"].
+
+    budget: as in `merge`. A matcher of weights alone runs without `Measure`."""
+
+    method: str | Matcher = "zip"
+    budget: float | None = None
+    seed: int = 0
+    clock: ClassVar[str] = "match"
+    needs: ClassVar = {"cut": "Cut"}
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        super().requires(graph_module)
+        if job(graph_module).moments is None and (self.budget or needs(resolve(self.method)) - {"weights"}):
+            raise InputError("passes.Match needs what passes.Measure finds: run that before")
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        p, matcher, moments = now.prepared, resolve(self.method), now.moments or Moments({})
+        widths = choose_widths(p, moments, self.budget, now.models) if self.budget is not None else {}
+        found = match(p.merged_spaces(), moments, matcher, widths, len(p.names), p.weights(), self.seed)
+        for node in graph.graph.nodes:
+            here = node.meta["fxzip"]
+            here["matchings"] = {s: found[s] for s in here["spaces"] if s in found}
+        return graph, replace(
+            now, moments=moments, widths=widths, matchings=found, method=matcher.name,
+            notices=(*now.notices, *found.notices),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Average(Stage):
+    """The shared parameters, the mean of M W U over the models; and what every model keeps."""
+
+    clock: ClassVar[str] = "rewrite"
+    needs: ClassVar = {"matchings": "Match"}
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        shared, heads = merged_parameters(now.prepared, now.matchings)
+        return graph, replace(now, shared=shared, heads=heads)
+
+
+@dataclass(frozen=True)
+class Respread(Stage):
+    """REPAIR and RESCALE. repair: as in `merge(method=...)`; its matcher does not count here."""
+
+    repair: Repair = field(default_factory=Repair)
+    clock: ClassVar[str] = "calibrate"
+    needs: ClassVar = {"batches": "Read", "shared": "Average"}
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        p = now.prepared
+        shared, found = repair_parameters(
+            p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.batches, self.repair.shift
+        )
+        name = self.repair.name.rpartition("+")[2]
+        return graph, replace(
+            now, shared=shared, notices=(*now.notices, *found), method=f"{now.method}+{name}"
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Solve(Stage):
+    """Closed-form fits of every layer. solve: its settings; its matcher does not count here. heads: see Build."""
+
+    solve: SolveMethod = field(default_factory=SolveMethod)
+    heads: str = "separate"
+    seed: int = 0
+    clock: ClassVar[str] = "solve"
+    needs: ClassVar = {"batches": "Read", "shared": "Average"}
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        p = now.prepared
+        resized = assemble(p, now.shared, now.heads, now.models, self.heads) if now.widths else None
+        settings = replace(self.solve.settings, seed=self.seed)
+        found = solve_parameters(
+            p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.heads, now.batches, settings,
+            now.progress, resized,
+        )  # fmt: skip
+        return graph, replace(
+            now, shared=found.shared, heads=found.heads, records=found.records, solved=True, method=self.solve.name,
+            notices=(*now.notices, *found.notices),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Build(Stage):
+    """One graph of all models. heads: "separate" or "average"."""
+
+    heads: str = "separate"
+    clock: ClassVar[str] = "rewrite"
+    needs: ClassVar = {"shared": "Average"}
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        zipped = assemble(now.prepared, now.shared, now.heads, now.models, self.heads)
+        for node in zipped.graph.nodes:  # M and U of all spaces are much larger than the network
+            if "matchings" in node.meta.get("fxzip", {}):
+                node.meta["fxzip"] = {k: v for k, v in node.meta["fxzip"].items() if k != "matchings"}
+        return zipped, replace(now, built=True)
+
+
+@dataclass(frozen=True)
+class Calibrate(Stage):
+    """Batch-norm statistics of the merged network, where solve has not set them."""
+
+    clock: ClassVar[str] = "calibrate"
+    needs: ClassVar = {"batches": "Read"}
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        if now.solved:
+            return graph, now
+        found = calibrate(graph, now.batches, agree(now.prepared, now.matchings, now.moments))
+        return graph, replace(now, notices=(*now.notices, *found))
+
+
+@dataclass(frozen=True)
+class Describe(Stage):
+    """The last: onto the models' device, with the Report; the Job is forgotten."""
+
+    clock: ClassVar[str] = "describe"
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        now = job(graph_module)
+        if not now.built:
+            raise InputError("passes.Describe needs what passes.Build makes: run that before")
+        tensors = (t for m in now.models for t in (*m.parameters(), *m.buffers()))
+        graph_module.to(next((t.device for t in tensors), torch.device("cpu")))
+        with now.clock.stage(self.clock):
+            made = describe(
+                now.prepared, graph_module, now.method, now.matchings, now.moments, now.records, now.notices,
+                now.settings,
+            )  # fmt: skip
+        graph_module.meta[KEY]["report"] = made.with_(seconds=dict(now.clock.seconds))
+        del graph_module.meta[JOB]
+        return PassResult(graph_module, False)

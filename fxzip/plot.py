@@ -1,0 +1,145 @@
+"""Figures (matplotlib, the `report` extra) of spaces and of merges; each returns a `matplotlib.figure.Figure`.
+
+Of the frontier, of the line between two networks and of the plane through them: `.plot()` of what `fxzip.frontier`,
+`fxzip.landscape.line` and `fxzip.landscape.plane` return.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from .drawing import drawing
+from .errors import InputError
+from .infer import Spaces
+from .report import Report, SpaceRow, report
+
+__all__ = ["correlations", "graph", "layers", "similarity", "spaces"]
+
+
+def spaces(found: Spaces) -> Any:
+    """Width of every space by depth, and how many parameter axes are tied to it.
+
+    >>> import torch, fxzip
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> spaces(fxzip.inspect(net, torch.ones(1, 4))).axes[0].get_ylabel()  # doctest: +SKIP
+    'features'
+    """
+    _some(found.spaces, "plot.spaces", "the model has no feature space")
+    figure, axes = drawing("plot.spaces", 8, 4)
+    names = [s.name for s in found]
+    axes.bar(names, [s.size for s in found], color=[_colour(k) for k in range(len(names))])
+    for k, s in enumerate(found):
+        axes.annotate(str(len(s.segments)), (k, s.size), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+    axes.set_ylabel("features")
+    axes.set_xlabel("space, by depth (above: tied parameter axes)")
+    _thin(axes, names)
+    return figure
+
+
+def graph(found: Spaces) -> Any:
+    """The dataflow of the lowered graph, a dot per operator, coloured by its first space; grey has none."""
+    flow = found.to_networkx()
+    data = {n.name for n in found.lowered.inputs}
+    for node in nx.topological_sort(flow):
+        if any(i in data for i in flow.predecessors(node)):
+            data.add(node)
+    flow = nx.DiGraph(flow.subgraph(data))
+    _some(flow, "plot.graph", "the graph has no operators")
+    for depth, layer in enumerate(nx.topological_generations(flow)):
+        for node in layer:
+            flow.nodes[node]["depth"] = depth
+    names = [s.name for s in found]
+    place = nx.multipartite_layout(flow, subset_key="depth", align="vertical")
+    held = [flow.nodes[n].get("spaces") or () for n in flow]
+    depth = max(flow.nodes[n]["depth"] for n in flow)
+    figure, axes = drawing("plot.graph", min(24, max(8, 0.14 * depth)), 4)
+    colours = [_colour(names.index(h[0])) if h else "0.75" for h in held]
+    nx.draw_networkx(flow, place, ax=axes, node_color=colours, node_size=30, with_labels=False, width=0.6,
+                     edge_color="0.6", arrowsize=5)  # fmt: skip
+    axes.set_axis_off()
+    return figure
+
+
+def similarity(zipped: fx.GraphModule | Report, space: str) -> Any:
+    """Correlations of the first two models' features on one space: in their own order, and as merged.
+
+    Raises InputError for an unknown space, and where the method did not measure them."""
+    found = _report(zipped)
+    row = next((s for s in found.spaces if s.name == space), None)
+    if row is None:
+        names = ", ".join(s.name for s in found.spaces)
+        raise InputError(f"plot.similarity: no merged space {space!r}; there are {names}")
+    if row.own is None or row.matched is None:
+        raise InputError(f"plot.similarity: {found.method} measured no activations on {space}")
+    figure, axes = drawing("plot.similarity", 9, 4, columns=2)
+    for one, map, title in zip(axes, (row.own, row.matched), ("own order", "as merged, best first"), strict=True):
+        drawn = one.imshow(map.array(), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        one.set_title(f"{space}, {title}: {map.side} of {map.total}", fontsize=10)
+        one.set_xlabel(str(found.tasks[1]))
+        one.set_ylabel(str(found.tasks[0]))
+    figure.colorbar(drawn, ax=list(axes), label="correlation", shrink=0.8)
+    return figure
+
+
+def correlations(zipped: fx.GraphModule | Report) -> Any:
+    """Mean correlation of what is merged, per space by depth, against plain averaging."""
+    rows = [s for s in _report(zipped).spaces if _known(s)]
+    _some(rows, "plot.correlations", "this method measured no correlations")
+    figure, axes = drawing("plot.correlations", 8, 4)
+    names = [s.name for s in rows]
+    for values, label, style in (([s.quality for s in rows], "as matched", "C2o-"),
+                                 ([s.baseline for s in rows], "in the models' own order", "C1s--")):  # fmt: skip
+        axes.plot(names, [math.nan if v is None else v for v in values], style, label=label, markersize=4)
+    axes.set_xlabel("space, by depth")
+    axes.set_ylabel("mean correlation")
+    axes.legend(frameon=False)
+    _thin(axes, names)
+    return figure
+
+
+def layers(zipped: fx.GraphModule | Report) -> Any:
+    """Relative squared error of every fitted layer, before and after solve."""
+    rows = _report(zipped).layers
+    _some(rows, "plot.layers", 'this merge fitted no layers (method="solve" does)')
+    figure, axes = drawing("plot.layers", max(6, 0.25 * len(rows)), 4.5)
+    names = [f"{r.node} ({r.task})" if r.task else r.node for r in rows]
+    before, after = [max(r.before or 0, 1e-8) for r in rows], [max(r.after or 0, 1e-8) for r in rows]  # a log axis
+    axes.vlines(names, after, before, color="0.8", zorder=1)
+    axes.scatter(names, before, facecolors="none", edgecolors="C1", label="before solve", zorder=2)
+    axes.scatter(names, after, color="C2", label="after solve", zorder=2)
+    axes.set_yscale("log")
+    axes.set_ylabel("relative squared error")
+    axes.tick_params(axis="x", rotation=90, labelsize=7)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _report(zipped: fx.GraphModule | Report) -> Report:
+    return zipped if isinstance(zipped, Report) else report(zipped)
+
+
+def _known(row: SpaceRow) -> bool:
+    return row.quality is not None and not math.isnan(row.quality)
+
+
+def _some(rows: Any, call: str, why: str) -> None:
+    if not len(rows):
+        raise InputError(f"{call}: nothing to draw, {why}")
+
+
+def _thin(axes: Any, names: Sequence[str]) -> None:
+    """At most thirty labels."""
+    step = max(1, math.ceil(len(names) / 30))
+    axes.set_xticks(range(0, len(names), step), [names[k] for k in range(0, len(names), step)])
+
+
+def _colour(index: int) -> tuple[float, float, float]:
+    """The colours of the HTML report: neighbours differ by the golden angle."""
+    from colorsys import hls_to_rgb
+
+    return hls_to_rgb((205 + index * 137.508) % 360 / 360, 0.65, 0.55)

@@ -1,0 +1,139 @@
+"""Figures, notebook tables, and the line and plane between networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import unchanged
+from torch import Tensor, nn
+
+import fxzip
+from fxzip import InputError, landscape
+
+plot = pytest.importorskip("fxzip.plot")
+pytest.importorskip("matplotlib", reason="figures need the report extra")
+torch.set_num_threads(1)
+X = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    return {"a": network(0), "b": network(1)}
+
+
+@pytest.fixture(scope="module")
+def zipped(models):
+    return fxzip.merge(models, [X], progress=False)
+
+
+def drift(model):
+    def of(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float((net(X) - model(X)).square().mean())
+
+    return of
+
+
+def test_figures_show_every_space_and_layer(zipped, models, tmp_path):
+    found = fxzip.inspect(models["a"], X[:2])
+    report = fxzip.report(zipped)
+    assert len(plot.spaces(found).axes[0].patches) == len(found)
+    assert [len(line.get_xdata()) for line in plot.correlations(zipped).axes[0].lines] == [len(report.spaces)] * 2
+    assert len(plot.layers(report).axes[0].get_xticklabels()) == len(report.layers)
+    name = report.spaces[0].name
+    figure = plot.similarity(zipped, name)
+    assert figure.axes[1].images[0].get_array().shape == (report.spaces[0].matched.side,) * 2
+    assert plot.graph(found).axes[0].collections
+    figure.savefig(tmp_path / "similarity.png")
+
+
+def test_what_cannot_be_drawn_says_why(zipped, models):
+    plain = fxzip.merge(models, [X], method="rebasin", progress=False)
+    with pytest.raises(InputError, match="fitted no layers"):
+        plot.layers(plain)
+    with pytest.raises(InputError, match="no merged space 's9'; there are s0"):
+        plot.similarity(zipped, "s9")
+    with pytest.raises(InputError, match="measured no activations on s0"):
+        plot.similarity(plain, "s0")
+
+
+def test_alignment_removes_the_barrier_between_copies(models):
+    pair = {"a": models["a"], "b": fxzip.scramble(models["a"], X[:2], seed=3)}
+    with unchanged(pair):
+        found = landscape.line(pair, [X], drift(models["a"]), steps=5)
+    before, after = found.barriers
+    assert before > 1e-3 and abs(after) < 1e-6 * before + 1e-9
+    assert "barrier:" in str(found) and len(found.plot().axes[0].lines) == 2
+
+
+def test_ends_of_the_line_are_the_models(models):
+    """At share 0 the first model's outputs are its own, at 1 the second's."""
+    ends: list[Tensor] = []
+    landscape.line(models, [X], lambda net: ends.append(net(X)) or 0.0, method="rebasin", steps=2)
+    for k, output in enumerate(ends):
+        torch.testing.assert_close(output, _own(models["ab"[k % 2]]), atol=1e-5, rtol=1e-4)
+
+
+def test_a_line_needs_one_task(models):
+    other = nn.Sequential(*network(2)[:5], nn.Linear(8, 2)).eval()
+    with pytest.raises(InputError, match="two networks of one task"):
+        landscape.line([models["a"], other], [X], lambda net: float(net(X).sum()), steps=2)
+
+
+def _own(model: nn.Module) -> Tensor:
+    """With batch-norm statistics of the calibration data, as everywhere on the line."""
+    from copy import deepcopy
+
+    fresh = deepcopy(model)
+    fresh[1].reset_running_stats()
+    fresh[1].momentum = None
+    fresh.train()(X)
+    return fresh.eval()(X)
+
+
+def test_only_one_to_one_methods_make_a_line(models):
+    with pytest.raises(InputError, match="zip is not one-to-one on space"):
+        landscape.line(models, [X], lambda net: 0.0, method="zip", steps=2)
+
+
+def test_the_plane_passes_through_models_and_merge(models):
+    zipped = fxzip.merge(models, [X], method="permute", progress=False)
+    seen: dict[float, dict] = {}
+
+    def evaluate(net: nn.Module) -> float:
+        key = float(len(seen))
+        seen[key] = {n: t.clone() for n, t in net.state_dict().items()}
+        return key
+
+    with unchanged([*models.values(), zipped]):
+        found = landscape.plane(models, zipped, evaluate, steps=3, margin=0.0)
+    assert found.points["a"] == (0.0, 0.0) and found.points["b"][1] == 0 and found.points["merged"][1] > 0
+    corner = seen[found.values[0][0]]
+    for name, tensor in models["a"].state_dict().items():
+        if name.startswith("0."):
+            torch.testing.assert_close(corner[name], tensor)
+    assert len(found.values) == 3 and found.plot().axes
+
+
+def test_a_wider_merge_has_no_plane(models):
+    wide = fxzip.merge(models, [X], method="zip", budget=1.5, progress=False)
+    with pytest.raises(InputError, match="merge at their own widths"):
+        landscape.plane(models, wide, lambda net: 0.0)
+
+
+def test_notebook_tables_are_escaped(zipped, models):
+    from dataclasses import replace
+
+    report = replace(fxzip.report(zipped), notices=("<b>",), tasks=("<i>", "b"))
+    html = report._repr_html_()
+    assert "&lt;b&gt;" in html and "&lt;i&gt;" in html and "<i>" not in html
+    assert fxzip.inspect(models["a"], X[:2])._repr_html_().startswith("<table>")
+    found = fxzip.Frontier((), ("<u>",))._repr_html_()
+    assert "drift &lt;u&gt;" in found
