@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import InputError
+from .check import check_merge
+from .errors import InputError, MergeWarning
 from .evaluate import cost
 from .infer import Spaces
-from .match import MATCHERS, Matcher, Matching, lossless, match, needs, resolve
+from .match import MATCHERS, Average, Matcher, Matching, lossless, match, needs, resolve
 from .measure import invent
 from .measure.moments import Moments
+from .options import wrong_options
 from .prepare import Clock, Prepared, calibration_batches, measure, prepare
 from .repair import Repair, repair_parameters, split
 from .report import Report, Size, SpaceRow
 from .rewrite import Heads, build, head_parameters, merge_parameters, owned, recompute_statistics, state_of
 from .rewrite.zipped import KEY
+from .sanity import doubts, measured, refuse_broken
 from .solve import Solve, solve_parameters
 from .widths import allocate, cost_terms, probe, resizable
 
@@ -39,10 +44,12 @@ def merge(
     moments: Moments | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
-    verify: bool = True,
+    verify: bool | str = True,
     strict: bool = False,
     progress: bool = True,
     forward_fn: Callable[..., Any] | None = None,
+    evaluate: Callable[[nn.Module, str], float] | None = None,
+    resume: str | Path | None = None,
 ) -> fx.GraphModule:
     """Merge N networks of one architecture into one; gradient-free, label-free, deterministic.
 
@@ -58,8 +65,13 @@ def merge(
     heads: "separate" or "average". example_inputs: one batch, if there is no loader.
     moments: from `collect`, instead of measuring; methods that need no more then work without a loader.
     device: "auto" uses a GPU if there is one.
-    verify: prove the inferred spaces on model 0 first. strict: refuse if any op has no rule.
+    verify: prove the inferred spaces on model 0 first; "report": go on when the proof fails, and say so in the
+        report. strict: refuse if any op has no rule.
     forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...), to choose what comes out.
+    evaluate: called as evaluate(network, task) -> number (more is better), on every model and on what `extract`
+        gives of the result: the report has the numbers, and a warning where the merge lost much.
+    resume: a folder that keeps what was measured: Ctrl-C, SIGTERM or a crash loses little, and the same call
+        goes on from there, to the same bytes.
 
     Returns a GraphModule on the models' device, in eval mode; its forward returns one output per model, as a
     tuple (list of models) or dict. `report(zipped)` says what was done.
@@ -72,12 +84,18 @@ def merge(
     [(5, 2), (5, 3)]
     """
     clock = Clock()
-    repair, method = split(method, budget)
-    solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
-    count = len(models) if isinstance(models, Sized) else 2  # what is no collection is refused below
-    matcher = solver.matcher_for(count) if solver else resolve(method)  # type: ignore[arg-type]
-    measured = bool(needs(matcher) - {"weights"}) or budget is not None
-    needs_data = bool(solver or repair) or (measured and moments is None)
+    wrong = wrong_options(
+        {"until": until, "budget": budget, "heads": heads, "seed": seed, "device": device, "verify": verify,
+         "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments, "resume": resume}
+    )  # fmt: skip
+    try:
+        repair, solver, matcher = choose(method, budget, len(models) if isinstance(models, Sized) else 2)
+    except InputError as error:
+        wrong, repair, solver, matcher = [*wrong, str(error)], None, None, Average()
+    compares = bool(needs(matcher) - {"weights"}) or budget is not None
+    needs_data = bool(solver or repair) or (compares and moments is None)
+    if wrong:
+        check_merge(models, loader, example_inputs=example_inputs, calibration=calibration, problems=wrong)
     if loader is None and example_inputs is None and moments is not None and moments.form is not None:
         example_inputs = invent(moments.form, seed)
     p = prepare(
@@ -87,7 +105,7 @@ def merge(
     batches = calibration_batches(p, calibration, seed)
     with clock.stage("measure"):
         if moments is None:
-            moments = measure(p, batches, seed, progress) if needs_data else Moments({})
+            moments = measure(p, batches, seed, progress, resume) if needs_data else Moments({})
     with clock.stage("match"):
         widths = choose_widths(p, moments, budget, models) if budget is not None else {}
         matchings = match(p.merged_spaces(), moments, matcher, widths, len(p.names), p.weights(), seed)
@@ -113,8 +131,23 @@ def merge(
     with clock.stage("calibrate"):
         notices += [] if solver else calibrate(zipped, batches, agree(p, matchings, moments))
     zipped.to(next((t.device for m in _list(models) for t in (*m.parameters(), *m.buffers())), torch.device("cpu")))
-    zipped.meta[KEY]["report"] = describe(p, (solver or repair or matcher).name, matchings, zipped, notices, clock)
+    refuse_broken(zipped)
+    found = describe(p, (solver or repair or matcher).name, matchings, zipped, notices, clock)
+    figures, losses = measured(zipped, p.names, _list(models), evaluate) if evaluate else ([], [])
+    doubtful = [
+        *doubts(p.verification, found.shared, matchings, moments, p.names, p.graph_modules, batches), *losses
+    ]  # fmt: skip
+    for text in doubtful:
+        warnings.warn(text, MergeWarning, stacklevel=2)
+    zipped.meta[KEY]["report"] = found.with_(notices=(*doubtful, *found.notices, *figures))
     return zipped
+
+
+def choose(method: Any, budget: float | None, models: int) -> tuple[Repair | None, Solve | None, Matcher]:
+    """What repairs, what solves and what matches, of a `method` as `merge` takes it. Raises InputError."""
+    repair, method = split(method, budget)
+    solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
+    return repair, solver, solver.matcher_for(models) if solver else resolve(method)
 
 
 def collect(
@@ -127,16 +160,20 @@ def collect(
     device: str | torch.device = "auto",
     progress: bool = True,
     forward_fn: Callable[..., Any] | None = None,
+    resume: str | Path | None = None,
 ) -> Moments:
     """The joint moments `merge` would measure: `merge(models, moments=...)` reuses them, `.save` keeps them.
 
     Arguments and errors as for `merge`. Count, mean [Sn] and second moment [Sn, Sn] (float64) per space.
     """
+    wrong = wrong_options({"until": until, "seed": seed, "device": device, "forward_fn": forward_fn, "resume": resume})
+    if wrong:
+        check_merge(models, loader, calibration=calibration, problems=wrong, call="fxzip.collect")
     p = prepare(
         models, loader, call="fxzip.collect", clock=Clock(), until=until, device=device, verify=False, seed=seed,
         calibration=calibration, forward_fn=forward_fn,
     )  # fmt: skip
-    return measure(p, calibration_batches(p, calibration, seed), seed, progress)
+    return measure(p, calibration_batches(p, calibration, seed), seed, progress, resume)
 
 
 def merged_parameters(p: Prepared, matchings: Mapping[str, Matching]) -> tuple[dict[str, Tensor], Heads]:
@@ -248,7 +285,7 @@ def describe(
         rows,
         tuple(str(f) for f in p.spaces.frozen),
         tuple(notices),
-        str(p.verification) if p.verification else "",
+        str(p.verification) if p.verification is not None else "",
         dict(clock.seconds),
     )
 

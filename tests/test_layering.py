@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "fxzip"
 LAYERS = (  # lowest first
     "errors trace infer evaluate measure match rewrite solve "
-    "repair verify check prepare inspection widths report merge frontier soup files __init__ demo cli __main__"
+    "repair verify check options prepare inspection widths report sanity merge frontier soup files __init__ demo cli "
+    "__main__"
 )
 LEVEL = {name: level for level, name in enumerate(LAYERS.split())}
 FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
