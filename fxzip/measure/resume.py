@@ -61,9 +61,12 @@ class Checkpoint:
                         f"resume: {str(self.path)!r} was measured with other models, batches, seed or calibration;"
                         " give another folder, or delete the file"
                     )
-                sums = {n: _read(file, n, f, device) for n, f in json.loads(notes["spaces"]).items()}
-                generator.set_state(file.get_tensor("generator"))
-                return int(notes["done"]), sums
+                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (no mapping)
+            if notes["sha256"] != _checksum(tensors, notes):
+                raise ValueError("its checksum is wrong")
+            sums = {n: _read(tensors, n, f, device) for n, f in json.loads(notes["spaces"]).items()}
+            generator.set_state(tensors["generator"])
+            return int(notes["done"]), sums
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -79,6 +82,7 @@ class Checkpoint:
             tensors |= {f"total/{name}": a.total.cpu(), f"gram/{name}": a.gram.cpu()}
         facts = {name: {"sizes": a.sizes, "count": a.count} for name, a in sums.items()}
         notes = {"format": FORMAT, "key": self.key, "done": str(done), "spaces": json.dumps(facts)}
+        notes["sha256"] = _checksum(tensors, notes)
         aside = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             save_file(tensors, str(aside), notes)
@@ -137,13 +141,14 @@ def fingerprint(states: Sequence[Mapping[str, Tensor]], batches: Sequence[Any], 
     return found.hexdigest()
 
 
-def _read(file: Any, name: str, facts: Mapping[str, Any], device: torch.device | str) -> Accumulator:
+def _checksum(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> str:
+    return fingerprint([tensors], [], sorted((k, v) for k, v in notes.items() if k != "sha256"))
+
+
+def _read(tensors: Mapping[str, Tensor], name: str, facts: Mapping[str, Any], device: Any) -> Accumulator:
     found = Accumulator([int(n) for n in facts["sizes"]], device)
-    for mine, stored in ((found.total, f"total/{name}"), (found.gram, f"gram/{name}")):
-        value = file.get_tensor(stored)
-        if value.shape != mine.shape or value.dtype != mine.dtype or not bool(value.isfinite().all()):
-            raise ValueError(f"{stored} does not fit")
-        mine.copy_(value)
+    found.total.copy_(tensors[f"total/{name}"])
+    found.gram.copy_(tensors[f"gram/{name}"])
     found.count = float(facts["count"])
     return found
 
