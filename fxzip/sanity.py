@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten
 
 from .errors import InputError, VerificationError
 from .match import Matching
@@ -37,7 +38,7 @@ def doubts(
         *_unproven(verification),
         *_no_op(share),
         *_little_data(moments),
-        *_silent(moments),
+        *_all_the_same(batches),
         *_chance(matchings, moments),
         *(text for name, m in zip(names, graph_modules, strict=True) for text in _other_data(name, m, batches)),
     ]
@@ -68,15 +69,17 @@ def _little_data(moments: Moments) -> list[str]:
     ]
 
 
-def _silent(moments: Moments) -> list[str]:
-    dead = sum(int(m.dead.sum()) for m in moments.values())
-    total = sum(sum(m.sizes) for m in moments.values())
-    if not total or dead <= total / 2:
+def _all_the_same(batches: Sequence[tuple]) -> list[str]:
+    columns = [[x for x in tree_flatten(b)[0] if isinstance(x, Tensor) and x.dim()] for b in batches]
+    total = sum(c[0].shape[0] for c in columns if c)
+    first = [x[:1] for x in columns[0]] if columns else []
+    if total < 2 or not all(_rows_equal(x, y) for c in columns for x, y in zip(c, first, strict=False)):
         return []
-    return [
-        f"{dead} of {total} features never change on the calibration data: are all inputs the same, or scaled"
-        " otherwise than in training?"
-    ]
+    return [f"all {total} calibration inputs are the same: features cannot be compared on them, give real data"]
+
+
+def _rows_equal(x: Tensor, row: Tensor) -> bool:
+    return x.shape[1:] == row.shape[1:] and bool((x == row).all())
 
 
 def _chance(matchings: Mapping[str, Matching], moments: Moments) -> list[str]:
