@@ -15,7 +15,7 @@ from .check import check_merge
 from .errors import InputError, MergeWarning
 from .evaluate import cost
 from .infer import Spaces
-from .match import MATCHERS, Average, Matcher, Matching, lossless, match, needs, resolve
+from .match import MATCHERS, Matcher, Matching, lossless, match, needs, resolve
 from .measure import invent
 from .measure.moments import Moments
 from .options import wrong_options
@@ -91,7 +91,7 @@ def merge(
     try:
         repair, solver, matcher = choose(method, budget, len(models) if isinstance(models, Sized) else 2)
     except InputError as error:
-        wrong, repair, solver, matcher = [*wrong, str(error)], None, None, Average()
+        wrong, repair, solver, matcher = [*wrong, str(error)], None, None, resolve("average")
     compares = bool(needs(matcher) - {"weights"}) or budget is not None
     needs_data = bool(solver or repair) or (compares and moments is None)
     if wrong:
@@ -147,7 +147,7 @@ def choose(method: Any, budget: float | None, models: int) -> tuple[Repair | Non
     """What repairs, what solves and what matches, of a `method` as `merge` takes it. Raises InputError."""
     repair, method = split(method, budget)
     solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
-    return repair, solver, solver.matcher_for(models) if solver else resolve(method)
+    return repair, solver, solver.matcher_for(models) if solver else resolve(method)  # type: ignore[arg-type]
 
 
 def collect(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import isfinite
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ def _until(value: Any) -> str:
 
 
 def _budget(value: Any) -> str:
-    fits = value is None or (isinstance(value, Real) and not isinstance(value, bool) and value > 0 and isfinite(value))
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = value is None or (number and value > 0 and isfinite(value))
     return "" if fits else f"budget must be a positive number (FLOPs of the result, times one model), got {value!r}"
 
 

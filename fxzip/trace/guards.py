@@ -97,7 +97,7 @@ def _not_plain(model: nn.Module) -> list[str]:
         kind = type(tensor).__name__
         if tensor.is_quantized or isinstance(tensor, torch.ScriptObject):
             found.setdefault("quantised", f"{name} is quantised: pass the float model")
-        elif type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or type(tensor.data) is not Tensor:
+        elif type(tensor.data) is not Tensor:
             text = f"{name} is a {kind}, not a plain tensor: pass a model of plain tensors"
             found.setdefault(kind, text + " (of shards: full_tensor(), or a full state_dict)")
         elif tensor.layout is not torch.strided:
