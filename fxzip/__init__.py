@@ -9,7 +9,7 @@ See `merge`, `inspect`, `verify`; the pipeline is fxzip/merge.py, read top to bo
 from __future__ import annotations
 
 from . import html, landscape, passes, plot
-from .errors import FxzipError, InputError, SpaceError, TraceError, VerificationError
+from .errors import FxzipError, InputError, Interrupted, MergeWarning, SpaceError, TraceError, VerificationError
 from .evaluate import Accuracy, accuracy, cost
 from .files import load, save
 from .frontier import Frontier, frontier
@@ -28,7 +28,8 @@ from .verify import Verification, scramble, verify
 __version__ = "0.1.0"
 
 __all__ = [
-    "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError", "Moments",
+    "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError", "Interrupted",
+    "MergeWarning", "Moments",
     "MuDSC", "Pair", "Permute", "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError",
     "Transport", "Unmerge", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points",
     "extract", "frontier", "greedy_soup", "html", "inspect", "landscape", "load", "merge", "passes", "plot",

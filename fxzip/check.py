@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from .errors import InputError
-from .trace import bind, call_signature, compare_graphs, compare_shapes, describe, rows, unwrap
+from .trace import bind, call_signature, compare_graphs, compare_shapes, describe, plain_batch, rows, tensors_of, unwrap
 from .trace.guards import kept_rng, untraceable
 
 __all__ = ["Checked", "Replay", "check_merge", "compare_graphs", "compare_shapes", "peek", "unusable"]
@@ -74,7 +74,9 @@ def check_merge(
     loader, batches = _loaders(loader, tasks, found)
     plain = [unwrap(m) for m in modules]
     for task, (module, _) in zip(tasks, plain, strict=False):
-        found += [f"{task}: {problem}" for problem in (*untraceable(module), *unusable(module))]
+        whole = untraceable(module)
+        found += [f"{task}: {problem}" for problem in whole or unusable(module)]
+    found += [] if found else _unlike([m for m, _ in plain], tasks)
     if not found:
         if example_inputs is not None:
             found += _misfit(plain[0][0], example_inputs, f"example_inputs do not fit {tasks[0]}", forward_fn)
@@ -149,15 +151,34 @@ def _names(models: Any, names: Sequence[str] | None, found: list[str]) -> list[s
 def unusable(model: nn.Module) -> list[str]:
     """NaN, infinity and missing data in parameters and buffers, by name."""
     problems = []
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            continue  # `untraceable` has said so
-        if tensor.is_meta:
-            problems.append(f"{name} is on the meta device and has no values")
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    empty = [name for name, tensor in tensors if tensor.is_meta]
+    if empty:
+        more = f" ({len(empty)} of {len(tensors)} tensors are)" if len(empty) > 1 else ""
+        problems.append(f"{empty[0]} is on the meta device and has no values{more}")
+    for name, tensor in tensors:
+        if is_lazy(tensor) or tensor.is_meta:
+            continue  # said elsewhere
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            problems.append(f"{name} is a variance and holds negative values ({int((tensor < 0).sum())})")
         elif tensor.is_floating_point():
             bad = int((~tensor.detach().isfinite()).sum())
             kind = "NaN" if bad and bool(tensor.detach().isnan().any()) else "infinite values"
             problems += [f"{name} holds {kind} ({bad} of {tensor.numel()} entries)"] * (bad > 0)
+    return problems
+
+
+def _unlike(models: Sequence[nn.Module], tasks: Sequence[str]) -> list[str]:
+    """Models whose numbers are not of the first one's dtype; the first such tensor of each."""
+    first = dict((*models[0].named_parameters(), *models[0].named_buffers())) if models else {}
+    problems = []
+    for task, model in zip(tasks[1:], models[1:], strict=False):
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            mine = first.get(name)
+            if mine is not None and mine.dtype != tensor.dtype:
+                a, b = (str(t.dtype).removeprefix("torch.") for t in (mine, tensor))
+                problems.append(f"{name} is {a} in {tasks[0]} and {b} in {task}: bring the models to one dtype")
+                break
     return problems
 
 
@@ -216,9 +237,16 @@ def peek(loader: Any, label: str = "loader") -> tuple[Any, Iterable]:
 
 
 def _first(iterator: Iterator, label: str) -> Any:
-    for batch in iterator:
-        return batch
-    raise InputError(f"{label} is empty: it gives no batch")
+    try:
+        batch = next(iterator, _END)
+    except Exception as error:
+        raise InputError(f"{label} fails at its first batch: {type(error).__name__}: {error}") from error
+    if batch is _END:
+        raise InputError(f"{label} is empty: it gives no batch")
+    return batch
+
+
+_END = object()
 
 
 class Replay:
@@ -245,21 +273,29 @@ def _misfit(
     model: nn.Module, batch: Any, complaint: str, forward_fn: Callable[..., Any] | None = None
 ) -> list[str]:
     """Why two rows of `batch` do not run through the model, if they do not."""
-    signature = call_signature(model, forward_fn)
     try:
-        args = rows(bind(batch, signature), 2)
+        signature = call_signature(model, forward_fn)
+        args = bind(batch, signature)
+        plain_batch(args)
+        args = rows(args, 2)
     except InputError as error:
         return [f"{complaint}: {error}"]
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        return [f"{type(model).__name__} cannot be deep-copied: {type(error).__name__}: {error}"]
     device = next((p.device for p in model.parameters()), None)
     args = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) and device else x, args)
     try:
         with kept_rng(model.parameters()), torch.no_grad():
-            module = copy.deepcopy(model).eval()
-            module(*args) if forward_fn is None else forward_fn(module, *args)
+            module = copied.eval()
+            output = module(*args) if forward_fn is None else forward_fn(module, *args)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         name = type(model).__name__
         return [f"{complaint}: {name}.forward{_plain(signature)} fails on {describe(args)}: {reason}"]
+    if any(x.is_floating_point() and bool(x.isnan().any()) for x in tensors_of(output)):
+        return [f"{complaint}: {type(model).__name__} gives NaN on {describe(args)}: check the data and the weights"]
     return []
 
 

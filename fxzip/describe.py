@@ -51,7 +51,7 @@ def describe(
         space_rows(p.spaces, matchings, moments),
         tuple(str(f) for f in p.spaces.frozen),
         tuple(dict.fromkeys([*(n for t in p.traced for n in t.notices), *notices])),
-        str(p.verification) if p.verification else "",
+        str(p.verification) if p.verification is not None else "",
         nodes=node_rows(zipped, one, {n: (m.sizes[0], m.width) for n, m in matchings.items()}),
         layers=tuple(
             LayerRow(r.node, r.kind, r.before, r.after, "" if r.model is None else p.names[r.model]) for r in records

@@ -29,3 +29,11 @@ class SpaceError(FxzipError):
 
 class VerificationError(FxzipError):
     """A proof on the user's own model failed: nothing is merged."""
+
+
+class Interrupted(FxzipError, KeyboardInterrupt):
+    """A signal stopped the work at a point from which it can be resumed."""
+
+
+class MergeWarning(UserWarning):
+    """The merge was made, but something about it is likely to disappoint."""

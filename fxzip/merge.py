@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from . import passes
+from .check import check_merge
+from .errors import InputError
 from .match import MATCHERS, Matcher, needs, resolve
 from .measure import invent
 from .measure.moments import Moments
+from .options import wrong_options
 from .prepare import Clock, calibration_batches, measure, prepare
 from .repair import Repair, split
 from .solve import Solve
@@ -32,10 +36,12 @@ def merge(
     moments: Moments | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
-    verify: bool = True,
+    verify: bool | str = True,
     strict: bool = False,
     progress: bool = True,
     forward_fn: Callable[..., Any] | None = None,
+    evaluate: Callable[[nn.Module, str], float] | None = None,
+    resume: str | Path | None = None,
 ) -> fx.GraphModule:
     """Merge N networks of one architecture into one; gradient-free, label-free, deterministic.
 
@@ -51,8 +57,13 @@ def merge(
     heads: "separate" or "average". example_inputs: one batch, if there is no loader.
     moments: from `collect`, instead of measuring; methods that need no more then work without a loader.
     device: "auto" uses a GPU if there is one.
-    verify: prove the inferred spaces on model 0 first. strict: refuse if any op has no rule.
+    verify: prove the inferred spaces on model 0 first; "report": go on when the proof fails, and say so in the
+        report. strict: refuse if any op has no rule.
     forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...), to choose what comes out.
+    evaluate: called as evaluate(network, task) -> number (more is better), on every model and on what `extract`
+        gives of the result: the report has the numbers, and a warning where the merge lost much.
+    resume: a folder that keeps what was measured: Ctrl-C, SIGTERM or a crash loses little, and the same call
+        goes on from there, to the same bytes.
 
     Returns a GraphModule on the models' device, in eval mode; its forward returns one output per model, as a
     tuple (list of models) or dict. `report(zipped)` says what was done.
@@ -65,12 +76,18 @@ def merge(
     [(5, 2), (5, 3)]
     """
     clock = Clock()
-    repair, method = split(method, budget)
-    solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
-    count = len(models) if isinstance(models, Sized) else 2  # what is no collection is refused below
-    matcher = solver.matcher_for(count) if solver else resolve(method)  # type: ignore[arg-type]
-    measured = bool(needs(matcher) - {"weights"}) or budget is not None
-    needs_data = bool(solver or repair) or (measured and moments is None)
+    wrong = wrong_options(
+        {"until": until, "budget": budget, "heads": heads, "seed": seed, "device": device, "verify": verify,
+         "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments, "resume": resume}
+    )  # fmt: skip
+    try:
+        repair, solver, matcher = choose(method, budget, len(models) if isinstance(models, Sized) else 2)
+    except InputError as error:
+        wrong, repair, solver, matcher = [*wrong, str(error)], None, None, resolve("average")
+    compares = bool(needs(matcher) - {"weights"}) or budget is not None
+    needs_data = bool(solver or repair) or (compares and moments is None)
+    if wrong:
+        check_merge(models, loader, example_inputs=example_inputs, calibration=calibration, problems=wrong)
     if loader is None and example_inputs is None and moments is not None and moments.form is not None:
         example_inputs = invent(moments.form, seed)
     graph = passes.start(
@@ -78,16 +95,23 @@ def merge(
         device=device, calibration=calibration, needs_data=needs_data, forward_fn=forward_fn,
     )  # fmt: skip
     stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]
-    stages += [passes.Prove(seed)] if verify else []
+    stages += [passes.Prove(seed, strict=verify != "report")] if verify else []
     stages += [passes.Read(calibration, seed)]
-    stages += [passes.Measure(seed, moments)] if needs_data or moments is not None else []
+    stages += [passes.Measure(seed, moments, resume)] if needs_data or moments is not None else []
     stages += [passes.Match(matcher, budget, seed), passes.Average()]
     stages += [passes.Respread(repair)] if repair else []
     stages += [passes.Solve(solver, heads, seed)] if solver else []
-    stages += [passes.Build(heads), passes.Calibrate(), passes.Describe()]
+    stages += [passes.Build(heads), passes.Calibrate(), passes.Describe(evaluate)]
     for stage in stages:
         graph = stage(graph).graph_module
     return graph
+
+
+def choose(method: Any, budget: float | None, models: int) -> tuple[Repair | None, Solve | None, Matcher]:
+    """What repairs, what solves and what matches, of a `method` as `merge` takes it. Raises InputError."""
+    repair, method = split(method, budget)
+    solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
+    return repair, solver, solver.matcher_for(models) if solver else resolve(method)  # type: ignore[arg-type]
 
 
 def collect(
@@ -100,13 +124,17 @@ def collect(
     device: str | torch.device = "auto",
     progress: bool = True,
     forward_fn: Callable[..., Any] | None = None,
+    resume: str | Path | None = None,
 ) -> Moments:
     """The joint moments `merge` would measure: `merge(models, moments=...)` reuses them, `.save` keeps them.
 
     Arguments and errors as for `merge`. Count, mean [Sn] and second moment [Sn, Sn] (float64) per space.
     """
+    wrong = wrong_options({"until": until, "seed": seed, "device": device, "forward_fn": forward_fn, "resume": resume})
+    if wrong:
+        check_merge(models, loader, calibration=calibration, problems=wrong, call="fxzip.collect")
     p = prepare(
         models, loader, call="fxzip.collect", clock=Clock(), until=until, device=device, verify=False, seed=seed,
         calibration=calibration, forward_fn=forward_fn,
     )  # fmt: skip
-    return measure(p, calibration_batches(p, calibration, seed), seed, progress)
+    return measure(p, calibration_batches(p, calibration, seed), seed, progress, resume)

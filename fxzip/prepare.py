@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .check import Checked, check_merge, compare_graphs, compare_shapes
-from .errors import InputError
+from .errors import InputError, TraceError
 from .infer import FeatureSpace, Spaces, analyse, annotate
 from .match import Weights
-from .measure import Programs, collect_moments, form_of, read_batches
+from .measure import Checkpoint, Programs, collect_moments, fingerprint, form_of, other_forms, read_batches
 from .measure.moments import Moments
 from .rewrite import Partition, owned, partition
-from .trace import Traced, bind, first_rows, state_of, trace
+from .trace import Traced, bind, describe, first_rows, rows, state_of, trace
 from .verify import Verification, verify_spaces
 
 
@@ -82,7 +83,7 @@ def prepare(
     *,
     clock: Clock,
     until: str | None = None,
-    verify: bool = True,
+    verify: bool | str = True,
     seed: int = 0,
     **options: Any,
 ) -> Prepared:
@@ -93,7 +94,7 @@ def prepare(
         p = cut_graph(infer_spaces(p), until)
     if verify:
         with clock.stage("verify"):
-            p = prove(p, seed)
+            p = prove(p, seed, strict=verify != "report")
     return p
 
 
@@ -120,7 +121,7 @@ def begin(
     )
     where = _device(device, checked.models)
     few = first_rows(checked.example, 2)
-    traced = tuple(trace(m, few, forward_fn=forward_fn) for m in checked.models)
+    traced = tuple(_traced(t, m, few, forward_fn) for t, m in zip(checked.names, checked.models, strict=True))
     compare(call, traced, checked.names)
     for t in traced:
         t.graph_module.to(where)
@@ -156,11 +157,20 @@ def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
     return replace(p, cut=cut)
 
 
-def prove(p: Prepared, seed: int = 0) -> Prepared:
-    """Prove the spaces on model 0. Raises VerificationError when the proof fails."""
+def prove(p: Prepared, seed: int = 0, strict: bool = True) -> Prepared:
+    """Prove the spaces on model 0. Raises VerificationError when the proof fails, if strict."""
     verification = verify_spaces(p.traced[0], p.spaces, p.args, seed)
-    verification.check()
+    if strict:
+        verification.check()
     return replace(p, verification=verification)
+
+
+def _traced(task: str, model: nn.Module, example: Any, forward_fn: Callable[..., Any] | None) -> Traced:
+    """`trace`, whose errors say which model they are about."""
+    try:
+        return trace(model, example, forward_fn=forward_fn)
+    except (InputError, TraceError) as error:
+        raise type(error)(f"{task}: {error}") from error
 
 
 def shared_spaces(spaces: Spaces, cut: Partition, parameters: Iterable[str]) -> list[FeatureSpace]:
@@ -181,11 +191,19 @@ def shared_spaces(spaces: Spaces, cut: Partition, parameters: Iterable[str]) -> 
     return found
 
 
-def measure(prepared: Prepared, batches: list[tuple], seed: int, progress: bool) -> Moments:
-    """Moments of the merged spaces over `batches`."""
+def measure(
+    prepared: Prepared, batches: list[tuple], seed: int, progress: bool, resume: str | Path | None = None
+) -> Moments:
+    """Moments of the merged spaces over `batches`. resume: a folder that keeps them while they grow."""
     programs = Programs(prepared.graph_modules, prepared.spaces)
+    checkpoint = None
+    if resume is not None:
+        rows = [(s.name, s.size, [(a.node, a.axes, a.weight) for a in s.anchors]) for s in prepared.merged_spaces()]
+        checkpoint = Checkpoint(resume, fingerprint(programs.states, batches, seed, rows))
     count = sum(max((x.shape[0] for x in b if isinstance(x, Tensor) and x.dim()), default=1) for b in batches)
-    found = collect_moments(programs, prepared.merged_spaces(), batches, count, seed=seed, progress=progress)
+    found = collect_moments(
+        programs, prepared.merged_spaces(), batches, count, seed=seed, progress=progress, checkpoint=checkpoint
+    )
     return replace(found, form=form_of(prepared.args))
 
 
@@ -193,7 +211,26 @@ def calibration_batches(prepared: Prepared, count: int, seed: int) -> list[tuple
     if prepared.loader is None:
         return []
     parameters = signature(prepared.graph_modules[0].forward)
-    return read_batches(prepared.loader, parameters, count, prepared.device, seed)
+    batches = read_batches(prepared.loader, parameters, count, prepared.device, seed)
+    first, *others = other_forms(batches)
+    for k in others:
+        reason = _fails(prepared.graph_modules[0], batches[k])
+        if reason:
+            raise InputError(
+                f"batch {k} of the loader (counted from 0) is {describe(batches[k])}, batch {first}"
+                f" {describe(batches[first])}: the model fails on it: {reason}"
+            )
+    return batches
+
+
+def _fails(module: nn.Module, args: tuple) -> str:
+    """Why one sample does not run, in a line; "" if it does."""
+    try:
+        with torch.no_grad():
+            module(*tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, rows(args, 1)))
+    except Exception as error:  # whatever the model raises
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 def _device(device: str | torch.device, models: Sequence[nn.Module]) -> torch.device:

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .errors import VerificationError
-from .infer import Spaces, analyse
+from .infer import FeatureSpace, Spaces, analyse
 from .infer.group import axis_indices, duplicated, permuted
 from .infer.sampling import sample
 from .rewrite.norms import recompute_statistics
@@ -158,8 +158,10 @@ def _one_proof(traced: Traced, spaces: Spaces, args: tuple, seed: int, samples: 
         indices = axis_indices(spaces, sample(spaces, rng), state)
         error = _distance(outputs(permuted(state, indices)), reference)
         controls = {}
-        for i in rng.permutation(len(indices))[:_CONTROLS]:
-            use = list(indices)[i]
+        several = {(g.parameter, g.axis) for space in spaces if _uses(space) > 1 for g in space.segments}
+        candidates = [use for use in indices if use in several]  # leaving out an only use is no change at all
+        for i in rng.permutation(len(candidates))[:_CONTROLS]:
+            use = candidates[i]
             left_out = outputs(permuted(state, indices, leave_out=[use]))
             controls[f"{use[0]}[{use[1]}]"] = _distance(left_out, reference)
         roles, roles_control = _roles(spaces, state, outputs, rng)
@@ -167,6 +169,10 @@ def _one_proof(traced: Traced, spaces: Spaces, args: tuple, seed: int, samples: 
         small = error < TOLERANCE and not roles >= TOLERANCE
         rounding = 0.0 if small else _distance(outputs(nudged), reference)
     return Verification(error, controls, roles, roles_control, sensitivity, len(spaces), rounding)
+
+
+def _uses(space: FeatureSpace) -> int:
+    return len({(g.parameter, g.axis) for g in space.segments})
 
 
 def _roles(spaces: Spaces, state, outputs, rng) -> tuple[float, float]:

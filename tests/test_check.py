@@ -144,7 +144,9 @@ def test_weights_that_are_not_finite():
         "fxzip.merge: 2 problems\n  1. task1: fc.weight holds NaN (2 of 12 entries)\n"
         "  2. task1: head.bias holds infinite values (1 of 2 entries)"
     )
-    assert unusable(Net().to("meta"))[0] == "fc.weight is on the meta device and has no values"
+    assert unusable(Net().to("meta"))[0] == (
+        "fc.weight is on the meta device and has no values (6 of 6 tensors are)"
+    )
     assert unusable(Net()) == []
 
 

@@ -18,7 +18,11 @@ QUIET = 1e-3  # weight of what producers write beside what consumers read
 def anchors_of(reader: Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
     """Where features are measured: what consumers read, and with little weight what producers write, which
     tells apart features that stay silent behind a non-linearity; without consumers, the latter in full. A space
-    that only parameters meet in (a table of coordinates) is measured in the parameter, where its entries correspond."""
+    that only parameters meet in (a table of coordinates) is measured in the parameter, where its entries correspond.
+
+    Where another axis carries features as well (channels beside hidden tokens), samples along it are in an order of
+    each model's own: such a value counts only where there is no other, and pooled over that axis.
+    """
     read, written, stored = defaultdict(dict), defaultdict(dict), defaultdict(dict)
     for node, roles in reader.inference.notes.contractions.items():
         if "consume" in roles:
@@ -31,11 +35,13 @@ def anchors_of(reader: Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
             _collect(reader, node, wanted, written)
     found = {}
     for family in wanted:
+        seen = list(read[family].values())
         quiet = [a for key, a in written[family].items() if key not in read[family]]
-        if read[family]:
-            found[family] = [*read[family].values(), *(replace(a, weight=QUIET) for a in quiet)]
-        elif quiet or stored[family]:
-            found[family] = quiet or list(stored[family].values())
+        clear = [a for a in quiet if not a.pooled]
+        if any(not a.pooled for a in seen):
+            found[family] = [*(a for a in seen if not a.pooled), *(replace(a, weight=QUIET) for a in clear)]
+        elif clear or seen or quiet or stored[family]:
+            found[family] = clear or seen or quiet or list(stored[family].values())
     return found
 
 
@@ -69,12 +75,16 @@ def _places(reader: Reader, node: fx.Node) -> tuple:
 def _collect(reader: Reader, node: fx.Node, wanted: set[int], into: dict[int, dict]) -> None:
     if node.meta["shape"] is None:  # several results: the first is the value
         node = next((u for u in node.users if u.args[1] == 0), node)
-    for axes, labels in reader.inference.types[node].groups:
+    groups = reader.inference.types[node].groups
+    moving = [axes for axes, labels in groups if wanted & {f for f, _ in reader.split(labels.ravel())}]
+    for axes, labels in groups:
+        pooled = tuple(sorted(a for other in moving if other != axes for a in other))
         ascending, flat = _flat(axes, labels)
         for family, run in reader.split(flat):
             positions = reader.positions(family, flat, run) if family in wanted else None
             if positions is not None:
-                into[family].setdefault((node, ascending, run[0]), Anchor(node.name, ascending, positions))
+                anchor = Anchor(node.name, ascending, positions, pooled=pooled)
+                into[family].setdefault((node, ascending, run[0]), anchor)
 
 
 @dataclass

@@ -2,18 +2,22 @@
 
 from .collect import collect_moments
 from .example import form_of, invent
-from .loader import read_batches
+from .loader import other_forms, read_batches
 from .moments import Accumulator, Moments, SpaceMoments, balanced
 from .programs import Programs
+from .resume import Checkpoint, fingerprint
 
 __all__ = [
     "Accumulator",
+    "Checkpoint",
     "Moments",
     "Programs",
     "SpaceMoments",
     "balanced",
     "collect_moments",
+    "fingerprint",
     "form_of",
     "invent",
+    "other_forms",
     "read_batches",
 ]

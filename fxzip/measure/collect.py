@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import InputError
+from ..errors import FxzipError, InputError
 from ..infer import FeatureSpace
-from ..trace import batch_size
+from ..trace import batch_size, describe
 from .moments import Accumulator, Moments
 from .programs import Programs, rows_of
+from .resume import Checkpoint
 
 ROWS = 16_384  # per anchor and pass; at least 16 per feature (see `_quota`)
 
@@ -26,24 +28,52 @@ def collect_moments(
     *,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: Checkpoint | None = None,
 ) -> Moments:
     """Moments of `spaces` over `batches` (positional argument tuples), every model on every batch.
 
     Features are pooled over all anchors of a space with equal weight per anchor; pixels and tokens are
     subsampled at random, the same ones in every model. count: expected number of samples, for the quota.
-    Accumulates in float64. Raises InputError naming node, line and model where a value is not finite.
+    Accumulates in float64. checkpoint: keeps the sums, and what it has of an earlier run is not measured again.
+    Raises InputError naming node, line and model where a value is not finite, or the batch where a model fails.
     """
-    sums: dict[str, Accumulator] = {}
     generator = torch.Generator().manual_seed(seed)
+    batches = list(batches)
+    done, sums = checkpoint.load(generator, _device(programs)) if checkpoint else (0, {})
     bar = tqdm(total=count, desc="measure", unit="sample", disable=not progress, leave=False)
-    with bar, torch.no_grad():
-        for args in batches:
+    with bar, torch.no_grad(), checkpoint.watching() if checkpoint else nullcontext():
+        for k, args in enumerate(batches):
             size = max(batch_size(args), 1)
-            _one_batch(programs, spaces, args, size / max(count, size), generator, sums)
+            bar.set_postfix_str(f"batch {k + 1} of {len(batches)}")
+            if k >= done:
+                _run_batch(programs, spaces, args, k, size / max(count, size), generator, sums)
+                if checkpoint:
+                    checkpoint.check(k + 1, len(batches), sums, generator)
             bar.update(size)
     if not sums and spaces:
         raise InputError("fxzip.collect: the loader yielded no batch")
     return Moments({name: s.moments() for name, s in sums.items()})
+
+
+def _device(programs: Programs) -> torch.device:
+    return next((t.device for state in programs.states for t in state.values()), torch.device("cpu"))
+
+
+def _run_batch(programs: Programs, spaces, args, index: int, share: float, generator, sums: dict) -> None:
+    """`_one_batch`; what a model raises comes out with the batch's number."""
+    try:
+        _one_batch(programs, spaces, args, share, generator, sums)
+    except FxzipError:
+        raise
+    except (MemoryError, RuntimeError, IndexError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(
+            f"measuring stopped at batch {index} (counted from 0), {describe(args)}: {reason}"
+            + (_OUT_OF_MEMORY if "memory" in reason.lower() else "")
+        ) from error
+
+
+_OUT_OF_MEMORY = ". Smaller batches need less; method='rebasin' measures nothing; until= leaves out wide late layers"
 
 
 def _one_batch(programs: Programs, spaces, args, share: float, generator: torch.Generator, sums: dict) -> None:
@@ -72,7 +102,7 @@ def _one_batch(programs: Programs, spaces, args, share: float, generator: torch.
                 parts = held.pop(key)
                 joint = torch.cat(parts, 1)  # [rows, sum n_i]
                 if space.name not in sums:
-                    sums[space.name] = Accumulator([r.shape[1] for r in parts], joint.device)
+                    sums[space.name] = _accumulator(space, [r.shape[1] for r in parts], joint.device)
                 # equal weight per anchor, however many pixels it has; a sample counts as one row
                 total = sum(a.weight for a in anchors[space.name])
                 sums[space.name].add(joint, weight=size * anchor.weight / total / len(joint))
@@ -80,6 +110,17 @@ def _one_batch(programs: Programs, spaces, args, share: float, generator: torch.
     models, size = len(programs.states), max(batch_size(args), 1)
     for current in range(models):
         programs.observe(current, args, list(at), sink)
+
+
+def _accumulator(space: FeatureSpace, sizes: list[int], device: torch.device) -> Accumulator:
+    try:
+        return Accumulator(sizes, device)
+    except (MemoryError, RuntimeError) as error:
+        gigabytes = 8 * sum(sizes) ** 2 / 1e9
+        raise InputError(
+            f"out of memory: the second moments of {space.name} ({' + '.join(map(str, sizes))} features) take"
+            f" {gigabytes:.1f} GB{_OUT_OF_MEMORY}"
+        ) from error
 
 
 def _quota(features: int, share: float) -> int:

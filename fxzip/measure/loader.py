@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import InputError
-from ..trace import batch_size, bind, rows
+from ..trace import batch_size, bind, plain_batch, rows
 
 
 def read_batches(
@@ -28,12 +28,13 @@ def read_batches(
     seen = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        source = _in_turn(loader) if isinstance(loader, Mapping) and _is_tasks(loader) else iter(loader)
+        source = _in_turn(loader) if isinstance(loader, Mapping) and _is_tasks(loader) else loader
+        iterator = _watched(source)
         while seen < count:
-            batch = next(source, None)
-            if batch is None:
+            batch = next(iterator, _END)
+            if batch is _END:
                 break
-            args = bind(batch, signature)
+            args = _bound(batch, signature, len(found))
             size = max(batch_size(args), 1)
             args = rows(args, min(size, count - seen)) if size > count - seen else args
             found.append(tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, args))
@@ -41,6 +42,44 @@ def read_batches(
     if not found:
         raise InputError("the loader yields no batch; pass an iterable of input batches")
     return found
+
+
+_END = object()
+
+
+def _watched(loader: Iterable) -> Iterator[Any]:
+    """The batches of `loader`; what it raises comes out as an InputError that says at which batch."""
+    read = 0
+    try:
+        for batch in loader:
+            yield batch
+            read += 1
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"the loader fails at batch {read} (counted from 0): {reason}") from error
+
+
+def _bound(batch: Any, signature: Signature, index: int) -> tuple:
+    try:
+        args = bind(batch, signature)
+        plain_batch(args)
+    except InputError as error:
+        raise InputError(f"batch {index} of the loader (counted from 0): {error}") from error
+    return args
+
+
+def other_forms(batches: list[tuple]) -> list[int]:
+    """The first batch of each form: dtypes, and shapes without the batch axis.
+
+    >>> other_forms([(torch.ones(2, 3),), (torch.ones(5, 3),), (torch.ones(2, 4),)])
+    [0, 2]
+    """
+    forms = [
+        tuple((x.shape[1:], x.dtype) if isinstance(x, Tensor) else None for x in tree_flatten(b)[0]) for b in batches
+    ]
+    return [k for k, form in enumerate(forms) if form not in forms[:k]]
 
 
 def _is_tasks(loader: Any) -> bool:

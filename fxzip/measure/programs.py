@@ -87,7 +87,13 @@ def _shapes(args: Any) -> tuple:
 
 
 def rows_of(anchor: Anchor, value: Tensor) -> Tensor:
-    """[samples, n]: the features of `anchor` in `value`, one row per sample (batch item, pixel or token)."""
+    """[samples, n]: the features of `anchor` in `value`, one row per sample (batch item, pixel or token).
+
+    Over pooled axes mean plus deviation stand for all entries: that is the same in whatever order they are.
+    """
+    if anchor.pooled:
+        mean = value.mean(anchor.pooled, keepdim=True)
+        value = mean + (value - mean).square().mean(anchor.pooled, keepdim=True).sqrt()
     rest = [i for i in range(value.dim()) if i not in anchor.axes]
     flat = value.permute(*rest, *anchor.axes).flatten(len(rest))  # [..., features and what is flattened in]
     flat = flat.reshape(-1, flat.shape[-1])

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..assemble import agree, assemble, calibrate, choose_widths, merged_parameters
 from ..describe import describe
-from ..errors import InputError
+from ..errors import InputError, MergeWarning
 from ..match import Matcher, match, needs, resolve
 from ..measure.moments import Moments
 from ..prepare import calibration_batches, compare, cut_graph, infer_spaces, measure, prove
 from ..repair import Repair, repair_parameters
 from ..rewrite.zipped import KEY
+from ..sanity import doubts, measured, refuse_broken
 from ..solve import Solve as SolveMethod
 from ..solve import solve_parameters
 from .job import JOB, Job, Stage, job, node_names
@@ -48,14 +52,15 @@ class Cut(Stage):
 
 @dataclass(frozen=True)
 class Prove(Stage):
-    """The numerical proof of the spaces."""
+    """The numerical proof of the spaces. strict: a failure stops; otherwise the report says so."""
 
     seed: int = 0
+    strict: bool = True
     clock: ClassVar[str] = "verify"
     needs: ClassVar = {"spaces": "Infer"}
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
-        return graph, replace(now, prepared=prove(now.prepared, self.seed))
+        return graph, replace(now, prepared=prove(now.prepared, self.seed, self.strict))
 
 
 @dataclass(frozen=True)
@@ -72,17 +77,19 @@ class Read(Stage):
 
 @dataclass(frozen=True)
 class Measure(Stage):
-    """Moments of every shared space; or those of `collect`."""
+    """Moments of every shared space; or those of `collect`. resume: a folder, as in `merge`."""
 
     seed: int = 0
     moments: Moments | None = field(default=None, repr=False)
+    resume: str | Path | None = field(default=None, repr=False)
     clock: ClassVar[str] = "measure"
     needs: ClassVar = {"cut": "Cut", "batches": "Read"}
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         found = self.moments
-        return graph, replace(now, moments=measure(now.prepared, now.batches, self.seed, now.progress)
-                              if found is None else found)  # fmt: skip
+        if found is None:
+            found = measure(now.prepared, now.batches, self.seed, now.progress, self.resume)
+        return graph, replace(now, moments=found)
 
 
 @dataclass(frozen=True)
@@ -202,8 +209,12 @@ class Calibrate(Stage):
 
 @dataclass(frozen=True)
 class Describe(Stage):
-    """The last: onto the models' device, with the Report; the Job is forgotten."""
+    """The last: onto the models' device, with the Report and its doubts; the Job is forgotten.
 
+    evaluate: as in `merge`. Warns (MergeWarning) where the outcome is likely to disappoint; raises InputError when
+    the result is not finite."""
+
+    evaluate: Callable[[nn.Module, str], float] | None = field(default=None, repr=False)
     clock: ClassVar[str] = "describe"
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -212,11 +223,18 @@ class Describe(Stage):
             raise InputError("passes.Describe needs what passes.Build makes: run that before")
         tensors = (t for m in now.models for t in (*m.parameters(), *m.buffers()))
         graph_module.to(next((t.device for t in tensors), torch.device("cpu")))
+        refuse_broken(graph_module)
+        p = now.prepared
         with now.clock.stage(self.clock):
-            made = describe(
-                now.prepared, graph_module, now.method, now.matchings, now.moments, now.records, now.notices,
-                now.settings,
-            )  # fmt: skip
-        graph_module.meta[KEY]["report"] = made.with_(seconds=dict(now.clock.seconds))
+            made = describe(p, graph_module, now.method, now.matchings, now.moments, now.records, now.notices,
+                            now.settings)  # fmt: skip
+            given = list(now.models)
+            figures, losses = measured(graph_module, p.names, given, self.evaluate) if self.evaluate else ([], [])
+            doubtful = doubts(p.verification, made.shared, now.matchings, now.moments, p.names, p.graph_modules,
+                              now.batches or [])  # fmt: skip
+        for text in (*doubtful, *losses):
+            warnings.warn(text, MergeWarning, stacklevel=4)
+        made = made.with_(notices=(*doubtful, *losses, *made.notices, *figures), seconds=dict(now.clock.seconds))
+        graph_module.meta[KEY]["report"] = made
         del graph_module.meta[JOB]
         return PassResult(graph_module, False)

@@ -4,7 +4,7 @@ from .build import build
 from .extract import extract
 from .heads import Heads, head_parameters
 from .modules import versions
-from .norms import recompute_statistics
+from .norms import batch_norms, recompute_statistics
 from .parameters import merge_parameters, state_of
 from .partition import Partition, cut_points, owned, partition
 from .signature import Signature, difference, signature
@@ -17,6 +17,7 @@ __all__ = [
     "Signature",
     "Unmerge",
     "Zipped",
+    "batch_norms",
     "build",
     "cut_points",
     "difference",

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
+from ..errors import InputError
 from ..infer import Spaces
 from ..match import Matcher, Matching, Zip
 from ..measure import Programs
 from ..rewrite import Heads, Partition
-from ..trace import Lowered, batch_size, lower, state_of
+from ..trace import Lowered, batch_size, describe, lower, state_of
 from .fit import Settings
 from .lanes import Lane, Store
 from .sequence import Pass, Record
@@ -119,6 +120,13 @@ def _chunks(batches: Sequence[tuple]) -> list[tuple]:
     """All samples in chunks of one size; what does not fill a chunk is left out."""
     total = sum(max(batch_size(b), 1) for b in batches)
     size = min(CHUNK, total)
+    shapes = {tuple(tuple(x.shape[1:]) if isinstance(x, Tensor) else None for x in b): b for b in batches}
+    if len(shapes) > 1:
+        found = " and ".join(map(describe, shapes.values()))
+        raise InputError(
+            f"method 'solve' fits on samples of one shape, the loader has {found}: crop, resize or pad them, or take"
+            " another method"
+        )
     columns = list(zip(*batches, strict=True))
     whole = [torch.cat(c) if isinstance(c[0], Tensor) and c[0].dim() else c[0] for c in columns]
     return [

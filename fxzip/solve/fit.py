@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..errors import InputError
 from ..infer import Spaces
 from ..match import Matching
 from .affine import MOVES, Link, packet, undo
@@ -36,6 +37,14 @@ class Settings:
     memory: float = 6e9
     seed: int = 0
     feedback: bool = True
+
+    def __post_init__(self) -> None:
+        least = {"lam": 0, "rows": 1, "least": 1, "sweeps": 0, "memory": 0}
+        wrong = [n for n, low in least.items() if not getattr(self, n) >= low]
+        if wrong:
+            raise InputError.listing(
+                "Settings", [f"{n} must be at least {least[n]}, got {getattr(self, n)!r}" for n in wrong]
+            )
 
 
 @dataclass(frozen=True)
@@ -87,15 +96,20 @@ def solve_point(
         count = _rows(settings, design.matrix(given[design.weight], groups), chunks)
         rows = design.rows(given, count, generator)
         wanted, full = _target(point, mix, j, dynamic)
-        target = rows.y(wanted)
-        x = torch.cat([rows.x, rows.x.new_ones(*rows.x.shape[:2], 1)], -1) if intercept else rows.x
+        x, target = _single(rows.x), _single(rows.y(wanted))
+        x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], -1) if intercept else x
         gram.add(x, target)
         if bend is not None:
-            kept.append((x, target, rows.y(full)))
+            kept.append((x, target, _single(rows.y(full))))
     start = _start(point, design, weight, bias, groups, intercept)
     fit = refine(gram, start, settings.lam, settings.sweeps, kept, bend) if bend else ridge(gram, start, settings.lam)
     _write(point, design, weight, bias, fit.weights, gram, intercept)
     return gram.second.shape[-1], gram.rows, fit.before, fit.after  # type: ignore[union-attr]
+
+
+def _single(x: Tensor) -> Tensor:
+    """At least float32: sums of products overflow in half precision, and tolerances vanish."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _value(given: Any, lane: Lane, chunk: int, dynamic: Mapping[str, fx.Node]) -> Any:

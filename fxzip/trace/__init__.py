@@ -6,7 +6,7 @@ from .call import call_signature, counted, tensors_of
 from .compare import compare_graphs, compare_shapes
 from .execute import run, state_of
 from .guards import unwrap
-from .inputs import batch_size, bind, describe, first_rows, rows
+from .inputs import batch_size, bind, describe, first_rows, plain_batch, rows
 from .ladder import Traced, trace
 from .lower import Lowered, corresponding, lower
 
@@ -23,6 +23,7 @@ __all__ = [
     "describe",
     "first_rows",
     "lower",
+    "plain_batch",
     "rows",
     "run",
     "state_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
+from torch.utils._pytree import tree_flatten
+
+from ..errors import TraceError
 
 _HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
@@ -42,8 +45,12 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def untraceable(model: nn.Module) -> list[str]:
-    """Hooks, parametrizations, lazy parameters and scripted modules, one sentence each with the way out."""
-    problems = []
+    """Hooks, parametrizations, lazy parameters, scripted modules, tensors that are not plain and cycles of modules,
+    one sentence each with the way out."""
+    circle = _circle(model)
+    if circle:
+        return [f"{circle[-1]} contains {circle[0]}, which it is a part of: keep such a reference in a list or a tuple"]
+    problems = _not_plain(model)
     for name, module in model.named_modules():
         label = name or "the model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -61,6 +68,68 @@ def untraceable(model: nn.Module) -> list[str]:
             for hook in getattr(module, attribute, {}).values():
                 problems.append(_hook_problem(label, kind, hook))
     return problems
+
+
+def _circle(model: nn.Module) -> tuple[str, str] | None:
+    """(outer, inner) names of a module that is its own descendant: torch itself cannot walk that."""
+    above: dict[int, str] = {}
+
+    def walk(module: nn.Module, name: str) -> tuple[str, str] | None:
+        if id(module) in above:
+            return above[id(module)] or "the model", name
+        above[id(module)] = name
+        for key, child in module._modules.items():
+            found = walk(child, f"{name}.{key}" if name else key) if child is not None else None
+            if found:
+                return found
+        del above[id(module)]
+        return None
+
+    return walk(model, "")
+
+
+def _not_plain(model: nn.Module) -> list[str]:
+    """Tensors that are sparse, quantised, shards, or hidden in objects of their own; one of each kind is named."""
+    found: dict[str, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            continue  # said elsewhere
+        kind = type(tensor).__name__
+        if tensor.is_quantized or isinstance(tensor, torch.ScriptObject):
+            found.setdefault("quantised", f"{name} is quantised: pass the float model")
+        elif type(tensor.data) is not Tensor:
+            text = f"{name} is a {kind}, not a plain tensor: pass a model of plain tensors"
+            found.setdefault(kind, text + " (of shards: full_tensor(), or a full state_dict)")
+        elif tensor.layout is not torch.strided:
+            layout = str(tensor.layout).removeprefix("torch.")
+            found.setdefault("layout", f"{name} is a {layout} tensor: make it dense (to_dense()) before merging")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # said elsewhere
+        packed = [k for k, v in vars(module).items() if isinstance(v, torch.ScriptObject)]
+        if packed:
+            where = f"{name}.{packed[0]}" if name else packed[0]
+            found.setdefault("quantised", f"{where} is packed (quantised) data: pass the float model")
+    return list(found.values())
+
+
+@contextmanager
+def unwritten(model: nn.Module, args: tuple, names: Sequence[str]) -> Iterator[None]:
+    """Raises TraceError when the block writes to a parameter, or to a tensor among `args` (of these names).
+
+    A merged network runs one batch through several models' parts, and parameters are what is merged.
+    """
+    tensors = {f"its own parameter {n}": p for n, p in model.named_parameters()}
+    for name, value in zip(names, args, strict=False):
+        tensors |= {f"its input {name}": x for x in tree_flatten(value)[0] if isinstance(x, Tensor)}
+    before = {n: t._version for n, t in tensors.items() if not t.is_inference()}
+    yield
+    written = [n for n, version in before.items() if tensors[n]._version != version]
+    if written:
+        raise TraceError(
+            f"{type(model).__name__}.forward writes to {', '.join(written)}: work on a copy (x = x.clone()),"
+            " or use an operator that is not in place"
+        )
 
 
 def _hook_problem(label: str, kind: str, hook: object) -> str:

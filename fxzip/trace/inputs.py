@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..errors import InputError
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_KEYWORD_ONLY = (
+    "forward takes {!r} by keyword only: {}. Wrap the model in a module whose forward takes it by position"
+)
 _LABELS = ("labels", "label", "targets", "target")
 
 
@@ -56,6 +59,22 @@ def describe(batch: Any) -> str:
     if batch is None or isinstance(batch, (bool, int, float, str)):
         return repr(batch)
     return type(batch).__name__
+
+
+def plain_batch(args: tuple) -> None:
+    """Raises InputError for tensors that cannot be computed with: none of a sample, sparse, without values."""
+    for x in tree_flatten(args)[0]:
+        if not isinstance(x, Tensor):
+            continue
+        if x.layout is not torch.strided or x.is_quantized:
+            kind = str(x.layout).removeprefix("torch.") if x.layout is not torch.strided else "quantised"
+            raise InputError(f"{describe(x)} is {kind}: give a plain tensor (to_dense(), dequantize())")
+        if x.is_meta:
+            raise InputError(f"{describe(x)} is on the meta device and has no values")
+        if x.dim() and not x.shape[0]:
+            raise InputError(f"{describe(x)} holds no sample: leave empty batches out")
+        if x.is_floating_point() and bool(x.isnan().any()):
+            raise InputError(f"{describe(x)} holds NaN ({int(x.isnan().sum())} of {x.numel()} entries): clean the data")
 
 
 def batch_size(args: tuple) -> int:
@@ -112,6 +131,9 @@ def _items(items: tuple, signature: inspect.Signature) -> tuple:
             f"the batch has {len(items)} item{'s' * (len(items) != 1)} {describe(items)}, forward requires"
             f" {count}: {_show(signature)}"
         )
+    only = [p.name for p in everything if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if only:
+        raise InputError(_KEYWORD_ONLY.format(only[0], _show(signature)))
     taken = items[:count]
     for k, item in enumerate(taken):
         if not any(isinstance(x, Tensor) for x in tree_flatten(item)[0]):
@@ -134,9 +156,6 @@ def _by_name(batch: Any, signature: inspect.Signature) -> tuple:
         raise InputError(f"the batch with keys {keys} {lacks}; forward takes {_show(signature)}")
     only = [p.name for p in given if p.kind not in _POSITIONAL]
     if only:
-        raise InputError(
-            f"forward takes {only[0]!r} by keyword only: {_show(signature)}. Wrap the model in a module whose"
-            f" forward takes it by position"
-        )
+        raise InputError(_KEYWORD_ONLY.format(only[0], _show(signature)))
     last = max(known.index(p) for p in given)
     return tuple(batch[p.name] if p in given else p.default for p in known[: last + 1])

@@ -20,7 +20,7 @@ from ..errors import InputError, TraceError
 from .call import Call, call_signature, counted, tensors_of
 from .exported import NOTICE as EVAL_ONLY
 from .exported import exported
-from .guards import kept_rng, untraceable, unwrap
+from .guards import kept_rng, untraceable, unwrap, unwritten
 from .inputs import batch_size, bind, describe, rows
 from .lines import FXZIP_ROOT, TORCH_ROOT, user_line
 from .symbolic import frozen_functionals, symbolic
@@ -78,7 +78,9 @@ def trace(
         how = Call(signature, args, fixed, leaves, forward_fn=forward_fn)
 
         def call(args: tuple) -> list[Tensor]:
-            return tensors_of(how.run(reference, _cloned(args)))
+            mine = _cloned(args)
+            with unwritten(reference, mine, how.names):
+                return tensors_of(how.run(reference, mine))
 
         expected, more = _expected(call, name, args, signature)
         how = replace(how, resizable=len(expected) > 1)
@@ -158,6 +160,8 @@ def _expected(call: Forward, name: str, args: tuple, signature: inspect.Signatur
     """[(args, output tensors)] of the untouched model at two batch sizes, and notices."""
     try:
         first = call(args)
+    except TraceError:
+        raise
     except Exception as error:
         raise InputError(
             f"{name} fails on the example inputs {describe(args)}; forward takes {signature}:"
@@ -169,6 +173,8 @@ def _expected(call: Forward, name: str, args: tuple, signature: inspect.Signatur
     other = rows(args, 2 if size == 1 else 1)
     try:
         return [(args, first), (other, call(other))], ()
+    except TraceError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         notice = f"checked at batch size {size} only: the model itself fails at another ({reason})"

@@ -1,0 +1,200 @@
+"""Attempts to make fxzip merge wrongly in silence, lose work, or take a damaged file: how many, and how many got by.
+
+    OMP_NUM_THREADS=1 python benchmarks/trust.py --graphs 1000 --kills 50 --files 400 --mutants 100
+
+Random networks and the rest are those of tests/. Prints one Markdown table; what got by goes to stderr with its seed.
+`--mutants 0` and the like leave a row out. Exit code 1 if anything got by, mutants apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine
+from tqdm import tqdm
+
+import fxzip
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+Row = tuple[str, int, str, int]  # what, tries, outcome in words, how many got by
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--graphs", type=int, default=1000, help="random networks: spaces, scramble, merge back")
+    parser.add_argument("--kills", type=int, default=50, help="kill -9 while measuring, at random moments")
+    parser.add_argument("--files", type=int, default=400, help="damaged files")
+    parser.add_argument("--mutants", type=int, default=100, help="of fxzip/infer/rules, at random")
+    parser.add_argument("--no-inputs", action="store_true", help="leave out the table of bad inputs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for the random networks, at most")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows: list[Row] = []
+    if options.graphs:
+        rows += graphs(options.graphs, options.seed, options.seconds)
+    if not options.no_inputs:
+        rows.append(inputs())
+    if options.kills:
+        rows.append(kills(options.kills, options.seed))
+    if options.files:
+        rows += files(options.files, options.seed)
+    mutated = [mutation(options.mutants, options.seed)] if options.mutants else []
+    print("| tried | times | outcome | got by |\n|---|---|---|---|")
+    for what, tries, outcome, by in [*rows, *mutated]:
+        print(f"| {what} | {tries:,} | {outcome} | {by} |")
+    print("", *machine(options).splitlines()[:2], sep="\n")
+    return int(any(by for *_, by in rows))
+
+
+def graphs(count: int, seed: int, seconds: float) -> list[Row]:
+    """Spaces of random networks, and planted wrong rules."""
+    from graph_laws import caught, judge
+    from planted import PLANTED, planted
+    from random_graphs import seeded
+
+    found: collections.Counter[str] = collections.Counter()
+    start = time.monotonic()
+    for k in tqdm(range(seed, seed + count), desc="graphs"):
+        if time.monotonic() - start > seconds:
+            break
+        try:
+            verdict = judge(seeded(k))
+        except Exception as error:
+            verdict = f"crashed: {type(error).__name__}: {error}"
+        kind = verdict.split(":")[0]
+        found[kind] += 1
+        if kind not in ("sound", "refused"):
+            print(f"graph {k}: {verdict.splitlines()[0]}", file=sys.stderr)
+    unsound = found["unsound"] + found["scrambled"]
+    lost = found["not recovered"] + found["crashed"]
+    words = ", ".join(f"{n} {k}" for k, n in found.most_common())
+    needed = []
+    for name, ops, wrong in tqdm(PLANTED, desc="planted"):
+        with planted(ops, wrong):
+            needed.append(next((k + 1 for k in range(100) if caught(seeded(k))), 101))
+            if needed[-1] > 100:
+                print(f"planted: {name} was not caught", file=sys.stderr)
+    proven = "random networks: spaces proven, a scrambled copy merged back"
+    at_most = f"caught after {max(needed)} networks at most"
+    return [
+        (proven, sum(found.values()), words, unsound + lost),
+        ("wrong rules planted", len(needed), at_most, sum(n > 100 for n in needed)),
+    ]
+
+
+def inputs() -> Row:
+    """The table of bad input: silently accepted, or ended by an exception that is not fxzip's."""
+    from bad_inputs import CASES, outcome
+
+    refused = wrong = 0
+    for case in tqdm(CASES, desc="inputs"):
+        torch.manual_seed(0)
+        try:
+            found = outcome(case)
+        except Exception as error:
+            found = f"{type(error).__name__}, not fxzip's"
+        by = (found == "works") != case.works or "not fxzip's" in found
+        wrong += by
+        refused += not case.works and not by
+        if by:
+            print(f"input: {case.name}: {found}", file=sys.stderr)
+    fine = sum(c.works for c in CASES)
+    return "odd and wrong calls", len(CASES), f"{refused} refused, {fine} odd but right", wrong
+
+
+def kills(count: int, seed: int) -> Row:
+    """SIGKILL at random moments of a merge, again and again until it is done; then the bytes are compared."""
+    from killing import job, killed_after
+
+    generator = random.Random(seed)
+    wanted = job(None)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.monotonic()
+        job(Path(folder, "timed"))
+        whole = time.monotonic() - start
+        wrong = hits = run = 0
+        with tqdm(total=count, desc="kills") as bar:
+            while hits < count:
+                place, run = Path(folder, f"run{run}"), run + 1
+                times = generator.randint(1, 3)  # of one merge, each going on from the last
+                killed = sum(killed_after(generator.uniform(0, whole), place) for _ in range(min(times, count - hits)))
+                hits += killed
+                bar.update(killed)
+                wrong += job(place) != wanted
+    return "kill -9 at random moments of measuring, then resumed", hits, f"{run} merges, same bytes", wrong
+
+
+def files(count: int, seed: int) -> list[Row]:
+    """Damaged statistics, tensors and plans: taken, and not what was saved."""
+    import killing
+
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        killing.job(folder)
+        saved = folder / "saved"
+        zipped = fxzip.merge(killing.nets(), killing.BATCHES[:4], method="zip", progress=False)
+        fxzip.save(zipped, saved)
+        x = killing.BATCHES[0]
+        wanted = zipped(x)
+        tries: list[tuple[Path, Any]] = [
+            (folder / killing.resume.FILE, lambda: not killing.refused(folder)),
+            (saved / "model.safetensors", lambda: _loads(saved, x, wanted)),
+            (saved / "plan.json", lambda: _loads(saved, x, wanted)),
+        ]
+        for path, taken in tries:
+            whole, by = path.read_bytes(), 0
+            for k, data in enumerate(tqdm(killing.damaged(whole, count, seed), desc=path.name, total=count)):
+                path.write_bytes(data)
+                if taken():
+                    by += 1
+                    print(f"file: damaged {path.name}, number {k}, was taken", file=sys.stderr)
+            path.write_bytes(whole)
+            rows.append((f"damaged {path.name}", count, "refused, or the same network", by))
+    return rows
+
+
+def _loads(folder: Path, x: torch.Tensor, wanted: Any) -> bool:
+    """Whether a damaged folder loads as a network that computes something else, or fails as no FxzipError."""
+    import killing
+
+    try:
+        again = fxzip.load(folder, lambda: killing.nets()[0])
+        return not all(torch.equal(a, b) for a, b in zip(again(x), wanted, strict=True))
+    except fxzip.FxzipError:
+        return False
+    except Exception as error:
+        print(f"file: {type(error).__name__}: {error}", file=sys.stderr)
+        return True
+
+
+def mutation(count: int, seed: int) -> Row:
+    """Mutants of the rules that no example notices."""
+    from mutants import mutants, survives
+
+    every = mutants(sorted((ROOT / "fxzip/infer/rules").glob("[a-z]*.py")))
+    chosen = random.Random(seed).sample(every, min(count, len(every)))
+    alive = [m for m in tqdm(chosen, desc="mutants") if survives(m)]
+    for m in alive:
+        print(f"survives: {m}", file=sys.stderr)
+    share = 1 - len(alive) / len(chosen)
+    return f"mutants of fxzip/infer/rules (of {len(every):,})", len(chosen), f"{share:.0%} killed", len(alive)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What the options of a call may be: one sentence for each that is wrong, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .measure.moments import Moments
+
+HEADS = ("separate", "average")
+
+
+def wrong_options(options: Mapping[str, Any]) -> list[str]:
+    """Problems of the options that are given, by name; an option without a rule here is taken as it is.
+
+    >>> wrong_options({"seed": 0, "budget": -1.0})
+    ['budget must be a positive number (FLOPs of the result, times one model), got -1.0']
+    """
+    return [text for name, rule in _RULES.items() if name in options and (text := rule(options[name]))]
+
+
+def _until(value: Any) -> str:
+    return "" if value is None or isinstance(value, str) else f"until must be the path of a module, got {value!r}"
+
+
+def _budget(value: Any) -> str:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = value is None or (number and value > 0 and isfinite(value))
+    return "" if fits else f"budget must be a positive number (FLOPs of the result, times one model), got {value!r}"
+
+
+def _heads(value: Any) -> str:
+    return "" if value in HEADS else f"heads={value!r} is unknown, take one of {', '.join(map(repr, HEADS))}"
+
+
+def _seed(value: Any) -> str:
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return "" if fits else f"seed must be an integer of at least 0, got {value!r}"
+
+
+def _verify(value: Any) -> str:
+    return "" if value in (True, False, "report") else f"verify must be True, False or 'report', got {value!r}"
+
+
+def _callable(name: str, takes: str) -> Callable[[Any], str]:
+    def rule(value: Any) -> str:
+        return "" if value is None or callable(value) else f"{name} must be a function of {takes}, got {value!r}"
+
+    return rule
+
+
+def _moments(value: Any) -> str:
+    fits = value is None or isinstance(value, Moments)
+    return "" if fits else f"moments must come from fxzip.collect or Moments.load, not {type(value).__name__}"
+
+
+def _folder(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, (str, Path)):
+        return f"resume must be a folder, got {value!r}"
+    return f"resume={str(value)!r} is a file: give a folder" if Path(value).is_file() else ""
+
+
+def _device(value: Any) -> str:
+    """Unknown to torch, or known and not usable on this machine."""
+    if isinstance(value, str) and value == "auto":
+        return ""
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError):
+        return f"device={value!r} is none that torch knows: take 'auto', 'cpu', 'cuda' or 'cuda:0'"
+    if device.type == "meta":
+        return "device='meta' holds no values: a merge computes with them"
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # whatever the backend raises
+        return f"device={str(value)!r} cannot be used here: {str(error).splitlines()[0]}"
+    return ""
+
+
+_RULES: dict[str, Callable[[Any], str]] = {
+    "until": _until,
+    "budget": _budget,
+    "heads": _heads,
+    "seed": _seed,
+    "device": _device,
+    "verify": _verify,
+    "forward_fn": _callable("forward_fn", "the model and its inputs"),
+    "evaluate": _callable("evaluate", "a network and its task's name"),
+    "moments": _moments,
+    "resume": _folder,
+}

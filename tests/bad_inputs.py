@@ -1,0 +1,561 @@
+"""A table of wrong, odd and hostile calls of `merge`: what is given, and the line that must come back.
+
+Every case is tried by tests/test_bad_input.py and counted by benchmarks/trust.py. `works` says that the call is odd but
+right; all others must be refused, with the text that bad_inputs.txt has for them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import fxzip
+from fxzip.solve import Settings, Solve
+
+X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(24) % 3
+TOKENS = torch.arange(20).reshape(4, 5) % 10
+
+
+class Net(nn.Module):
+    """Six numbers in, `classes` out, one hidden layer."""
+
+    def __init__(self, width: int = 8, classes: int = 3) -> None:
+        super().__init__()
+        self.fc1, self.head = nn.Linear(6, width), nn.Linear(width, classes)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc1(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x))
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """call: () -> (models, loader, further arguments of merge); works: see above."""
+
+    name: str
+    call: Callable[[], tuple[Any, Any, dict[str, Any]]]
+    works: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def pair(kind: Callable[[], nn.Module] = Net) -> list[nn.Module]:
+    return [kind(), kind()]
+
+
+def nets(kind: Callable[[], nn.Module] = Net, loader: Any = None, **options: Any) -> Callable[[], tuple]:
+    """Two fresh models of a kind, with a good loader unless another is given."""
+    return lambda: (pair(kind), [X] if loader is None else loader() if callable(loader) else loader, options)
+
+
+def spoiled(
+    spoil: Callable[[nn.Module], Any], kind: Callable[[], nn.Module] = Net, data: Any = X
+) -> Callable[[], tuple]:
+    """As `nets`; something is done to the second model."""
+
+    def call() -> tuple:
+        models = pair(kind)
+        with torch.no_grad():
+            models[1] = spoil(models[1]) or models[1]
+        return models, [data], {}
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------- loaders
+
+
+def failing() -> Iterator[Tensor]:
+    yield X[:8]
+    raise OSError("disk on fire")
+
+
+def endless() -> Iterator[Tensor]:
+    while True:
+        yield X
+
+
+class Rows(Dataset):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, k: int) -> Tensor:
+        if k >= 16:
+            raise KeyError(f"sample {k} is missing")
+        return X[k]
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(X)
+
+
+def with_value(value: float, at: int = 0) -> list[Tensor]:
+    """Two batches, the one `at` spoiled."""
+    batches = [X[:12].clone(), X[12:].clone()]
+    batches[at][3, 2] = value
+    return batches
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+
+class Counts(Net):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.head(self.hidden(x))
+
+
+class Drifts(Net):
+    """Changes a weight at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.fc1.weight.mul_(0.9)
+        return self.head(self.hidden(x))
+
+
+class Remembers(Net):
+    """Keeps a Python number, and uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.step += 1
+        return self.head(self.hidden(x)) * self.step
+
+
+class Noisy(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x) + torch.randn(x.shape[0], 8))
+
+
+class DropsAlways(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(self.hidden(x), 0.5, training=True))
+
+
+class InPlaceViews(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        h[:, :4].relu_()
+        h.view(-1, 2, 4)[:, 1].mul_(2)
+        return self.head(h)
+
+
+class InPlaceInput(Net):
+    """Overwrites the batch that it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x.mul_(2)))
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * 2
+
+
+class CustomGradient(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Twice.apply(self.hidden(x)))
+
+
+class Branches(Net):
+    """Depends on a value of the data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        return self.head(h if float(x.sum()) > 0 else -h)
+
+
+class Fixed(Net):
+    """Runs at a batch of two only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x.view(2, 6)))
+
+
+class Cyclic(Net):
+    """Holds a reference to itself, outside the module tree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.me = [self]
+
+
+class CyclicModules(Net):
+    """Is its own grandchild."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.owner = self
+
+
+class Lazy(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.LazyLinear(8)
+
+
+class Empty(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) * 2
+
+
+class NoOutput(Net):
+    def forward(self, x: Tensor) -> None:
+        self.hidden(x)
+
+
+class Number(Net):
+    def forward(self, x: Tensor) -> int:
+        return 3
+
+
+class Constant(Net):
+    """Ignores its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fc1.bias).expand(x.shape[0], 3)
+
+
+class Refuses(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("not today")
+
+
+class Overflows(Net):
+    def hidden(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc1(x)) * 1e30 * 1e30
+
+
+class NotCopied(Net):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("cannot pickle a socket")
+
+
+class Keyword(Net):
+    def forward(self, *, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x))
+
+
+class TwoInputs(Net):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(self.hidden(x + y))
+
+
+class Sparse(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.eye(8).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.sparse.mm(self.mask, self.hidden(x).T).T)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc, self.head = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.fc(self.embed(x))))
+
+
+def hooked(model: nn.Module) -> None:
+    model.fc1.register_forward_hook(lambda *_: None)
+
+
+def buffer_hook(model: nn.Module) -> None:
+    model.register_forward_pre_hook(lambda m, a: None)
+
+
+def fill(name: str, value: float) -> Callable[[nn.Module], None]:
+    def spoil(model: nn.Module) -> None:
+        model.get_parameter(name).view(-1)[0] = value
+
+    return spoil
+
+
+def variance(model: nn.Module, value: float) -> None:
+    model.norm.running_var.fill_(value)
+
+
+def zeroed(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.zero_()
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    from torch.ao.quantization import quantize_dynamic
+
+    return quantize_dynamic(model, {nn.Linear})
+
+
+def complex_weights(model: nn.Module) -> nn.Module:
+    return model.to(torch.complex64)
+
+
+def frozen(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.requires_grad_(False)
+
+
+def grown(model: nn.Module) -> None:
+    model.fc1, model.head = nn.Linear(6, 10), nn.Linear(10, 3)
+
+
+def half_meta(model: nn.Module) -> None:
+    model.head.to("meta")
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    return model.to("meta")
+
+
+def to(dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: model.to(dtype)
+
+
+def weight_normed(model: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(model.fc1)
+
+
+def old_weight_norm(model: nn.Module) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model.fc1)
+
+
+def pruned(model: nn.Module) -> None:
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(model.fc1, "weight", 0.5)
+
+
+def other_order(model: nn.Module) -> nn.Module:
+    return nn.Sequential(model.fc1, nn.Tanh(), model.head)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """A DTensor in place of a weight: what FSDP2 leaves."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    model.fc1.weight = nn.Parameter(distribute_tensor(model.fc1.weight.detach(), mesh, [Shard(0)]))
+    return model
+
+
+CASES = [
+    # types
+    Case("a single model", lambda: (Net(), [X], {})),
+    Case("models is None", lambda: (None, [X], {})),
+    Case("models is a generator", lambda: ((Net() for _ in range(2)), [X], {})),
+    Case("models is a set", lambda: (set(pair()), [X], {})),
+    Case("a state_dict", lambda: ([Net(), Net().state_dict()], [X], {})),
+    Case("a class", lambda: ([Net(), Net], [X], {})),
+    Case("a path", lambda: ([Net(), "model.pt"], [X], {})),
+    Case("a None among models", lambda: ([Net(), None], [X], {})),
+    Case("an optimiser", lambda: ([Net(), torch.optim.SGD(Net().parameters())], [X], {})),
+    Case("a bound method", lambda: ([Net(), Net().forward], [X], {})),
+    Case("one model twice", lambda: ([m := Net().eval(), m], [X], {}), works=True),
+    Case("a task name with a dot", lambda: ({"a.b": Net(), "c": Net()}, [X], {})),
+    Case("a task name that is no string", lambda: ({1: Net(), 2: Net()}, [X], {})),
+    Case("a task named forward", lambda: ({"forward": Net().eval(), "training": Net().eval()}, [X], {}), works=True),
+    Case("a task named class", lambda: ({"class": Net().eval(), "import": Net().eval()}, [X], {}), works=True),
+    Case("an empty task name", lambda: ({"": Net(), "b": Net()}, [X], {})),
+    # options
+    Case("unknown method", nets(method="zap")),
+    Case("method is None", nets(method=None)),
+    Case("method is a class", nets(method=nn.Linear)),
+    Case("calibration 0", nets(calibration=0)),
+    Case("calibration is a float", nets(calibration=1e3)),
+    Case("budget below 0", nets(budget=-1.0)),
+    Case("budget NaN", nets(budget=float("nan"))),
+    Case("budget is text", nets(budget="1.3")),
+    Case("budget is huge", nets(budget=1e9), works=True),
+    Case("heads misspelt", nets(heads="seperate")),
+    Case("until of no module", nets(until="layer9")),
+    Case("until is a number", nets(until=3)),
+    Case("seed is a float", nets(seed=1.5)),
+    Case("seed is negative", nets(seed=-1)),
+    Case("seed is None", nets(seed=None)),
+    Case("device is unknown", nets(device="gpu")),
+    Case("device is meta", nets(device="meta")),
+    Case("device that is not there", nets(device="cuda:7")),
+    Case("forward_fn is no function", nets(forward_fn="logits")),
+    Case("forward_fn without the model", nets(forward_fn=lambda: None)),
+    Case("moments is a dict", nets(moments={"s0": 1})),
+    Case("verify misspelt", nets(verify="reprot")),
+    Case("no data at all", lambda: (pair(), None, {})),
+    # loaders
+    Case("an empty list", nets(loader=[])),
+    Case("an exhausted generator", nets(loader=lambda: iter(()))),
+    Case("a number", nets(loader=5)),
+    Case("a tensor", nets(loader=lambda: X)),
+    Case("a dataset", nets(loader=TensorDataset(X, Y))),
+    Case("a stream of samples", nets(loader=Stream())),
+    Case("a path as loader", nets(loader="data/train")),
+    Case("a function", nets(loader=lambda: (lambda: X))),
+    Case("an endless generator", nets(loader=endless), works=True),
+    Case("a loader that raises half-way", nets(loader=failing)),
+    Case("a loader that raises at once", nets(loader=lambda: (1 / 0 for _ in range(3)))),
+    Case("a DataLoader that raises half-way", nets(loader=lambda: DataLoader(Rows(), 8))),
+    Case("batches of changing size", nets(loader=[X[:7], X[7:8], X[8:]]), works=True),
+    Case("batches of one sample", nets(loader=lambda: [x[None] for x in X]), works=True),
+    Case("one sample in all", nets(loader=[X[:1]]), works=True),
+    Case("a batch of no samples first", nets(loader=[X[:0], X])),
+    Case("only batches of no samples", nets(loader=[X[:0]])),
+    Case("a batch of no samples later", nets(loader=[X, X[:0]])),
+    Case("samples without a batch axis", nets(loader=lambda: list(X))),
+    Case("later batches of another width", nets(loader=[X, torch.randn(4, 5)])),
+    Case("later batches of another dtype", nets(loader=[X, X.double()])),
+    Case("later batches of another form", nets(loader=[X, {"x": X}]), works=True),
+    Case("a None among batches", nets(loader=[X, None])),
+    Case("text batches", nets(loader=["a cat", "a dog"])),
+    Case("numpy batches", nets(loader=lambda: [X.numpy()])),
+    Case("numpy batches with labels", nets(loader=lambda: [(X.numpy(), Y.numpy())])),
+    Case("labels only", nets(loader=[Y])),
+    Case("labels first", nets(loader=[(Y, X)])),
+    Case("integer images", nets(Images, [(IMAGES * 50).to(torch.uint8)])),
+    Case("images with channels last", nets(Images, [IMAGES.permute(0, 2, 3, 1)])),
+    Case("images of changing size", nets(Images, [IMAGES, IMAGES[..., :6, :6]])),
+    Case("double data", nets(loader=[X.double()])),
+    Case("half data", nets(loader=[X.half()])),
+    Case("complex data", nets(loader=[X.to(torch.complex64)])),
+    Case("sparse data", nets(loader=lambda: [X.to_sparse()])),
+    Case("data on meta", nets(loader=lambda: [X.to("meta")])),
+    Case("data that wants gradients", nets(loader=lambda: [X.clone().requires_grad_()]), works=True),
+    Case("wrong keys", nets(loader=[{"images": X}])),
+    Case("keys of the wrong tasks", nets(loader={"cats": [X], "dogs": [X]})),
+    Case("one task's loader is empty", nets(loader={"task0": [X], "task1": []})),
+    Case("too few inputs", nets(TwoInputs, [X])),
+    Case("NaN in the first batch", nets(loader=lambda: with_value(float("nan")))),
+    Case("NaN in a later batch", nets(loader=lambda: with_value(float("nan"), 1))),
+    Case("Inf in a later batch", nets(loader=lambda: with_value(float("inf"), 1))),
+    Case("NaN in data, method without activations", nets(loader=lambda: with_value(float("nan"), 1), method="rebasin")),
+    Case("constant data", nets(loader=[torch.ones(24, 6)]), works=True),
+    Case("token ids out of range", nets(Tokens, [torch.full((4, 5), 12)])),
+    Case("token ids out of range later", nets(Tokens, [TOKENS, TOKENS + 5])),
+    Case("token ids as floats", nets(Tokens, [TOKENS.float()])),
+    # weights
+    Case("NaN in a weight", spoiled(fill("fc1.weight", float("nan")))),
+    Case("Inf in a bias", spoiled(fill("head.bias", float("-inf")))),
+    Case("NaN in a buffer", spoiled(lambda m: variance(m, float("nan")), Images, IMAGES)),
+    Case("negative variance in a buffer", spoiled(lambda m: variance(m, -1.0), Images, IMAGES)),
+    Case("weights that overflow", spoiled(fill("fc1.weight", 3e38))),
+    Case("a model on meta", spoiled(on_meta)),
+    Case("a layer on meta", spoiled(half_meta)),
+    Case("one model in double", spoiled(to(torch.float64))),
+    Case("one model in half", spoiled(to(torch.float16))),
+    Case("both models in half, float data", nets(lambda: Net().half(), [X])),
+    Case("both models in half", nets(lambda: Net().half(), [X.half()]), works=True),
+    Case("both models in bfloat16", nets(lambda: Net().bfloat16(), [X.bfloat16()]), works=True),
+    Case("complex weights", spoiled(complex_weights)),
+    Case("other widths", spoiled(grown)),
+    Case("another architecture", spoiled(other_order)),
+    Case("no parameters", nets(Empty)),
+    Case("frozen parameters", spoiled(frozen), works=True),
+    Case("zero weights", spoiled(zeroed), works=True),
+    # models
+    Case("activations overflow", nets(Overflows)),
+    Case("a forward that counts calls", nets(Counts), works=True),
+    Case("a forward that changes a weight", nets(Drifts)),
+    Case("a forward that remembers", nets(Remembers)),
+    Case("noise in eval", nets(Noisy)),
+    Case("dropout in eval", nets(DropsAlways)),
+    Case("in-place views", nets(InPlaceViews), works=True),
+    Case("a forward that overwrites its input", nets(InPlaceInput)),
+    Case("a custom autograd function", nets(CustomGradient), works=True),
+    Case("a branch on values", nets(Branches)),
+    Case("a fixed batch size", nets(Fixed)),
+    Case("a reference to itself", nets(Cyclic), works=True),
+    Case("a cycle of modules", nets(CyclicModules)),
+    Case("lazy modules", nets(Lazy)),
+    Case("no output", nets(NoOutput)),
+    Case("a number as output", nets(Number)),
+    Case("a constant output", nets(Constant)),
+    Case("a forward that raises", nets(Refuses)),
+    Case("a model that cannot be copied", nets(NotCopied)),
+    Case("keyword-only inputs", nets(Keyword)),
+    Case("keyword-only inputs by name", nets(Keyword, [{"x": X}])),
+    Case("a sparse buffer", nets(Sparse)),
+    Case("a scripted model", nets(lambda: torch.jit.script(Net()))),
+    Case("a traced model", nets(lambda: torch.jit.trace(Net(), X))),
+    Case("a compiled model", nets(lambda: torch.compile(Net())), works=True),
+    Case("a data-parallel model", nets(lambda: nn.DataParallel(Net())), works=True),
+    Case("a quantised model", spoiled(quantised)),
+    Case("quantised models", nets(lambda: quantised(Net()))),
+    Case("sharded parameters", spoiled(sharded)),
+    Case("a forward hook", spoiled(hooked)),
+    Case("a forward pre-hook", spoiled(buffer_hook)),
+    Case("a parametrization", spoiled(weight_normed)),
+    Case("weight norm as a hook", spoiled(old_weight_norm)),
+    Case("a pruned layer", spoiled(pruned)),
+    Case("a model without forward", nets(nn.Module)),
+    Case("training mode", nets(lambda: Net().train()), works=True),
+    # several at once
+    Case("no memory at all", nets(method=Solve(settings=Settings(memory=0))), works=True),
+    Case("NaN data and batch norms alone", nets(Images, lambda: [IMAGES, IMAGES * float("nan")], method="rebasin")),
+    Case("infinite data and batch norms alone", nets(Images, lambda: [IMAGES * float("inf")], method="rebasin")),
+    Case("several problems", lambda: ([Net(), 3], [], {"calibration": 0, "method": "zap", "budget": -1})),
+]
+
+
+def outcome(case: Case, **more: Any) -> str:
+    """What `merge` says: "works", or the class and text of its error. Other exceptions than fxzip's pass through.
+
+    What torch or the machine words is cut, and so are line numbers of this file.
+    """
+    models, loader, options = case.call()
+    try:
+        fxzip.merge(models, loader, **{"progress": False, **options, **more})
+    except fxzip.FxzipError as error:
+        return f"{type(error).__name__}: {plain(str(error))}"
+    return "works"
+
+
+def plain(text: str) -> str:
+    text = re.sub(r"(RuntimeError|TypeError|IndexError|GuardOnDataDependentSymNode|used here): .*", r"\1: ...", text)
+    return re.sub(r"(\w+\.py):\d+", r"\1:LINE", text)

@@ -1,0 +1,131 @@
+"""Numbers: the same bytes from the same seed, nearly the same from other threads, and finite ones from hard data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from killing import digest
+from torch import Tensor, nn
+from toys import randomise
+
+import fxzip
+from fxzip import METHODS
+
+torch.set_num_threads(1)
+pytestmark = [pytest.mark.filterwarnings("ignore::fxzip.MergeWarning"), pytest.mark.filterwarnings("ignore:a Gram")]
+X = torch.randn(96, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+NORMLESS = ("average", "permute", "zip", "solve", "select", "cca")
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.fc = nn.Conv2d(8, 12, 3, padding=1), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv1(x)))
+        return self.fc(torch.relu(self.conv2(x)).mean((2, 3)))
+
+
+def small(seed: int) -> Small:
+    model = Small()
+    randomise(model, seed).eval()
+    return model
+
+
+def merged(models, data, method, **options):
+    return fxzip.merge(models, [data], method=method, progress=False, **{"verify": False, **options})
+
+
+def outputs(module, data):
+    with torch.no_grad():
+        return module(data)
+
+
+def finite(module: nn.Module) -> bool:
+    return all(bool(t.isfinite().all()) for t in module.state_dict().values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_bytes(method):
+    torch.manual_seed(1)
+    first = digest(merged([small(0), small(1)], X, method, seed=3))
+    torch.manual_seed(2)
+    torch.rand(5)
+    assert digest(merged([small(0), small(1)], X, method, seed=3)) == first
+
+
+@pytest.mark.parametrize("method", ["zip", "solve"])
+def test_other_thread_counts_within_1e_6(method):
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(merged([small(0), small(1)], X, method).state_dict())
+    finally:
+        torch.set_num_threads(before)
+    for name, a in found[0].items():
+        if a.is_floating_point():
+            assert float((a - found[1][name]).abs().max()) <= 1e-6 * max(float(a.abs().max()), 1.0), name
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float16, 2e-2), (torch.bfloat16, 1.5e-1), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("method", ["permute", "zip", "solve"])
+def test_other_precisions(method, dtype, near):
+    """The dtype is kept, and a scrambled copy merges back as well as the numbers allow."""
+    model = small(0).to(dtype)
+    other = fxzip.scramble(small(0), X[:2]).to(dtype)
+    zipped = merged([model, other], X.to(dtype), method)
+    assert {t.dtype for t in zipped.parameters()} == {dtype} and finite(zipped)
+    wanted = outputs(model, X.to(dtype)).double()
+    for y in outputs(zipped, X.to(dtype)):
+        assert float((y.double() - wanted).abs().max() / wanted.abs().max()) < near
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_image(method):
+    assert finite(merged([small(0), small(1)], X[:1], method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_data_of_one_direction(method):
+    """All Grams have rank one."""
+    data = X[:1] * torch.linspace(0, 1, 64)[:, None, None, None]
+    assert finite(merged([small(0), small(1)], data, method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_constant_data(method):
+    assert finite(merged([small(0), small(1)], torch.ones(32, 3, 6, 6), method))
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-20])
+@pytest.mark.parametrize("method", NORMLESS)
+def test_denormals(method, scale):
+    """Activations whose squares vanish: nothing becomes NaN, and equal models stay what they are."""
+    model = small(0)
+    with torch.no_grad():
+        for p in model.conv2.parameters():
+            p.mul_(scale)
+    assert finite(merged([model, small(1)], X, method))
+    twin = merged([model, model], X, method)
+    wanted = outputs(model, X)
+    assert all(float((y - wanted).abs().max()) < 1e-3 * float(wanted.abs().max()) for y in outputs(twin, X))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dead_and_constant_features(method):
+    """Three units that never fire and two that are constant, in other places in the other model."""
+    model = small(0)
+    with torch.no_grad():
+        model.conv2.weight[:5] = 0
+        model.conv2.bias[:5] = torch.tensor([-1.0, -2.0, -0.5, 1.0, 2.0])
+        model.norm.weight[6] = 0
+    other = fxzip.scramble(model, X[:2])
+    zipped = merged([model, other], X, method)
+    assert finite(zipped)
+    if method in ("permute", "zip", "solve"):
+        wanted = outputs(model, X)
+        assert all(float((y - wanted).abs().max() / wanted.abs().max()) < 1e-4 for y in outputs(zipped, X))
