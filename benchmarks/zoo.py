@@ -67,8 +67,7 @@ def _torchvision(name: str, kind: str, part: str) -> Made:
         options["image_size"] = 112 if name == "vit_h_14" else 64
     model = models.get_model(name, **options)
     if kind == "video":
-        side, frames = (224, 16) if name.startswith("mvit") else (112 if "s3d" not in name else 224, 16)
-        side = 64 if name.startswith("swin") else side
+        side, frames = (224, 16) if name.startswith("mvit") else (64, 16 if name == "s3d" else 8)
         return model, lambda n: torch.randn(n, 3, frames, side, side)
     if kind == "optical_flow":
         return model, lambda n: tuple(torch.randn(n, 3, 128, 128) for _ in range(2))
@@ -107,15 +106,17 @@ def timm() -> dict[str, Callable[[], Made]]:
 
 
 def _timm(name: str) -> Made:
-    """At 64 or 96 pixels where the model takes them, else at its own size."""
+    """At 64 or 96 pixels where the model takes them, else at its own size. A model whose output is its features has
+    nothing to merge: it gets a head."""
     import timm as library
 
     own = library.get_pretrained_cfg(name)
     full = own.input_size[-1] if own else 224
+    head = {} if own and own.num_classes else {"num_classes": 10}
     for side in (64, 96, 128, full):
         for options in ({"img_size": side}, {}):
             try:
-                model = library.create_model(name, **options).eval()
+                model = library.create_model(name, **options, **head).eval()
                 with torch.no_grad():
                     model(torch.randn(2, 3, side, side))
                 return model, images(side)

@@ -58,10 +58,21 @@ def others() -> dict[str, Callable[[], Made]]:
     return {**found, "diffusers.UNet2DModel": _unet, "diffusers.UNet2DConditionModel": _conditional_unet}
 
 
-def _yolo(name: str, classes: int) -> nn.Module:
-    from ultralytics.nn.tasks import DetectionModel
+class _Predictions(nn.Module):
+    """The first output of a detector in eval mode; the second are the features that the loss reads."""
 
-    return DetectionModel(name + ".yaml", ch=3, nc=classes, verbose=False)
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.detector(x)[0]
+
+
+def _yolo(name: str, classes: int) -> nn.Module:
+    from ultralytics.nn.tasks import DetectionModel  # type: ignore[import-not-found]
+
+    return _Predictions(DetectionModel(name + ".yaml", ch=3, nc=classes, verbose=False))
 
 
 # Models of the same architecture for other classes: only their heads differ.

@@ -69,12 +69,20 @@ def _places(reader: Reader, node: fx.Node) -> tuple:
 def _collect(reader: Reader, node: fx.Node, wanted: set[int], into: dict[int, dict]) -> None:
     if node.meta["shape"] is None:  # several results: the first is the value
         node = next((u for u in node.users if u.args[1] == 0), node)
-    for axes, labels in reader.inference.types[node].groups:
+    groups = reader.inference.types[node].groups
+    loose = {axis for axes, labels in groups if _movable(reader, labels) for axis in axes}
+    for axes, labels in groups:
         ascending, flat = _flat(axes, labels)
         for family, run in reader.split(flat):
             positions = reader.positions(family, flat, run) if family in wanted else None
             if positions is not None:
-                into[family].setdefault((node, ascending, run[0]), Anchor(node.name, ascending, positions))
+                anchor = Anchor(node.name, ascending, positions, unordered=tuple(sorted(loose - set(axes))))
+                into[family].setdefault((node, ascending, run[0]), anchor)
+
+
+def _movable(reader: Reader, labels: np.ndarray) -> bool:
+    """Whether any two of these features may change places."""
+    return bool((reader.size[reader.solution.family[reader.atoms(labels)]] > 1).any())
 
 
 @dataclass
