@@ -177,6 +177,7 @@ def recovery(row: dict[str, Any], model: Any, batch: Any, spaces: Any) -> Any:
 def scramble(model: Any, spaces: Any) -> Any:
     """As fxzip.scramble, with spaces that are known already."""
     import numpy as np
+
     from fxzip.infer.group import axis_indices, permuted
     from fxzip.infer.sampling import sample
 
@@ -264,31 +265,38 @@ def write(rows: dict[str, dict[str, Any]], folder: Path) -> None:
     """The table, with a count per suite, and all numbers as JSON."""
     folder.mkdir(exist_ok=True)
     lines = ["# Coverage", "", *__doc__.split("\n\n")[0].splitlines(), "", _HOW, ""]  # type: ignore[union-attr]
-    lines += [_COUNTS, "|---|" + "--:|" * 6]
+    lines += [_COUNTS, "|---|" + "--:|" * 9]
     suites = list(dict.fromkeys(r["suite"] for r in rows.values()))
     for suite in suites:
         own = [r for r in rows.values() if r["suite"] == suite]
         counts = [len(own), sum("rung" in r for r in own), sum(r.get("sound") is True for r in own)]
         counts += [sum(outcome(r) == "UNSOUND" for r in own), sum(r.get("recovered") is True for r in own)]
         counts += [sum("recovered" in r for r in own)]
+        counts += [sum(r.get(way) is True for r in own) for way in ("compiles", "exports")]
+        counts += [sum("compiles" in r for r in own)]
         lines.append(f"| {suite} | {' | '.join(map(str, counts))} |")
     for suite in suites:
-        lines += ["", f"## {suite}", "", _HEADER, "|" + "---|" * 11]
+        lines += ["", f"## {suite}", "", _HEADER, "|" + "---|" * 17]
         lines += [_line(r) for r in rows.values() if r["suite"] == suite]
     (folder / "COVERAGE.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "coverage.json").write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
 
 
-_COUNTS = "| suite | models tried | traced | sound | unsound | recovered | of those merged |"
+_COUNTS = "| suite | tried | traced | sound | unsound | recovered | of those merged | compile | export | of those run |"
 _HEADER = (
-    "| model | outcome | rung | nodes | spaces | free | proof error | sensitivity | recovery error"
-    " | s (analysis) | why not all |"
+    "| model | outcome | rung | nodes | spaces | free | proof error | sensitivity | recovery error | shared | compiles"
+    " | exports | s (inspect) | s (proof, too) | s (all) | MB | why not all |"
 )
 _HOW = f"""Made by `python benchmarks/coverage.py`; random weights, one thread. *sound*: a random element of the
-inferred group leaves the output unchanged (float64), leaving a use out does not. *recovered*: merging the model
-with its scrambled copy (`method="permute"`, {SAMPLES} random inputs) gives the model back to {RECOVERED}. *spaces*:
-with parameters + blocks without (heads). *free*: share of the parameters with an axis on a
-space. *no proof*: nothing was wrong, but the output hardly moves, so nothing is proven and fxzip refuses."""
+inferred group leaves the output unchanged (float64), leaving a use out does not. *recovered*: merging the
+model with its scrambled copy (`method="permute"`, or "rebasin" where the moments would need more than 3
+GiB; {SAMPLES} random inputs) gives the model back to {RECOVERED}. *spaces*: with parameters + blocks
+without (heads). *free*: share of the parameters with an axis on a space. *shared*: share of the merged
+network's parameters that both models use. *compiles*: torch.compile with aot_eager and fullgraph;
+*exports*: torch.export; of the merged network, not tried after {PATIENCE} s. Seconds are of one core's
+processor time: for `fxzip.inspect`, with the proof, with everything; in brackets wall-clock seconds of a
+busy machine, from an earlier version of fxzip. MB: peak of the process. *no proof*: nothing was wrong, but
+the output hardly moves, so nothing is proven and fxzip refuses."""
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -300,7 +308,11 @@ def _line(row: dict[str, Any]) -> str:
     why = "; ".join([*row.get("frozen", [])[:3], row.get("error", "")]).strip("; ").splitlines()
     cells = [row["name"], outcome(row), row.get("rung", "-"), row.get("nodes", "-"), spaces, free]
     cells += [number("proof_error"), number("sensitivity"), number("recovery_error")]
-    cells += [row.get("analysis_seconds", "-"), (why or [""])[0].replace("|", "/")[:160]]
+    cells += [f"{100 * row['shared']:.1f} %" if "shared" in row else "-"]
+    cells += [{True: "yes", False: "no"}.get(row.get(way), "-") for way in ("compiles", "exports")]
+    seconds = [row.get(k, "-") for k in ("inspect_seconds", "analysis_seconds", "seconds")]
+    cells += seconds if "inspect_seconds" in row else [f"({s})" if s != "-" else s for s in seconds]
+    cells += [row.get("megabytes", "-"), (why or [""])[0].replace("|", "/")[:160]]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 

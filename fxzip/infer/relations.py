@@ -34,7 +34,7 @@ class Relations:
         self.opaque: list[np.ndarray] = []  # labels pinned by an output or by an op without a rule
         self.pinned: list[np.ndarray] = []  # labels pinned to an index for any reason
         self.ordered: list[np.ndarray] = []  # those among them that keep an order of their own
-        self.placed: dict[Hashable, np.ndarray] = {}  # labels whose index is a place in an input: the same in all models
+        self.placed: dict[Hashable, np.ndarray] = {}  # labels whose index is a place, the same in all models
         self.derived: list[tuple[np.ndarray, np.ndarray]] = []  # labels that stand for others: (new, source)
         self._next_type = 1
         self._memo: dict[Hashable, object] = {}
@@ -225,9 +225,8 @@ class Relations:
             for name in set(present) - set(chain.from_iterable(g.axes for g in groups)):
                 still[name] = still.get(name, False) or not labelled.foreign
         for group in chain.from_iterable(named):
-            for name in group.axes:
-                if name in still:
-                    self.pin(group, name, placed=still[name])
+            for name in filter(still.__contains__, group.axes):
+                self.pin(group, name, placed=still[name])
         for i, later in enumerate(named):
             for earlier in named[:i]:
                 for a in earlier:
