@@ -4,8 +4,9 @@ Both are used through what they export, in an environment of their own (pip inst
 rebasin==0.0.47 torchview graphviz, beside torch and fxzip). The test is fxzip's own: what the tool says may be
 permuted is permuted, and the output in float64, with perturbed parameters, must stay.
 
-torch-pruning: every group of coupled channels is permuted at random. rebasin: a model with other random weights is
-aligned to the model, which permutes it. *analysed*: no error, and something was permuted.
+torch-pruning: every group of coupled channels that some layer reads is permuted at random (num_heads not given).
+rebasin: a model with other random weights is aligned to the model, which permutes it. *analysed*: no error, and
+something was permuted.
 """
 
 from __future__ import annotations
@@ -134,8 +135,9 @@ def torch_pruning(model: nn.Module, x: Any) -> tuple[nn.Module, State, State]:
     before = _state(model)
     with torch.enable_grad():
         graph = tp.DependencyGraph().build_dependency(model, example_inputs=x)
-    groups = list(graph.get_all_groups())
-    for group in groups:
+    for group in list(graph.get_all_groups()):
+        if all(graph.is_out_channel_pruning_fn(item.dep.handler) for item in group):
+            continue  # nothing reads these channels: they are the output, which users of the tool name themselves
         root, prune = group[0].dep.target.module, group[0].dep.handler
         count = len(group[0].idxs)
         order = torch.randperm(count).tolist()
@@ -170,7 +172,7 @@ def rebasin(model: nn.Module, x: Any) -> tuple[nn.Module, State, State]:
 
     other = copy.deepcopy(model)
     for parameter in other.parameters():
-        parameter.add_(parameter.std().nan_to_num() * torch.randn_like(parameter))
+        parameter.copy_(parameter.mean() + parameter.std().nan_to_num() * torch.randn_like(parameter))
     before = _state(other)
     descent = PermutationCoordinateDescent(model, other, x)
     descent.rebasin()
