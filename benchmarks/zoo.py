@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import remove_parametrizations
 
 Made = tuple[nn.Module, Callable[[int], Any]]  # the model, and count -> a batch of so many samples
 SUITES: dict[str, Callable[[], Mapping[str, Callable[[], Made]]]] = {}
@@ -31,8 +30,8 @@ _SIZES = {"inception_v3": 128, "googlenet": 96, "maxvit_t": 224, "alexnet": 96}
 
 @suite
 def torchvision() -> dict[str, Callable[[], Made]]:
-    """Every model that torchvision registers; of a detector the backbone with its neck: what follows takes lists of
-    images and suppresses boxes, and is refused."""
+    """Every model that torchvision registers. A detector three times: its backbone with its neck; that with the dense
+    heads ("dense"), before boxes are chosen; and whole, which takes lists of images and suppresses boxes."""
     from torchvision import models
 
     found: dict[str, Callable[[], Made]] = {}
@@ -40,12 +39,25 @@ def torchvision() -> dict[str, Callable[[], Made]]:
              "optical_flow": models.optical_flow, "detection": models.detection}  # fmt: skip
     for kind, module in kinds.items():
         for name in models.list_models(module=module):
-            key = f"{name}.backbone" if kind == "detection" else name
-            found[key] = lambda name=name, kind=kind: _torchvision(name, kind)
+            for part in ("backbone", "dense", "whole") if kind == "detection" else ("",):
+                key = f"{name}.{part}" if part else name
+                found[key] = lambda name=name, kind=kind, part=part: _torchvision(name, kind, part)
     return found
 
 
-def _torchvision(name: str, kind: str) -> Made:
+class _Dense(nn.Module):
+    """Backbone, neck and the heads that every pixel has: of a two-stage detector those that propose regions."""
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.backbone = detector.backbone
+        self.head = detector.rpn.head if hasattr(detector, "rpn") else detector.head
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(list(self.backbone(x).values()))
+
+
+def _torchvision(name: str, kind: str, part: str) -> Made:
     from torchvision import models
 
     options: dict[str, Any] = {"weights": None}
@@ -55,13 +67,15 @@ def _torchvision(name: str, kind: str) -> Made:
         options["image_size"] = 112 if name == "vit_h_14" else 64
     model = models.get_model(name, **options)
     if kind == "video":
-        side, frames = (224, 16) if name.startswith("mvit") else (112 if "s3d" not in name else 224, 16)
-        side = 64 if name.startswith("swin") else side
+        side, frames = (224, 16) if name.startswith("mvit") else (64, 16 if name == "s3d" else 8)
         return model, lambda n: torch.randn(n, 3, frames, side, side)
     if kind == "optical_flow":
         return model, lambda n: tuple(torch.randn(n, 3, 128, 128) for _ in range(2))
     if kind == "detection":
-        return model.backbone, images(300 if name.startswith("ssd300") else 96)
+        batch = images(300 if name.startswith("ssd300") else 96)
+        if part == "whole":
+            return model, lambda n: [list(batch(n))]
+        return model.backbone if part == "backbone" else _Dense(model), batch
     return model, images(_SIZES.get(name, 96 if kind == "segmentation" else 64))
 
 
@@ -92,15 +106,17 @@ def timm() -> dict[str, Callable[[], Made]]:
 
 
 def _timm(name: str) -> Made:
-    """At 64 or 96 pixels where the model takes them, else at its own size."""
+    """At 64 or 96 pixels where the model takes them, else at its own size. A model whose output is its features has
+    nothing to merge: it gets a head."""
     import timm as library
 
     own = library.get_pretrained_cfg(name)
     full = own.input_size[-1] if own else 224
+    head = {} if own and own.num_classes else {"num_classes": 10}
     for side in (64, 96, 128, full):
         for options in ({"img_size": side}, {}):
             try:
-                model = library.create_model(name, **options).eval()
+                model = library.create_model(name, **options, **head).eval()
                 with torch.no_grad():
                     model(torch.randn(2, 3, side, side))
                 return model, images(side)
@@ -219,43 +235,4 @@ def _transformers(name: str) -> Made:
         model = getattr(library, kind)(getattr(library, config)(**settings))
     if name == "mixtral":
         model.set_experts_implementation("batched_mm")  # the default is an operator of transformers' own
-    if name == "wav2vec2":
-        remove_parametrizations(model.wav2vec2.encoder.pos_conv_embed.conv, "weight")  # as fxzip asks for
     return model, INPUTS[inputs]
-
-
-# ------------------------------------------------------------------------------------------------- toys
-
-
-class _Recurrent(nn.Module):
-    def __init__(self, cell: type[nn.Module]) -> None:
-        super().__init__()
-        self.rnn = cell(6, 12, num_layers=2, batch_first=True)
-        self.head = nn.Linear(12, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0].mean(1))
-
-
-@suite
-def toys() -> dict[str, Callable[[], Made]]:
-    def sequence(n: int) -> Tensor:
-        return torch.randn(n, 7, 6)
-
-    layer = {"d_model": 16, "nhead": 4, "dim_feedforward": 24, "batch_first": True}
-
-    def encoder() -> nn.Module:
-        return nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), 2)
-
-    return {
-        "lstm": lambda: (_Recurrent(nn.LSTM), sequence),
-        "gru": lambda: (_Recurrent(nn.GRU), sequence),
-        "nn.TransformerEncoder": lambda: (
-            nn.Sequential(nn.Linear(6, 16), encoder(), nn.Linear(16, 3)),
-            sequence,
-        ),
-        "nn.Transformer": lambda: (
-            nn.Transformer(16, 4, 1, 1, 24, batch_first=True),
-            lambda n: (torch.randn(n, 7, 16), torch.randn(n, 5, 16)),
-        ),
-    }

@@ -442,3 +442,19 @@ def test_every_layer_kind_of_dropout_is_idle_in_eval():
     layers = [nn.Dropout1d(), nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.Dropout()]
     low = check_equal(nn.Sequential(*layers, nn.Tanh()), torch.randn(2, 3, 4))
     assert not any(n.meta.get("random") for n in low.graph.nodes)
+
+
+@fx.wrap
+def _first_grown(sizes: list[int]) -> int:
+    sizes[0] += 1
+    return sizes[0]
+
+
+def test_a_wrapped_function_may_write_to_its_list():
+    class Net(nn.Module):
+        def forward(self, x):
+            return x * _first_grown([x.shape[0], 2])
+
+    gm = fx.symbolic_trace(Net()).eval()
+    (node,) = (n for n in lower(gm, (torch.ones(2, 3),)).graph.nodes if n.op == "call_function")
+    assert node.args[1] == 3

@@ -9,8 +9,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from examples import EXAMPLES
 from torch import fx, nn
 
+import fxzip
 from fxzip.errors import InputError, SpaceError
 from fxzip.infer.spaces import FeatureSpace, Segment, Spaces
 from fxzip.match.matching import Matching, from_slots
@@ -729,3 +731,19 @@ def test_report_prints_every_part(pair):
         "trace 0.2",
     ):
         assert part in text, part
+
+
+@pytest.mark.parametrize(("name", "private"), [
+    ("token mixer", {"head"}),
+    ("relative positions", {"head"}),
+    ("votes for classes", {"votes"}),
+    ("weight beside its module", {"head"}),
+])  # fmt: skip
+def test_places_are_shared_and_what_a_model_numbers_itself_is_not(name, private):
+    example = next(e for e in EXAMPLES if e.name == name)
+    model, (x,) = example.make(), example.inputs()
+    zipped = fxzip.merge([model, fxzip.scramble(model, x)], [x], method="permute", progress=False)
+    names = {n.rpartition(".")[0].rpartition("_task")[0] for n, _ in zipped.named_parameters() if "_task" in n}
+    assert names == private
+    for output in zipped(x):
+        torch.testing.assert_close(output, model(x), atol=1e-5, rtol=1e-5)

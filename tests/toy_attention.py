@@ -152,6 +152,59 @@ class Windowed(nn.Module):
         return self.head(self.merge(self.merge_norm(x)).mean((1, 2)))
 
 
+class TokenMixer(nn.Module):
+    """Tokens mixed by a matrix of their own: its rows are places, the same ones in every model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.up, self.down, self.head = nn.Linear(5, 7), nn.Linear(7, 5), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        mixed = self.down(self.up(self.norm(x).transpose(1, 2)).relu()).transpose(1, 2)
+        return self.head((x + mixed).mean(1))
+
+
+class RelativePositions(nn.Module):
+    """Attention with `q @ positions`, skewed so that column j of row i is offset j - i."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.proj = nn.Linear(6, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.positions, self.head = nn.Parameter(torch.randn(9, 4)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)  # [b, 2, 5, 4]
+        skewed = F.pad(q @ self.positions.T, (0, 1)).flatten(2)  # [b, 2, 5 * 10]
+        offsets = F.pad(skewed, (0, 4)).unflatten(-1, (6, 9))[:, :, :5, 4:]
+        a = (q @ k.transpose(-1, -2) + offsets).softmax(-1) @ v
+        return self.head((x + self.proj(a.transpose(1, 2).flatten(2))).mean(1))
+
+
+class Votes(nn.Module):
+    """Four units vote for each class: units of one class are alike, classes are the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.votes = nn.Linear(6, 8), nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.votes(self.hidden(x).relu()).unflatten(-1, (3, 4)).amax(-1)
+
+
+class WeightBesideItsModule(nn.Module):
+    """A parameter is read by the graph before its module is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.fc.bias + self.fc(x)).relu())
+
+
 # name, module, inputs, the op that must be frozen
 TOYS = [
     ("fused glu", FusedGLU, sequence, ""),
@@ -160,5 +213,9 @@ TOYS = [
     ("encoder layer, norm first", lambda: WrappedEncoder(True), sequence, ""),
     ("encoder layer, norm last", lambda: WrappedEncoder(False), sequence, ""),
     ("vision transformer", VisionTransformer, image, ""),
+    ("token mixer", TokenMixer, sequence, ""),
+    ("relative positions", RelativePositions, sequence, ""),
+    ("votes for classes", Votes, lambda: (torch.randn(2, 6),), ""),
+    ("weight beside its module", WeightBesideItsModule, lambda: (torch.randn(2, 6),), ""),
     ("shifted windows", Windowed, lambda: (torch.randn(2, 3, 4, 4),), ""),
 ]

@@ -21,7 +21,7 @@ def anchors_of(reader: Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
     that only parameters meet in (a table of coordinates) is measured in the parameter, where its entries correspond.
 
     Where another axis carries features as well (channels beside hidden tokens), samples along it are in an order of
-    each model's own: such a value counts only where there is no other, and pooled over that axis.
+    each model's own: such a value counts only where there is no other, and then by rank along that axis.
     """
     read, written, stored = defaultdict(dict), defaultdict(dict), defaultdict(dict)
     for node, roles in reader.inference.notes.contractions.items():
@@ -37,9 +37,9 @@ def anchors_of(reader: Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
     for family in wanted:
         seen = list(read[family].values())
         quiet = [a for key, a in written[family].items() if key not in read[family]]
-        clear = [a for a in quiet if not a.pooled]
-        if any(not a.pooled for a in seen):
-            found[family] = [*(a for a in seen if not a.pooled), *(replace(a, weight=QUIET) for a in clear)]
+        clear = [a for a in quiet if not a.unordered]
+        if any(not a.unordered for a in seen):
+            found[family] = [*(a for a in seen if not a.unordered), *(replace(a, weight=QUIET) for a in clear)]
         elif clear or seen or quiet or stored[family]:
             found[family] = clear or seen or quiet or list(stored[family].values())
     return found
@@ -76,15 +76,19 @@ def _collect(reader: Reader, node: fx.Node, wanted: set[int], into: dict[int, di
     if node.meta["shape"] is None:  # several results: the first is the value
         node = next((u for u in node.users if u.args[1] == 0), node)
     groups = reader.inference.types[node].groups
-    moving = [axes for axes, labels in groups if wanted & {f for f, _ in reader.split(labels.ravel())}]
+    loose = {axis for axes, labels in groups if _movable(reader, labels) for axis in axes}
     for axes, labels in groups:
-        pooled = tuple(sorted(a for other in moving if other != axes for a in other))
         ascending, flat = _flat(axes, labels)
         for family, run in reader.split(flat):
             positions = reader.positions(family, flat, run) if family in wanted else None
             if positions is not None:
-                anchor = Anchor(node.name, ascending, positions, pooled=pooled)
+                anchor = Anchor(node.name, ascending, positions, unordered=tuple(sorted(loose - set(axes))))
                 into[family].setdefault((node, ascending, run[0]), anchor)
+
+
+def _movable(reader: Reader, labels: np.ndarray) -> bool:
+    """Whether any two of these features may change places."""
+    return bool((reader.size[reader.solution.family[reader.atoms(labels)]] > 1).any())
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,12 +102,23 @@ class Inference:
         operands = [n for n in node.all_input_nodes if "const" not in n.meta]
         args, kwargs = tree_map(self._value, (node.args, node.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
         specs = _specs(node)
+        before = len(self.notes.relations.ordered)
         result = apply(self.notes, node.target, args, kwargs, specs)  # type: ignore[arg-type]
         if isinstance(result, Refusal):
             result = self._freeze(node, operands, specs, result.reason)
+        elif self._loses_places(operands, self.notes.relations.ordered[before:]):
+            result = [replace(t, foreign=True) for t in result]
         self.outputs[node] = result
         self.types[node] = result[0]
         self._inherit(node, operands)
+
+    def _loses_places(self, operands: list[fx.Node], ordered: list[np.ndarray]) -> bool:
+        """Whether inert axes of a result may be features that an operator (just now, or upstream) keeps in order."""
+        data = [self.types[o] for o in operands if o in self.data]
+        if any(t.foreign for t in data):
+            return True
+        held = [label_of(g.labels) for t in data for g in t.groups] if ordered else []
+        return any(np.isin(labels, mine).any() for labels in ordered for mine in held)
 
     def _inherit(self, node: fx.Node, operands: list[fx.Node]) -> None:
         if any(o in self.data for o in operands):
@@ -129,9 +141,10 @@ class Inference:
         """A constant is free along axes on which it is uniform, inert along the others."""
         shape = tuple(value.shape)
         if value.numel() == 0 or value.numel() > _MAX_CONSTANT or value.is_complex():
-            return inert(shape)
+            return LabelledType(shape, foreign=True)
         uniform = [i for i, d in enumerate(shape) if d > 1 and bool((value == value.narrow(i, 0, 1)).all())]
-        return LabelledType(shape, tuple(Group((i,), self.notes.relations.fresh([shape[i]])) for i in uniform))
+        groups = tuple(Group((i,), self.notes.relations.fresh([shape[i]])) for i in uniform)
+        return LabelledType(shape, groups, foreign=True)
 
     def _freeze(self, node: fx.Node, operands: list[fx.Node], specs: list[OutSpec], reason: str) -> list[LabelledType]:
         touches = any(o in self.weights or self._depends_on_parameters(o) for o in operands)

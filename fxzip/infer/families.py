@@ -129,10 +129,12 @@ def _kinds(reader: Reader) -> dict[int, set[str]]:
 
 def _opaque_nodes(reader: Reader) -> frozenset[str]:
     """FX nodes that cannot be shared: frozen ones, and those whose parameters produce features that something
-    pins (an output, an op without a rule, a constant), so that indices mean something else in every model."""
+    pins (an output, an op without a rule, a constant), so that indices mean something else in every model. What is
+    pinned because it stands for a place in the input (token mixing, relative positions) means the same in all."""
     inference = reader.inference
-    opaque = _alone_and(reader, inference.notes.relations.opaque)
+    opaque = _with_children(reader, _alone_and(reader, inference.notes.relations.opaque))
     pinned = _alone_and(reader, inference.notes.relations.pinned)
+    pinned &= opaque | ~_alone_and(reader, list(inference.notes.relations.placed.values()))
     nodes = {n.meta.get("origin") for n in inference.frozen_nodes}
     for node, kind in inference.types.items():
         mine = [inference.types[o] for o in node.all_input_nodes if o in inference.linear]
@@ -145,6 +147,18 @@ def _opaque_nodes(reader: Reader) -> frozenset[str]:
         if fixed or opaque[brought].any():
             nodes.add(node.meta.get("origin"))
     return frozenset(n for n in nodes if n)
+
+
+def _with_children(reader: Reader, flags: np.ndarray) -> np.ndarray:
+    """bool [atoms]: those flagged, and those that belong to flagged ones only (the units that vote for one class)."""
+    edges = [(reader.atoms(u), reader.atoms(v)) for u, v, _ in reader.inference.notes.relations.many]
+    free = np.zeros(len(flags), bool)
+    for child, parent in edges:
+        free[child[~flags[parent]]] = True
+    flags = flags.copy()
+    for child, _ in edges:
+        flags[child[~free[child]]] = True
+    return flags
 
 
 def _atoms_in(reader: Reader, types: list[LabelledType]) -> np.ndarray:

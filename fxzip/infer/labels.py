@@ -63,6 +63,7 @@ class LabelledType:
 
     shape: tuple[int, ...]
     groups: tuple[Group, ...] = ()
+    foreign: bool = False  # inert axes are no places in an input: numbers in the code, features kept in order
 
     def __post_init__(self) -> None:
         shape = tuple(int(d) for d in self.shape)

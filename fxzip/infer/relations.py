@@ -33,6 +33,8 @@ class Relations:
         self.marks: list[tuple[np.ndarray, np.ndarray]] = []
         self.opaque: list[np.ndarray] = []  # labels pinned by an output or by an op without a rule
         self.pinned: list[np.ndarray] = []  # labels pinned to an index for any reason
+        self.ordered: list[np.ndarray] = []  # those among them that keep an order of their own
+        self.placed: dict[Hashable, np.ndarray] = {}  # labels whose index is a place, the same in all models
         self.derived: list[tuple[np.ndarray, np.ndarray]] = []  # labels that stand for others: (new, source)
         self._next_type = 1
         self._memo: dict[Hashable, object] = {}
@@ -78,10 +80,15 @@ class Relations:
 
     # -- statements about groups ------------------------------------------------------------------
 
-    def pin(self, group: Group, axis: Name) -> None:
-        """Nobody may reorder `axis` of this group."""
+    def pin(self, group: Group, axis: Name, placed: bool = False) -> None:
+        """Nobody may reorder `axis` of this group. placed: its indices are places (pixels, tokens, offsets)."""
         p = group.axes.index(axis)
-        if not self.once(("pin", group.labels.tobytes(), group.labels.shape, p)):
+        key = ("pin", group.labels.tobytes(), group.labels.shape, p)
+        if not placed:
+            self.ordered.append(label_of(group.labels).ravel())
+        elif key not in self.placed:
+            self.placed[key] = label_of(group.labels).ravel()
+        if not self.once(key):
             return
         self.pinned.append(label_of(group.labels).ravel())
         n = group.labels.shape[p]
@@ -207,7 +214,7 @@ class Relations:
         A name that some operand has without labels (and with more than one index) is pinned on the others.
         """
         named: list[list[Group]] = []
-        still = set(pin)
+        still = dict.fromkeys(pin, False)  # -> whether its index is a place
         for labelled, names in operands:
             present = [n for i, n in enumerate(names) if n is not None and labelled.shape[i] > 1]
             repeated = [n for n, c in Counter(present).items() if c > 1]
@@ -215,11 +222,11 @@ class Relations:
                 raise ValueError(f"einsum takes a diagonal along {repeated}")
             groups = [g.renamed(names) for g in labelled.groups]
             named.append(groups)
-            still |= set(present) - set(chain.from_iterable(g.axes for g in groups))
+            for name in set(present) - set(chain.from_iterable(g.axes for g in groups)):
+                still[name] = still.get(name, False) or not labelled.foreign
         for group in chain.from_iterable(named):
-            for name in group.axes:
-                if name in still:
-                    self.pin(group, name)
+            for name in filter(still.__contains__, group.axes):
+                self.pin(group, name, placed=still[name])
         for i, later in enumerate(named):
             for earlier in named[:i]:
                 for a in earlier:

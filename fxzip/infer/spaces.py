@@ -36,13 +36,14 @@ class Segment:
 class Anchor:
     """A value in which the features are visible: feature k is at the entries `positions[k]` of its
     row-major flattened `axes` (several where pixels were flattened in, each a sample); the other axes
-    are samples. pooled: axes that carry features too, in an order of each model's own: one sample all together."""
+    are samples. Those in `unordered` hold features of another space, whose order differs between models: there
+    only the set of values is comparable."""
 
     node: str
     axes: tuple[int, ...]
     positions: np.ndarray  # int64 [n, t]
     weight: float = 1.0  # in the pooled moments
-    pooled: tuple[int, ...] = ()
+    unordered: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

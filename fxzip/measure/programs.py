@@ -87,15 +87,13 @@ def _shapes(args: Any) -> tuple:
 
 
 def rows_of(anchor: Anchor, value: Tensor) -> Tensor:
-    """[samples, n]: the features of `anchor` in `value`, one row per sample (batch item, pixel or token).
-
-    Over pooled axes mean plus deviation stand for all entries: that is the same in whatever order they are.
-    """
-    if anchor.pooled:
-        mean = value.mean(anchor.pooled, keepdim=True)
-        value = mean + (value - mean).square().mean(anchor.pooled, keepdim=True).sqrt()
-    rest = [i for i in range(value.dim()) if i not in anchor.axes]
-    flat = value.permute(*rest, *anchor.axes).flatten(len(rest))  # [..., features and what is flattened in]
+    """[samples, n]: the features of `anchor` in `value`, one row per sample (batch item, pixel or token; along axes
+    in an order of the model's own, per rank)."""
+    rest = [i for i in range(value.dim()) if i not in anchor.axes and i not in anchor.unordered]
+    flat = value.permute(*rest, *anchor.unordered, *anchor.axes)
+    flat = flat.flatten(len(rest) + len(anchor.unordered))  # [..., features and what is flattened in]
+    if anchor.unordered:
+        flat = flat.reshape(*flat.shape[: len(rest)], -1, flat.shape[-1]).sort(-2).values
     flat = flat.reshape(-1, flat.shape[-1])
     n, t = anchor.positions.shape
     if t == 1 and np.array_equal(anchor.positions[:, 0], np.arange(flat.shape[1])):

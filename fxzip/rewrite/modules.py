@@ -43,9 +43,11 @@ class Tensors:
 
 def install(root: nn.Module, source: nn.Module, old: str, new: str, tensors: Tensors) -> None:
     """Put a copy of `source`'s attribute `old` (module, parameter or buffer) at `new` in `root`."""
-    if has_path(root, new):
-        return  # part of a leaf that is already there
     found = attribute(source, old)
+    # a bare container was made for one parameter of the module, which the graph reads beside calling it
+    bare = has_path(root, new) and type(attribute(root, new)) is nn.Module and isinstance(found, nn.Module)
+    if has_path(root, new) and not bare:
+        return  # part of a leaf that is already there
     if isinstance(found, nn.Module):
         fresh = copy.deepcopy(found)
         fill(fresh, old, tensors)

@@ -101,6 +101,11 @@ class _Interpreter(fx.Interpreter):
         self.recorder = recorder
         self.values: dict[str, tuple[fx.Node, ...]] = {}
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple:
+        """As generated code passes them: a list that the function may write to, not the graph's own."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(_thawed(a) for a in args), {k: _thawed(v) for k, v in kwargs.items()}
+
     def run_node(self, n: fx.Node) -> Any:
         self.recorder.origin = n
         try:
@@ -113,6 +118,10 @@ class _Interpreter(fx.Interpreter):
             tensors = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
             self.values[n.name] = tuple(self.recorder.node_behind(x) for x in tensors)
         return result
+
+
+def _thawed(value: Any) -> Any:
+    return [_thawed(v) for v in value] if isinstance(value, list) else value
 
 
 def _named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

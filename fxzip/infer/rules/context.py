@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from ..labels import Group, LabelledType, Name
+from ..labels import Group, LabelledType, Name, label_of
 from ..relations import Relations
 
 
@@ -84,11 +84,15 @@ class Context:
         kept = [(g, [a for a in g.axes if a in axes]) for g in labelled.groups]
         return tuple(self.relations.marginal(g, k) for g, k in kept if k)
 
-    def pin(self, labelled: LabelledType, axes: Collection[int]) -> None:
+    def pin(self, labelled: LabelledType, axes: Collection[int], ranked: bool = False) -> None:
+        """Nobody may reorder `axes`. ranked: what the indices mean is each model's own affair (classes of an
+        argmax, experts of a router), so features along them cannot be shared."""
         for group in labelled.groups:
-            for axis in group.axes:
-                if axis in axes:
-                    self.relations.pin(group, axis)
+            inside = [a for a in group.axes if a in axes]
+            for axis in inside:
+                self.relations.pin(group, axis)
+            if ranked and inside:
+                self.relations.opaque.append(np.unique(label_of(group.labels)))
 
     def inert_along(
         self,
@@ -96,9 +100,10 @@ class Context:
         axes: Collection[int],
         shape: Sequence[int],
         mapping: Mapping[int, int] | None = None,
+        ranked: bool = False,
     ) -> LabelledType:
         """Pin `axes`; a result of `shape` keeps the others' labels, at `mapping` (default: same place)."""
-        self.pin(labelled, axes)
+        self.pin(labelled, axes, ranked)
         rest = [a for a in range(len(labelled.shape)) if a not in axes]
         groups = self.project(labelled, rest)
         if mapping is not None:

@@ -73,5 +73,5 @@ def glu(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int = -1, **_) -
 def counted(ctx: Context, out: Sequence[OutSpec], **arguments) -> list[LabelledType]:
     """Positions or counts: every operand keeps its order."""
     for value in values_in(arguments.values()):
-        ctx.pin(value.type, range(value.dim))
+        ctx.pin(value.type, range(value.dim), ranked=True)
     return [inert(o.shape) for o in out]

@@ -24,7 +24,7 @@ def reduction(
     reduced = _axes(dim, self.dim)
     kept = [a for a in range(self.dim) if a not in reduced]
     if len(out) == 2 and isinstance(dim, int) and out[1].dtype == torch.int64:  # max, min, median along an axis
-        ctx.pin(self.type, reduced)
+        ctx.pin(self.type, reduced, ranked=True)
     ctx.nonlinear([g for g in self.type.groups if any(a in reduced for a in g.axes)], "reduction")
     place = {a: a if len(out[0].shape) == self.dim else i for i, a in enumerate(kept)}
     groups = tuple(g.renamed(place) for g in ctx.project(self.type, kept))
@@ -56,7 +56,8 @@ def ordered(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int = -1, **
 def _ordered(ctx: Context, self: Value, axes: Sequence[int], out: OutSpec) -> LabelledType:
     kept = [a for a in range(self.dim) if a not in axes]
     same_rank = len(out.shape) == self.dim
-    return ctx.inert_along(self.type, axes, out.shape, {a: a if same_rank else i for i, a in enumerate(kept)})
+    place = {a: a if same_rank else i for i, a in enumerate(kept)}
+    return ctx.inert_along(self.type, axes, out.shape, place, ranked=True)
 
 
 @rule("unfold", moves=True)

@@ -1,0 +1,185 @@
+"""The models of coverage.py in torch-pruning's dependency graph and in rebasin: docs/coverage_peers.json.
+
+Both are used through what they export, in an environment of their own (pip install torch-pruning==1.6.1
+rebasin==0.0.47 torchview graphviz, beside torch and fxzip). The test is fxzip's own: what the tool says may be
+permuted is permuted, and the output in float64, with perturbed parameters, must stay.
+
+torch-pruning: every group of coupled channels that some layer reads is permuted at random (num_heads not given).
+rebasin: a model with other random weights is aligned to the model, which permutes it. *analysed*: no error, and
+something was permuted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import multiprocessing
+import sys
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import coverage
+import torch
+from torch import nn
+
+TOLERANCE = 1e-6  # as fxzip.verify: relative, in float64
+CACHE = coverage.CACHE.with_name("coverage_peers.jsonl")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="torchvision,timm,transformers,toys")
+    parser.add_argument("--only", default="*", metavar="GLOB")
+    parser.add_argument("--limit", type=int, default=60, help="seconds per model and tool (60)")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    args = parser.parse_args(argv)
+    from zoo_others import SUITES
+
+    known = [json.loads(line) for line in args.cache.read_text().splitlines()] if args.cache.is_file() else []
+    done = {(r["tool"], r["suite"], r["name"]) for r in known}
+    for suite in args.suite.split(","):
+        for name in SUITES[suite]():
+            for tool in TOOLS:
+                if fnmatch(name, args.only) and (tool, suite, name) not in done:
+                    row = {"tool": tool, "suite": suite, "name": name, **_process(tool, suite, name, args.limit)}
+                    known.append(row)
+                    with args.cache.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(row, flush=True)
+    write(known)
+    return 0
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Counts per tool and suite, and all rows."""
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for row in rows:
+        count = counts.setdefault(row["tool"], {}).setdefault(row["suite"], {"tried": 0, "analysed": 0, "passed": 0})
+        count["tried"] += 1
+        count["analysed"] += row.get("moved", 0) > 0
+        count["passed"] += row.get("moved", 0) > 0 and row["error"] < TOLERANCE
+    versions = {tool: version(tool) for tool in TOOLS}
+    path = coverage.ROOT / "docs" / "coverage_peers.json"
+    path.write_text(json.dumps({"versions": versions, "counts": counts, "rows": rows}, indent=1) + "\n")
+    print(json.dumps(counts, indent=1))
+
+
+def _process(tool: str, suite: str, name: str, limit: int) -> dict[str, Any]:
+    mine, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
+    worker = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(measure(tool, suite, name)))
+    worker.start()
+    theirs.close()
+    try:
+        return mine.recv() if mine.poll(limit) else {"refused": f"more than {limit} s"}
+    except EOFError:
+        return {"refused": "the process ended"}
+    finally:
+        worker.kill()
+        worker.join()
+
+
+def measure(tool: str, suite: str, name: str) -> dict[str, Any]:
+    """moved: parameters that were permuted; error: change of the output, relative to its largest entry."""
+    from zoo_others import SUITES
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, batch = SUITES[suite]()[name]()
+    model = model.eval().double()
+    coverage.jitter(model)
+    x = batch(2)
+    x = {k: _double(v) for k, v in x.items()} if isinstance(x, dict) else _double(x)
+    with torch.no_grad():
+        try:
+            mine, before, after = TOOLS[tool](model, x)
+        except Exception as error:
+            return {"refused": f"{type(error).__name__}: {error}"[:200]}
+        wanted, given = _outputs(mine, x, before), _outputs(mine, x, after)
+        change = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(wanted, given, strict=True))
+    moved = sum(not torch.equal(before[n], after[n]) for n in before)
+    return {"moved": moved, "parameters": len(before), "error": change}
+
+
+State = dict[str, torch.Tensor]
+
+
+def _double(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(_double(y) for y in x)
+    return x.double() if x.is_floating_point() else x
+
+
+def _outputs(model: nn.Module, x: Any, state: State) -> list[torch.Tensor]:
+    from fxzip.trace import counted, tensors_of
+
+    model.load_state_dict(state, strict=False)
+    out = model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x)
+    return [t for t in tensors_of(counted(out)) if t.is_floating_point()]
+
+
+def _state(model: nn.Module) -> State:
+    return {n: p.detach().clone() for n, p in (*model.named_parameters(), *model.named_buffers())}
+
+
+def torch_pruning(model: nn.Module, x: Any) -> tuple[nn.Module, State, State]:
+    import torch_pruning as tp  # type: ignore[import-not-found]
+
+    before = _state(model)
+    with torch.enable_grad():
+        graph = tp.DependencyGraph().build_dependency(model, example_inputs=x)
+    for group in list(graph.get_all_groups()):
+        if all(graph.is_out_channel_pruning_fn(item.dep.handler) for item in group):
+            continue  # nothing reads these channels: they are the output, which users of the tool name themselves
+        root, prune = group[0].dep.target.module, group[0].dep.handler
+        count = len(group[0].idxs)
+        order = torch.randperm(count).tolist()
+        plain = graph.get_pruning_group(root, prune, idxs=list(range(count)))
+        mixed = graph.get_pruning_group(root, prune, idxs=order)
+        for a, b in zip(plain, mixed, strict=True):
+            _permute(graph, a.dep, [int(i) for i in a.idxs], [int(i) for i in b.idxs])
+    return model, before, _state(model)
+
+
+def _permute(graph: Any, dep: Any, old: list[int], new: list[int]) -> None:
+    module, out = dep.target.module, graph.is_out_channel_pruning_fn(dep.handler)
+    if isinstance(module, nn.Parameter):
+        tensors = [(module, dep.target.pruning_dim)]
+    else:
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        tensors = []
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.dim() == 1 and (out or not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))):
+                tensors.append((tensor, 0))
+            elif tensor.dim() > 1:
+                rows = out != (transposed or isinstance(module, nn.Embedding))
+                tensors.append((tensor, 0 if rows or tensor.shape[1] == 1 else 1))
+    for tensor, axis in tensors:
+        index = torch.arange(tensor.shape[axis])
+        index[old] = torch.tensor(new)
+        tensor.copy_(tensor.index_select(axis, index))
+
+
+def rebasin(model: nn.Module, x: Any) -> tuple[nn.Module, State, State]:
+    from rebasin import PermutationCoordinateDescent  # type: ignore[import-not-found]
+
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.copy_(parameter.mean() + parameter.std().nan_to_num() * torch.randn_like(parameter))
+    before = _state(other)
+    descent = PermutationCoordinateDescent(model, other, x)
+    descent.rebasin()
+    return other, before, _state(other)
+
+
+TOOLS = {"torch-pruning": torch_pruning, "rebasin": rebasin}
+
+if __name__ == "__main__":
+    sys.exit(main())
