@@ -219,24 +219,3 @@ def test_orthogonal_roots_are_permuted_and_unequal_blocks_refused():
     moments = {"s1": SpaceMoments((11, 12), 1.0, torch.zeros(23), torch.eye(23))}
     with pytest.raises(SpaceError, match=r"s1: the models have \(11, 12\) features here, .* needs 11"):
         match(UNEVEN, moments, Permute())
-
-
-def test_select_keeps_whole_heads_of_the_model_that_explains_more():
-    torch.manual_seed(0)
-    rich = torch.randn(4000, HEADS * DIMS, dtype=torch.float64)
-    poor = rich.clone()
-    poor[:, DIMS : 2 * DIMS] = rich[:, DIMS : DIMS + 1]  # head 1 of model 0 says one thing four times
-    poor[:, 2 * DIMS :] += 0.1 * torch.randn(4000, DIMS, dtype=torch.float64)
-    spaces = (
-        space("s1", HEADS),
-        space("s2", HEADS * DIMS, ("s1", np.repeat(range(HEADS), DIMS)), orthogonal_only=True),
-        space("s3", HEADS * DIMS, ("s1", np.repeat(range(HEADS), DIMS))),
-    )
-    found = match(spaces, {"s3": moments_of(poor, rich), "s2": moments_of(poor, rich)}, Select())
-    for name in ("s2", "s3"):
-        own = found[name].blocks_merge(0).sum(1).reshape(HEADS, DIMS)
-        assert set(own.unique().tolist()) <= {0.0, 1.0} and torch.equal(own[:, :1].expand(-1, DIMS), own)
-        assert own[0, 0] == 1 and own[1, 0] == 0  # equal heads: the first model's; else the one that explains more
-    assert torch.equal(found["s1"].blocks_merge(0).sum(1), own[:, 0])
-    back = found["s3"].blocks_unmerge(0)[DIMS : 2 * DIMS]  # what was not kept is read off its head, by least squares
-    torch.testing.assert_close(back, torch.eye(HEADS * DIMS).double()[DIMS].expand(DIMS, -1), atol=1e-3, rtol=0)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from ..errors import FxzipError, InputError, SpaceError
 from ..infer.spaces import FeatureSpace, Spaces
-from ..measure.moments import SpaceMoments
 from .alignment import Layer, Slots, align
 from .matching import Evidence, Matcher, Matching, from_slots, mean_correlation, similarity
 from .permute import Permute
-from .select import Select
-from .whole import keepers
 
 
 def match_once(
@@ -130,9 +126,7 @@ class _Family:
 
     def match(self, matcher: Matcher) -> dict[str, Matching]:
         slots = self._slots(matcher)
-        moments = {n: m for n, m in self.moments.items() if isinstance(m, SpaceMoments)}
-        kept = keepers(self.spaces, moments, slots) if isinstance(matcher, Select) else {}
-        return {space.name: self._one(space, slots, matcher, kept.get(space.name)) for space in self.spaces}
+        return {space.name: self._one(space, slots, matcher) for space in self.spaces}
 
     def _slots(self, matcher: Matcher) -> list[Slots]:
         """Per model: the slot of every feature of every space."""
@@ -151,10 +145,7 @@ class _Family:
         ]
         return align(layers)
 
-    def _one(
-        self, space: FeatureSpace, slots: list[Slots], matcher: Matcher, kept: np.ndarray | None
-    ) -> Matching:
-        """kept: per slot the model whose feature stays, or None to average."""
+    def _one(self, space: FeatureSpace, slots: list[Slots], matcher: Matcher) -> Matching:
         here = [s[space.name] for s in slots]
         free = (
             matcher.correspondence == "free"
@@ -165,21 +156,15 @@ class _Family:
         )
         width = self.widths[space.name]
         if free:
-            return self._inside(space, here, matcher, width, kept if width == space.size else None)
+            return self._inside(space, here, matcher, width)
         if width != space.size:
             why = "it groups other features" if space.name in self.parents else "only permutations fit here"
             raise SpaceError(f"{space.name}: its width {space.size} cannot become {width}: {why}")
-        plain = from_slots(
+        return from_slots(
             np.concatenate(here), space.size, self.sizes[space.name], self.known.get(space.name)
         )
-        if kept is None:
-            return plain
-        chosen = np.repeat(np.arange(len(here)), space.size)[None, :] == kept[:, None]  # [slots, Sn]
-        return replace(plain, merge=(plain.unmerge.T * torch.from_numpy(chosen)))
 
-    def _inside(
-        self, space: FeatureSpace, slots: list[np.ndarray], matcher: Matcher, width: int, kept: np.ndarray | None
-    ) -> Matching:
+    def _inside(self, space: FeatureSpace, slots: list[np.ndarray], matcher: Matcher, width: int) -> Matching:
         """Run the matcher within every set of matched blocks and put the pieces together."""
         members = _members(space.blocks)
         targets = _targets(space, members, width)
@@ -190,11 +175,7 @@ class _Family:
         for block, rows in zip(members, targets, strict=True):
             # Sorted by slot: the matcher sees every model in model 0's order.
             inside = [np.argsort(s)[block] for s in slots]
-            evidence = self.moments[space.name].restrict(inside)
-            if kept is not None and isinstance(matcher, Select) and isinstance(evidence, SpaceMoments):
-                part = matcher.picked(evidence, np.arange(len(block)) + len(block) * kept[block])
-            else:
-                part = _run(space.name, matcher, evidence, len(rows))
+            part = _run(space.name, matcher, self.moments[space.name].restrict(inside), len(rows))
             columns = torch.from_numpy(np.concatenate([f + o for f, o in zip(inside, starts, strict=True)]))
             merge[torch.from_numpy(rows)[:, None], columns] = part.merge
             unmerge[columns[:, None], torch.from_numpy(rows)] = part.unmerge

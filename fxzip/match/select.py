@@ -25,8 +25,7 @@ class Select:
     sum_k R_kj^2 / R_jj (the variance it explains of all features), subtract R_j R_j^T / R_jj, repeat; column
     subset selection as in Farahat et al., "Greedy column subset selection", KAIS 2015. Selection commutes
     with every pointwise non-linearity, which averaging does not.
-    M picks rows; U is the optimal unmerge with `ridge`, and exact on the kept features. Where features only make
-    sense in blocks, whole blocks (attention heads, with queries, keys and values) of one model are kept.
+    M picks rows; U is the optimal unmerge with `ridge`, and exact on the kept features.
     Raises InputError for ridge < 0 or a width outside 1..Sn.
     """
 
@@ -49,23 +48,19 @@ class Select:
         correlation = moments.correlation().cpu().numpy()
         dead = moments.dead.cpu().numpy()
         correlation[dead, dead] = 0  # nothing to explain, nothing explained
+        alike = similarity(moments)
         same = copies(moments)
         kept = keep(correlation, width, same)
         local = np.concatenate([np.arange(n) for n in moments.sizes])
-        return self.picked(moments, kept[np.lexsort((kept, local[kept]))], same)
-
-    def picked(self, moments: SpaceMoments, kept: np.ndarray, same: np.ndarray | None = None) -> Matching:
-        """The matching that keeps just these of all Sn features, int [m], in this order. same: see `copies`."""
-        width, index = len(kept), torch.from_numpy(kept)
-        same = copies(moments) if same is None else same
-        merge = torch.zeros(width, sum(moments.sizes), dtype=torch.float64)
+        kept = kept[np.lexsort((kept, local[kept]))]
+        index = torch.from_numpy(kept)
+        merge = torch.zeros(width, total, dtype=torch.float64)
         merge[torch.arange(width), index] = 1
         unmerge = optimal_unmerge(merge, moments, self.ridge).cpu()
         unmerge[index] = torch.eye(width, dtype=torch.float64)
         twin = same[:, kept]  # least squares would spread a copy over all that happens to add up to it
         rows, columns = np.flatnonzero(twin.any(1)), twin.argmax(1)
         unmerge[rows] = torch.eye(width, dtype=torch.float64)[columns[rows]]
-        alike, local = similarity(moments), np.concatenate([np.arange(n) for n in moments.sizes])
         quality = _quality(alike, kept, model_of(moments.sizes))
         return Matching(merge, unmerge, moments.sizes, quality, mean_correlation(local, moments.sizes, alike))
 
