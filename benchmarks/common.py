@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "solve-select": {"method": fxzip.Solve(matcher=fxzip.Select())},
     "solve-alpha1": {"method": fxzip.Solve(matcher=fxzip.Zip(alpha=1.0, beta=1.0))},
     "solve-pair": {"method": fxzip.Solve(matcher=fxzip.Pair())},
+    "unmerge": {"method": fxzip.Unmerge()},
     "solve-1.15x": {"method": "solve", "budget": 1.15},
     "solve-1.33x": {"method": "solve", "budget": 1.33},
 }

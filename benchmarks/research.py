@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fxzip
-from fxzip import Average, Permute, Select, Solve, Zip
+from fxzip import Average, MuDSC, Pair, Permute, Select, Solve, Unmerge, Zip
 from fxzip.solve import Settings
 
 OTHER = {"fashion-mnist": "kmnist", "cifar10": "fashion-mnist"}
@@ -63,6 +63,9 @@ VARIANTS = (
     Variant("matcher", "permute", Solve(Permute())),
     Variant("matcher", "zip (0.3, 0.125)", Solve(Zip())),
     Variant("matcher", "select", Solve(Select())),
+    Variant("matcher", "pair", Solve(Pair())),
+    Variant("matcher", "mudsc", Solve(MuDSC())),
+    Variant("matcher", "zip (0.3, 1), best unmerge", Solve(Unmerge())),
     *(Variant("calibration", f"{n} images", count=n) for n in COUNTS),
     Variant("calibration", "other images", other=True),
     *(Variant("budget", f"{b:g}x", options={"budget": b}) for b in (1.15, 1.33, 1.5)),
