@@ -18,6 +18,14 @@ torch.set_num_threads(1)
 TEXTS = Path(__file__).parent / "bad_inputs.txt"
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_stays():
+    """Sharded weights need one."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def texts() -> dict[str, str]:
     """Case -> what it says; blocks of `## name` and lines."""
     blocks = TEXTS.read_text().split("## ")[1:] if TEXTS.exists() else []

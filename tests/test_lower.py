@@ -104,13 +104,14 @@ def test_batch_one_and_two_correspond(name):
 
 
 class InPlace(nn.Module):
-    """Writes through views, on inputs, activations and a constant."""
+    """Writes through views, on activations and a constant."""
 
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(4, 4)
 
     def forward(self, x):
+        x = x * 2
         x += 1
         h = self.fc(x)
         h[:, 1:3].mul_(2)

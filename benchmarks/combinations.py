@@ -1,0 +1,85 @@
+"""Similarity x matcher x solver, on one pair of pairs.py: which combination to take.
+
+    python benchmarks/combinations.py --pair vit --data ../shared/data --test 2000
+
+Similarity: how the features of two models are compared, by their activations (1), their weights (0) or a mixture
+(MuDSC's balance). Solver: the mean of the zipped weights; those with the least-squares unmerge (activations only: the
+regression needs their moments); or the layers fitted in order, solve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common import Bench, Row, machine, options, parse, save, show, train
+from data import load
+from pairs import PAIRS, split_classes
+from tqdm import tqdm
+
+import fxzip
+from fxzip import MuDSC, Pair, Permute, Solve, Unmerge, Zip
+from fxzip.match import Matcher
+
+BALANCES = (1.0, 0.7, 0.5, 0.0)
+MATCHERS: dict[str, Matcher] = {"permute": Permute(), "zip": Zip(), "zip-beta1": Zip(beta=1.0), "pair": Pair()}
+SOLVERS = ("zipped", "unmerge", "solve")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = options(__doc__)
+    parser.add_argument("--pair", choices=PAIRS, required=True)
+    parser.add_argument("--dataset", choices=["fashion-mnist", "cifar10"], default="fashion-mnist")
+    parser.add_argument("--split", type=int, default=0, metavar="SEED")
+    args = parse(parser, argv)
+    args.calibration = args.calibration or 1024
+    data = load(args.dataset, args.data).with_test(args.test, args.seed)
+    (build, recipe), (channels, size) = PAIRS[args.pair], data.shape
+    halves = split_classes(args.split)
+    parents = [
+        train(args.pair, lambda: build(5, channels, size), data, own, recipe, 100 * args.split + k + 1, args)[0]
+        for k, own in enumerate(halves)
+    ]
+    bench = Bench(parents, halves, data.normalise(data.test[0]), data.test[1],
+                  data.calibration(args.calibration, args.seed), args.seed)  # fmt: skip
+    rows = bench.parent_rows([None, None], ["parent a", "parent b"])
+    found = {}
+    for balance, name, solver in tqdm(list(combinations()), desc="merge", leave=False, disable=None):
+        found[balance, name, solver] = row(bench, balance, name, solver)
+    notes = machine(args, calibration=args.calibration, **{"test images": len(bench.images)})
+    title = f"combinations: {args.pair}, {args.dataset}, split {args.split}"
+    show(title, [*rows, *found.values()], ["a", "b"], notes)
+    print("\n" + grid(found))
+    save(args.out, [(title, [*rows, *found.values()])], notes)
+
+
+def combinations():
+    """(balance, matcher, solver) of every row."""
+    for balance in BALANCES:
+        for name in MATCHERS:
+            yield from ((balance, name, s) for s in SOLVERS if s != "unmerge" or balance == 1)
+
+
+def row(bench: Bench, balance: float, name: str, solver: str) -> Row:
+    """Merge and score one combination."""
+    plain = MATCHERS[name]
+    matcher = plain if balance == 1 else MuDSC(balance=balance, matcher=plain)
+    method = {"zipped": lambda: matcher, "unmerge": lambda: Unmerge(matcher), "solve": lambda: Solve(matcher)}[solver]()
+    zipped = fxzip.merge(bench.parents, bench.calibration.split(256), method=method, seed=bench.seed, verify=False,
+                         calibration=len(bench.calibration), progress=False)  # fmt: skip
+    return bench.row(f"{balance:g} {name} {solver}", zipped)
+
+
+def grid(found: dict[tuple[float, str, str], Row]) -> str:
+    """Mean / joint accuracy, a line per similarity and solver, a column per matcher."""
+    lines = ["| similarity | solver | " + " | ".join(MATCHERS) + " |", "| :-- | :-- |" + " --: |" * len(MATCHERS)]
+    for solver in SOLVERS:
+        for balance in BALANCES:
+            cells = [found.get((balance, name, solver)) for name in MATCHERS]
+            if any(cells):
+                texts = [f"{c.mean:.1f} / {c.joint:.1f}" if c else "" for c in cells]
+                lines.append(f"| {balance:g} | {solver} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
