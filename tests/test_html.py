@@ -119,7 +119,7 @@ def test_types_have_the_widths_of_a_budget():
 def test_a_loaded_network_has_the_same_page(zipped, tmp_path):
     fxzip.save(zipped, tmp_path)
     again = fxzip.load(tmp_path, lambda task: Net(2 if task == "a" else 3))
-    assert page(again) == page(zipped)
+    assert page(again) == page(fxzip.report(zipped).with_(seconds={}))  # times are not saved
 
 
 def test_sections_that_are_missing_say_so():
