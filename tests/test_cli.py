@@ -97,7 +97,8 @@ def test_work_that_fails_exits_with_1(capsys, monkeypatch):
 
 def test_merge_by_options_writes_a_folder_that_merges_again(capsys, place):
     code, out, err = run(capsys, "merge", *FLAGS, "--data", "x.npz", "--out", "out")
-    assert code == 0 and not err and "  matched features hardly correlate" in out and "2 models merged by zip (a, b)" in out
+    assert code == 0 and not err and "2 models merged by zip (a, b)" in out
+    assert "  matched features hardly correlate" in out  # the warnings, as notices
     assert "wrote out: README.md, model.safetensors, plan.json, recipe.yaml" in out
     assert run(capsys, "merge", "out/recipe.yaml", "out2", "--trust-code", "-q") == (0, "", "")
     assert run(capsys, "merge", "out", "out", "--trust-code", "-q") == (0, "", "")
