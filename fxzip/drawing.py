@@ -18,7 +18,7 @@ def drawing(call: str, width: float, height: float, columns: int = 1) -> tuple[A
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(f'{call} draws with matplotlib: pip install "fxzip[report]"') from error
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
     figure._repr_png_ = partial(_png, figure)  # a Figure alone is shown only where pyplot was imported
     axes = figure.subplots(1, columns)
     for one in [axes] if columns == 1 else axes:

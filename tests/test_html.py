@@ -121,6 +121,11 @@ def test_a_loaded_network_has_the_same_page(zipped, tmp_path):
     again = fxzip.load(tmp_path, lambda task: Net(2 if task == "a" else 3))
     assert page(again) == page(fxzip.report(zipped).with_(seconds={}))  # times are not saved
 
+    def calls(network) -> list[str]:
+        return [line for line in fxzip.readable(network).splitlines() if " = call_" in line]
+
+    assert calls(again) == calls(zipped) and all(" : [1, " in line for line in calls(again))
+
 
 def test_sections_that_are_missing_say_so():
     bare = Report("zip", ("a", "b"), (Size("a", 10, 20), Size("b", 10, 20)), Size("merged", 12, 22), 0.5)
