@@ -24,8 +24,9 @@ from .rewrite import cut_points, extract
 from .solve import Solve
 from .soup import greedy_soup
 from .verify import Verification, scramble, verify
+from .version import installed
 
-__version__ = "0.1.0"
+__version__ = installed()
 
 __all__ = [
     "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError", "Interrupted",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import operator
 import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +18,7 @@ from .prepare import Prepared
 from .report import LayerRow, NodeRow, Report, Size, SpaceRow
 from .rewrite.zipped import KEY
 from .solve import Record
+from .trace import rows
 from .trace.lines import user_line
 from .version import installed
 
@@ -37,7 +36,7 @@ def describe(
     """The Report of `zipped`; without the seconds."""
     device = next((t.device for t in zipped.parameters()), torch.device("cpu"))
     args = tuple(x.to(device) if isinstance(x, Tensor) else x for x in p.args)
-    one = tuple(x[:1] if isinstance(x, Tensor) and x.dim() else x for x in args)
+    one = rows(args, 1)
     sizes = [Size(n, *_cost(m.to(device), one)) for n, m in zip(p.names, p.graph_modules, strict=True)]
     result = Size("merged", *_cost(zipped, one))
     owners = tuple(zipped.meta[KEY]["targets"])
@@ -52,7 +51,7 @@ def describe(
         tuple(str(f) for f in p.spaces.frozen),
         tuple(dict.fromkeys([*(n for t in p.traced for n in t.notices), *notices])),
         str(p.verification) if p.verification is not None else "",
-        nodes=node_rows(zipped, one, {n: (m.sizes[0], m.width) for n, m in matchings.items()}),
+        nodes=node_rows(zipped),
         layers=tuple(
             LayerRow(r.node, r.kind, r.before, r.after, "" if r.model is None else p.names[r.model]) for r in records
         ),
@@ -75,14 +74,11 @@ def space_rows(spaces: Spaces, matchings: Mapping[str, Matching], moments: Momen
     return tuple(rows)
 
 
-def node_rows(
-    zipped: fx.GraphModule, args: tuple, widths: Mapping[str, tuple[int, int]]
-) -> tuple[NodeRow, ...]:
-    """The tensor-valued nodes of a merged graph, as `annotate` and `build` left them; shapes, constants and bare
-    parameters are left out. widths: space -> (a model's, the merged network's)."""
+def node_rows(zipped: fx.GraphModule) -> tuple[NodeRow, ...]:
+    """The tensor-valued nodes of a merged graph, as `annotate`, `build` and `resize` left them; shapes, constants and
+    bare parameters are left out."""
     notes = zipped.meta[KEY]
     tasks, originals, unmerges = notes["tasks"], notes["nodes"], notes["unmerges"]
-    shapes = _shapes(zipped, args)
     rows: dict[str, NodeRow] = {}
     for node in zipped.graph.nodes:
         found = node.meta.get(KEY) or {}
@@ -100,7 +96,7 @@ def node_rows(
             _module(node),
             tuple(i.name for i in node.all_input_nodes if i.name in rows),
             tuple(_parameters(node, zipped)),
-            _type(found.get("type", ""), shapes.get(node.name), widths),
+            found.get("type", ""),
             tuple(found.get("spaces", ())),
             state,
             task,
@@ -143,40 +139,6 @@ def _parameters(node: fx.Node, zipped: fx.GraphModule) -> Iterator[str]:
             yield from (f"{original}.{n}" for n, _ in zipped.get_submodule(target).named_parameters())
         else:
             yield original
-
-
-def _shapes(zipped: fx.GraphModule, args: tuple) -> dict[str, torch.Size]:
-    """Of every node with one tensor: private parts differ in size, and a budget changes widths."""
-    found: dict[str, torch.Size] = {}
-
-    class Shapes(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            if isinstance(result, Tensor):
-                found[n.name] = result.shape
-            return result
-
-    with torch.no_grad():
-        Shapes(zipped).run(*args)
-    return found
-
-
-def _type(text: str, shape: torch.Size | None, widths: Mapping[str, tuple[int, int]]) -> str:
-    """A labelled type of the models, at the merged network's sizes.
-
-    >>> _type("[1, s0:64, 8]", torch.Size([1, 96, 4]), {"s0": (64, 96)})
-    '[1, s0:96, 4]'
-    """
-
-    def relabelled(found: re.Match) -> str:
-        own, merged = widths.get(found[1], (0, 0))
-        return f"{found[1]}:{merged}" if int(found[2]) == own else found[0]
-
-    dims = text.strip("[]").split(", ")
-    if shape is not None and len(dims) == len(shape):
-        dims = [str(n) if d.isdigit() else d for d, n in zip(dims, shape, strict=True)]
-        text = f"[{', '.join(dims)}]"
-    return re.sub(r"(\w+):(\d+)", relabelled, text)
 
 
 def _inside(name: str, owner: str) -> bool:

@@ -98,6 +98,7 @@ def test_work_that_fails_exits_with_1(capsys, monkeypatch):
 def test_merge_by_options_writes_a_folder_that_merges_again(capsys, place):
     code, out, err = run(capsys, "merge", *FLAGS, "--data", "x.npz", "--out", "out")
     assert code == 0 and not err and "2 models merged by zip (a, b)" in out
+    assert "  matched features hardly correlate" in out  # the warnings, as notices
     assert "wrote out: README.md, model.safetensors, plan.json, recipe.yaml" in out
     assert run(capsys, "merge", "out/recipe.yaml", "out2", "--trust-code", "-q") == (0, "", "")
     assert run(capsys, "merge", "out", "out", "--trust-code", "-q") == (0, "", "")
@@ -175,6 +176,68 @@ def test_plot_draws_the_frontier(capsys, place):
     pytest.importorskip("matplotlib", reason="not installed")
     code, out, _ = run(capsys, "plot", "recipe.yaml", "--trust-code", "--budget", "1", "--until", "3", "-o", "f.svg")
     assert code == 0 and "until 3" in out and "ensemble" in out and "<svg" in (place / "f.svg").read_text()
+
+
+def test_plot_draws_a_merge_and_a_model(capsys, place):
+    pytest.importorskip("matplotlib", reason="not installed")
+    assert run(capsys, "merge", "recipe.yaml", "out", "--trust-code", "-q") == (0, "", "")
+    (place / "a.pt").unlink()  # neither weights nor data are needed
+    (place / "x.npz").unlink()
+    for figure, *more in (["correlations"], ["similarity", "--space", "s0"], ["spaces", "--trust-code"]):
+        code, out, err = run(capsys, "plot", "out", "--figure", figure, "-o", f"{figure}.svg", *more)
+        assert (code, out, err) == (0, f"wrote {figure}.svg\n", "") and "<svg" in Path(f"{figure}.svg").read_text()
+    assert run(capsys, "plot", "torchvision:squeezenet1_1", "--figure", "graph", "-q") == (0, "", "")
+    assert Path("graph.png").stat().st_size > 10_000
+    for argv, message in (
+        (["out", "--figure", "layers"], 'this merge fitted no layers (method="solve" does)'),
+        (["out", "--figure", "similarity", "--space", "s9"], "no merged space 's9'; there are s0, s1"),
+        (["nowhere", "--figure", "correlations"], "is this a folder that fxzip.save wrote?"),
+        (["out", "--figure", "layers", "--until", "3"], "belong to the frontier, not to layers"),
+        (["out", "--space", "s0"], "belongs to similarity, not to frontier"),
+    ):
+        code, _, err = run(capsys, "plot", *argv)
+        assert code == 2 and message in " ".join(err.replace("│", " ").split()), err
+
+
+def test_the_page_of_a_merge(capsys, place):
+    assert run(capsys, "merge", "recipe.yaml", "out", "--trust-code", "-q", "--html") == (0, "", "")
+    first = (place / "out" / "report.html").read_bytes()
+    (place / "a.pt").unlink()
+    code, out, _ = run(capsys, "report", "out", "--html", "again.html")
+    assert code == 0 and "wrote again.html" in out and Path("again.html").read_bytes() == first
+    assert run(capsys, "report", "out", "-q") == (0, "", "") and (place / "out" / "report.html").read_bytes() == first
+    code, _, err = run(capsys, "report", "out", "--html", "gone/page.html")
+    assert code == 2 and "'gone/page.html' cannot be written" in err
+
+
+def test_a_page_is_never_of_another_merge(capsys, place):
+    assert run(capsys, "merge", "recipe.yaml", "out", "--trust-code", "-q", "--html") == (0, "", "")
+    argv = ["merge", *FLAGS, "--data", "x.npz", "--until", "3", "--out"]
+    assert run(capsys, *argv, "out", "-q")[0] == 0  # without --html
+    assert b"until=&#x27;3&#x27;" in (place / "out" / "report.html").read_bytes()
+    (place / "mine").mkdir()
+    (place / "mine" / "report.html").write_text("mine")
+    code, _, err = run(capsys, *argv, "mine", "--html")
+    assert code == 2 and "has a report.html that fxzip did not write" in err
+
+
+def test_merge_resumes_and_goes_on_without_a_proof(capsys, place):
+    argv = ["merge", *FLAGS, "--data", "x.npz", "-q"]
+    assert run(capsys, *argv, "--out", "plain")[0] == 0
+    for out in ("first", "second"):
+        assert run(capsys, *argv, "--resume", "kept", "--out", out)[0] == 0
+        assert (place / out / "plan.json").read_bytes() == (place / "plain" / "plan.json").read_bytes()
+    assert any((place / "kept").iterdir())
+    assert run(capsys, *argv, "--verify", "report", "--out", "out")[0] == 0
+    assert "verify: report" in (place / "out" / "recipe.yaml").read_text()
+    assert run(capsys, *argv, "--verify", "false", "--out", "out")[0] == 0
+    assert "verify: false" in (place / "out" / "recipe.yaml").read_text()
+    code, _, err = run(capsys, *argv, "--verify", "perhaps", "--out", "out")
+    assert code == 2 and "verify: input should be True, False or 'report', not 'perhaps'" in err
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"fxzip {fxzip.__version__}\n", "")
 
 
 def test_inspect_prints_spaces_and_explains(capsys):

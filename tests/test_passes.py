@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import fxzip
 from fxzip import InputError, passes
+from fxzip.infer.annotate import resized
 
 torch.set_num_threads(1)
 
@@ -88,6 +90,41 @@ def test_users_passes_see_spaces_and_matchings():
     assert seen["found"].merge.shape == (8, 16)
     assert not any("matchings" in n.meta.get("fxzip", {}) for n in zipped.graph.nodes)
     assert {n.meta["fxzip"]["state"] for n in zipped.graph.nodes if n.op == "call_module"} == {"merged", "per model"}
+
+
+def test_nodes_of_a_merged_network_have_its_own_sizes():
+    given = models()
+    given["b"].head = nn.Linear(16, 5)
+    zipped = fxzip.merge(given, batches(), method="zip", budget=1.5, progress=False)
+    sizes = {}
+
+    class Sizes(fx.Interpreter):
+        def run_node(self, n):
+            result = super().run_node(n)
+            sizes[n.name] = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
+            return result
+
+    with torch.no_grad():
+        Sizes(zipped).run(batches()[0][:1])
+    widths = {s.name: s.width for s in fxzip.report(zipped).spaces}
+    assert any(s.width != s.width_in[0] for s in fxzip.report(zipped).spaces)
+    typed = {n.name: n.meta["fxzip"]["type"] for n in zipped.graph.nodes if n.op not in ("get_attr", "output")}
+    for name, text in typed.items():
+        assert [int(d.rpartition(":")[2]) for d in text[1:-1].split(", ")] == list(sizes[name]), (name, text)
+        assert all(int(n) == widths[s] for s, n in re.findall(r"(\w+):(\d+)", text)), (name, text)
+    heads = {t: typed[f"head_{t}"] for t in "ab"}
+    assert heads["a"] != heads["b"] and all(f": {heads[t]}" in fxzip.readable(zipped) for t in "ab")
+
+
+def test_types_at_another_shape():
+    widths = {"s0": (64, 96), "s1": (8, 4)}
+    for text, shape, expected in (
+        ("[1, s0:64+s1:8, 8]", (1, 100, 2), "[1, s0:96+s1:4, 2]"),
+        ("[1, s0:64+s1:8, 8]", (1, 72, 2), "[1, s0:64+s1:8, 2]"),  # what a model keeps
+        ("[1, (s0:64, 8), 3]", (1, 24, 4, 3), "[1, (s0:96, 4), 3]"),
+        ("[]", (), "[]"), ("(several results)", (3,), "(several results)"),
+    ):  # fmt: skip
+        assert resized(text, shape, widths) == expected
 
 
 def test_a_users_pass_may_replace_what_was_found():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from helpers import unchanged
@@ -137,3 +139,9 @@ def test_notebook_tables_are_escaped(zipped, models):
     assert fxzip.inspect(models["a"], X[:2])._repr_html_().startswith("<table>")
     found = fxzip.Frontier((), ("<u>",))._repr_html_()
     assert "drift &lt;u&gt;" in found
+
+
+def test_notebooks_show_figures_and_pickles_keep_them(models):
+    figure = plot.spaces(fxzip.inspect(models["a"], X))
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert pickle.loads(pickle.dumps(figure))._repr_png_().startswith(b"\x89PNG")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +32,6 @@ app = typer.Typer(
 )
 
 
-
 def option(panel: str, text: str, *names: str, **more: Any) -> Any:
     """What an option says of itself, and under which heading."""
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
@@ -43,6 +42,7 @@ Verbose = Annotated[bool, option(MESSAGES, "What is done, and the traceback of a
 TrustCode = Annotated[bool, option(MODEL, "Allow path/to/file.py:FACTORY, which runs that file.", "--trust-code")]
 Folder = Annotated[Path, typer.Argument(help="A folder that merge wrote.", metavar="OUT")]
 MODEL_HELP = "torchvision:NAME, timm:NAME, hf:NAME, hf:FOLDER or path/to/file.py:FACTORY; options as ?key=value"
+RECIPE_HELP = "A YAML file, or a folder that merge wrote."
 DATA_HELP = "A folder of images, torchvision:CIFAR10?root=DIR, a file .npz, or random:3x224x224"
 
 
@@ -71,10 +71,12 @@ def progress(quiet: bool) -> bool:
 
 
 def _guarded(run: Callable[..., int | None], given: dict[str, Any], verbose: bool) -> int:
-    from ..errors import FxzipError, InputError
+    from ..errors import FxzipError, InputError, MergeWarning
 
     try:
-        return run(**given) or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MergeWarning)  # the report that merge prints has them as notices
+            return run(**given) or 0
     except (FxzipError, OSError) as error:
         if verbose:
             logging.getLogger("fxzip").exception("failed")
@@ -86,10 +88,9 @@ def _guarded(run: Callable[..., int | None], given: dict[str, Any], verbose: boo
 def _version(asked: bool) -> None:
     if not asked:
         return
-    try:
-        print(f"fxzip {version('fxzip')}")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        print("fxzip (not installed)")
+    from ..version import installed
+
+    print(f"fxzip {installed()}")
     raise typer.Exit
 
 
@@ -104,4 +105,5 @@ def _top(
 # they register themselves, in the order of the help
 from . import merging  # noqa: E402,F401,I001
 from . import looking  # noqa: E402,F401
+from . import plotting  # noqa: E402,F401
 from . import outputs  # noqa: E402,F401

@@ -22,6 +22,7 @@ from . import models
 from .recipe import RECIPE, Read, check, method_of, read
 from .spec import inside
 
+PAGE = "report.html"
 log = logging.getLogger("fxzip")
 
 
@@ -73,13 +74,22 @@ def prepared(given: Read, trust_code: bool = False) -> Job:
 
 
 def run(
-    given: Read, out: Path, *, trust_code: bool = False, pt2: bool = False, progress: bool = True, force: bool = False
+    given: Read,
+    out: Path,
+    *,
+    trust_code: bool = False,
+    pt2: bool = False,
+    html: bool = False,
+    progress: bool = True,
+    force: bool = False,
+    resume: Path | None = None,
 ) -> fx.GraphModule:
     """Merge as the recipe says and write the folder `out`: what `fxzip.save` writes, and the recipe in full.
 
+    html: also the report as a page; one that an earlier merge left in `out` is written anew in any case.
     Raises InputError before any work if `out` holds files that fxzip did not write, unless `force`.
     """
-    refuse_strangers(out, force)
+    refuse_strangers(out, force, html)
     recipe, job = given.recipe, prepared(given, trust_code)
     log.info("merging %s by %s", ", ".join(job.networks), recipe.method)
     zipped = fxzip.merge(
@@ -94,12 +104,17 @@ def run(
         seed=recipe.seed,
         device=recipe.device,
         strict=recipe.strict,
+        verify=recipe.verify,
         progress=progress,
+        resume=resume,
     )
     if recipe.dtype:
         zipped.to(getattr(torch, recipe.dtype))
     log.info("writing %s", out)
-    fxzip.save(zipped, out, pt2=pt2, texts={RECIPE: given.text_for(out, job.hashes)})
+    texts = {RECIPE: given.text_for(out, job.hashes)}
+    if html or (out / PAGE).is_file():
+        texts[PAGE] = fxzip.html.page(fxzip.report(zipped).with_(seconds={}))  # as in plan.json: the same bytes again
+    fxzip.save(zipped, out, pt2=pt2, texts=texts)
     return zipped
 
 
@@ -115,11 +130,20 @@ def opened(folder: Path, trust_code: bool = False) -> tuple[fx.GraphModule, Read
     return fxzip.load(folder, _makers(plan, given, trust_code)), given
 
 
-def refuse_strangers(out: Path, force: bool) -> None:
+def saved_report(folder: Path) -> fxzip.Report:
+    """What a merge did, from the folder it wrote. Raises InputError for other folders."""
+    found = read_plan(folder / PLAN).report
+    if found is None:
+        raise InputError(f"{str(folder)!r} holds no report: its network was not made by fxzip.merge")
+    return found
+
+
+def refuse_strangers(out: Path, force: bool, html: bool = False) -> None:
     """InputError if writing to `out` would replace what is not ours."""
     if force or not out.is_dir() or (out / PLAN).is_file():
         return
-    ours = [n for n in (CARD, RECIPE, TENSORS, PROGRAM) if (out / n).exists()]
+    names = (CARD, RECIPE, TENSORS, PROGRAM, *([PAGE] if html else []))
+    ours = [n for n in names if (out / n).exists()]
     if ours:
         hint = "choose another folder, or pass --force"
         raise InputError(f"{str(out)!r} has a {ours[0]} that fxzip did not write: {hint}")

@@ -1,4 +1,4 @@
-"""`merge`, `plot`, `demo`."""
+"""`merge`, `demo`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .app import (
     DATA_HELP,
     DO,
     INPUT,
-    LOOK,
     METHOD,
     MODEL,
     MODEL_HELP,
+    RECIPE_HELP,
     RESULT,
     Quiet,
     TrustCode,
@@ -24,7 +24,7 @@ from .app import (
     progress,
 )
 
-RECIPE_HELP = "A YAML file, or a folder that merge wrote."
+VERIFY = {"true": True, "false": False, "report": "report"}
 
 
 @command(DO)
@@ -43,10 +43,13 @@ def merge(
     budget: Annotated[float | None, option(METHOD, "FLOPs of the result, times those of one model.")] = None,
     heads: Annotated[str | None, option(METHOD, "separate (default) or average")] = None,
     seed: Annotated[int | None, option(METHOD, "Of all that is drawn (0).")] = None,
+    verify: Annotated[str | None, option(METHOD, "true (default); report: merge although the proof fails")] = None,
     device: Annotated[str | None, option(METHOD, "auto (default), cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, option(RESULT, "float32, bfloat16, ...; default: the models'.")] = None,
     out: Annotated[Path | None, option(RESULT, "Where to write, without a recipe.")] = None,
     pt2: Annotated[bool, option(RESULT, "Also model.pt2, which runs without fxzip.", "--pt2")] = False,
+    html: Annotated[bool, option(RESULT, "Also report.html, which needs no network.", "--html")] = False,
+    resume: Annotated[Path | None, option(RESULT, "A folder that keeps what was measured, to go on from.")] = None,
     force: Annotated[bool, option(RESULT, "Replace files that fxzip did not write.", "--force")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -59,7 +62,7 @@ def merge(
     flags = {
         "model": model, "weights": weights, "name": name, "data": data, "image_size": image_size,
         "calibration": calibration, "method": method, "until": until, "budget": budget, "heads": heads,
-        "seed": seed, "device": device, "dtype": dtype,
+        "seed": seed, "device": device, "dtype": dtype, "verify": VERIFY.get(verify or "", verify),
     }  # fmt: skip
     given = {k: v for k, v in flags.items() if v is not None and v != []}
     target = out or out_folder
@@ -76,52 +79,12 @@ def merge(
     from . import job
 
     read = job.load_recipe(recipe) if recipe is not None else job.from_flags(_recipe(given))
-    zipped = job.run(read, target, trust_code=trust_code, pt2=pt2, progress=progress(quiet), force=force)
+    zipped = job.run(
+        read, target, trust_code=trust_code, pt2=pt2, html=html, progress=progress(quiet), force=force, resume=resume
+    )
     if not quiet:
         print(fxzip.report(zipped))
         print(f"\nwrote {target}: {', '.join(sorted(p.name for p in target.iterdir() if p.name[0] != '.'))}")
-
-
-@command(LOOK)
-def plot(
-    recipe: Annotated[Path, typer.Argument(help=RECIPE_HELP, metavar="RECIPE")],
-    out: Annotated[Path, option(RESULT, "The picture: .png, .svg or .pdf.", "-o", "--out")] = Path("frontier.png"),
-    budget: Annotated[list[float], option(METHOD, "FLOPs over one model's; several.")] = [1.0, 1.15, 1.33],  # noqa: B006
-    until: Annotated[list[str] | None, option(METHOD, "Cuts to try, too; several.")] = None,
-    trust_code: TrustCode = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Draw what budgets and cuts cost and keep.
-
-    Merges a recipe at each of them, measures how far the outputs drift, prints the table too.
-    """
-    import fxzip
-
-    from ..errors import InputError
-    from . import job
-
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise typer.BadParameter(f"--out {out}: end it in .png, .svg or .pdf")
-    read = job.load_recipe(recipe)
-    work = job.prepared(read, trust_code)
-    if work.loader is None:
-        raise InputError(f"{recipe}: plot measures drift on data; the recipe has none")
-    found = fxzip.frontier(
-        work.networks if work.named else list(work.networks.values()),
-        work.loader,
-        budget,
-        untils=until or (),
-        calibration=read.recipe.calibration,
-        seed=read.recipe.seed,
-        device=read.recipe.device,
-        method=job.method_of(read.recipe),
-        progress=progress(quiet),
-    )
-    print(found)
-    found.plot().savefig(out, dpi=150)
-    if not quiet:
-        print(f"\nwrote {out}")
 
 
 @command(DO)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -40,19 +39,14 @@ def report(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """What a merge did: sizes, spaces, what stayed apart and why."""
-    from ..files.plan import PLAN, read_plan
+    """What a merge did: a summary here, all of it on a page of HTML. Needs neither models nor data."""
+    from ..html import write
+    from .job import PAGE, saved_report
 
-    print(read_plan(out / PLAN).summary or "no report: not made by fxzip.merge")
-    page(out, html or out / "report.html")
-
-
-def page(out: Path, path: Path) -> None:
-    """The one place where the command line writes HTML: `fxzip.html.write(folder, path)`, where that exists."""
-    if find_spec("fxzip.html") is not None:
-        from importlib import import_module
-
-        import_module("fxzip.html").write(out, path)
+    found = saved_report(out)
+    path = write(found, html or out / PAGE)
+    if not quiet:
+        print(found)
         print(f"\nwrote {path}")
 
 

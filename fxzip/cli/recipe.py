@@ -77,6 +77,7 @@ class Recipe(_Strict):
     device: str = "auto"
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
     strict: bool = False
+    verify: Literal[True, False, "report"] = True
 
     @field_validator("models")
     @classmethod

@@ -68,6 +68,10 @@ def load(
     }
     if plan.report is not None:
         zipped.meta[KEY]["report"] = plan.report
+        rows = {row.name: row for row in plan.report.nodes}
+        for node in zipped.graph.nodes:
+            if row := rows.get(node.name):  # so that `readable` shows what it showed
+                node.meta[KEY] = {"type": row.type, "spaces": row.spaces, "state": row.state}
     return zipped
 
 

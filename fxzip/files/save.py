@@ -7,7 +7,6 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..errors import InputError
 from ..report import Report
 from ..rewrite import difference, signature, state_of
 from ..rewrite.zipped import notes
+from ..version import installed
 from .card import card
 from .example import example_to_json
 from .plan import CARD, FORMAT, PLAN, PROGRAM, TENSORS, VERSION, Plan, Stored, UnmergeSpec, dtype_name, encode
@@ -135,7 +135,7 @@ def _plan(
     report = info.get("report")
     report = report.with_(seconds={}) if isinstance(report, Report) else None
     return Plan(
-        FORMAT, VERSION, _version(), torch.__version__, info["tasks"], info["as_dict"], info["heads"], sha256,
+        FORMAT, VERSION, installed(), torch.__version__, info["tasks"], info["as_dict"], info["heads"], sha256,
         summary=str(report) if report else "",
         report=report,
         cut=info["cut"],
@@ -169,13 +169,6 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise InputError(
             f"save: safetensors cannot write these tensors (dtypes {', '.join(dtypes)}): {error}"
         ) from error
-
-
-def _version() -> str:
-    try:
-        return version("fxzip")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "(not installed)"
 
 
 class Files:

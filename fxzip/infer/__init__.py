@@ -10,14 +10,14 @@ from torch import fx
 from ..errors import TraceError
 from ..trace import rows
 from ..trace.lower import Lowered, corresponding, lower
-from .annotate import annotate, readable
+from .annotate import annotate, readable, resize
 from .engine import Inference, tensor_nodes
 from .families import read_spaces
 from .spaces import Anchor, FeatureSpace, Frozen, Layout, Parent, Segment, Spaces
 
 __all__ = [
     "Anchor", "FeatureSpace", "Frozen", "Layout", "Parent", "Segment", "Spaces", "analyse", "annotate",
-    "counted_outputs", "infer", "readable",
+    "counted_outputs", "infer", "readable", "resize",
 ]  # fmt: skip
 
 

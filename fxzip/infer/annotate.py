@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from .show import typed
 from .spaces import Spaces
@@ -27,6 +31,51 @@ def annotate(graph_module: fx.GraphModule, spaces: Spaces, private: Collection[s
             "state": state,
         }
     return graph_module
+
+
+def resize(graph_module: fx.GraphModule, args: tuple, widths: Mapping[str, tuple[int, int]]) -> None:
+    """Bring the types that `annotate` wrote to the sizes of `graph_module` itself, which is run on `args`, one example.
+
+    A merged network has heads of several sizes and a budget's widths. widths: space -> (a model's, the merged one's).
+    """
+
+    class Sizes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            notes = n.meta.get("fxzip") or {}
+            if isinstance(result, Tensor) and notes.get("type"):
+                n.meta["fxzip"] = {**notes, "type": resized(notes["type"], tuple(result.shape), widths)}
+            return result
+
+    with torch.no_grad():
+        Sizes(graph_module).run(*args)
+
+
+def resized(text: str, shape: tuple[int, ...], widths: Mapping[str, tuple[int, int]]) -> str:
+    """A labelled type at another shape: axes without a space get their size, spaces the width that fits.
+
+    >>> resized("[1, s0:64, 8]", (1, 96, 4), {"s0": (64, 96)}), resized("[1, s0:64]", (1, 64), {"s0": (64, 96)})
+    ('[1, s0:96, 4]', '[1, s0:64]')
+    """
+    dims = text[1:-1].split(", ")
+    if text[0] != "[" or len(dims) != len(shape):
+        return text
+    for k, dim in enumerate(dims):
+        if ":" in dim:
+            end = next(j for j in range(k, len(dims)) if dim[0] != "(" or dims[j][-1] == ")")
+            dims[k] = _relabelled(dim, math.prod(shape[k : end + 1]), widths)
+        else:
+            dims[k] = dim.replace(dim.rstrip(")"), str(shape[k]))
+    return f"[{', '.join(dims)}]"
+
+
+def _relabelled(dim: str, size: int, widths: Mapping[str, tuple[int, int]]) -> str:
+    """`s0:64+s1:8` with merged widths, unless the axis has the models'."""
+    parts = [(name, int(own), *widths.get(name, (0, 0))) for name, own in re.findall(r"(\w+):(\d+)", dim)]
+    if sum(own for _, own, _, _ in parts) == size:
+        return dim
+    merged = "+".join(f"{name}:{new if own == model else own}" for name, own, model, new in parts)
+    return f"{'(' * (dim[0] == '(')}{merged}{')' * (dim[-1] == ')')}"
 
 
 def readable(graph_module: fx.GraphModule) -> str:

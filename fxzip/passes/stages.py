@@ -15,6 +15,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from ..assemble import agree, assemble, calibrate, choose_widths, merged_parameters
 from ..describe import describe
 from ..errors import InputError, MergeWarning
+from ..infer import resize
 from ..match import Matcher, match, needs, resolve
 from ..measure.moments import Moments
 from ..prepare import calibration_batches, compare, cut_graph, infer_spaces, measure, prove
@@ -23,6 +24,7 @@ from ..rewrite.zipped import KEY
 from ..sanity import doubts, measured, refuse_broken
 from ..solve import Solve as SolveMethod
 from ..solve import solve_parameters
+from ..trace import rows
 from .job import JOB, Job, Stage, job, node_names
 
 
@@ -190,6 +192,8 @@ class Build(Stage):
         for node in zipped.graph.nodes:  # M and U of all spaces are much larger than the network
             if "matchings" in node.meta.get("fxzip", {}):
                 node.meta["fxzip"] = {k: v for k, v in node.meta["fxzip"].items() if k != "matchings"}
+        widths = {s: (m.sizes[0], m.width) for s, m in now.matchings.items()}
+        resize(zipped, rows(now.prepared.args, 1), widths)
         return zipped, replace(now, built=True)
 
 

@@ -1,0 +1,35 @@
+"""The figures of docs/concepts.md, by fxzip.plot: python benchmarks/figures.py (about half a minute, one thread)."""
+
+from pathlib import Path
+
+import torch
+from torchvision.models import resnet18
+
+import fxzip
+from fxzip.demo import CLASSES, digits, train
+
+OUT = Path(__file__).parent.parent / "docs" / "figures"
+
+
+def main() -> None:
+    import matplotlib
+
+    matplotlib.rcParams["svg.hashsalt"] = "fxzip"  # the same file every time
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    OUT.mkdir(exist_ok=True)
+    spaces = fxzip.inspect(resnet18(num_classes=10).eval(), torch.randn(2, 3, 64, 64))
+    data = digits(0)
+    models = [train(data, c, k, 8, 10, False, str(k)) for k, c in enumerate(CLASSES)]
+    zipped = fxzip.merge(dict(zip(("low", "high"), models, strict=True)), data.calibration.split(64), progress=False)
+    last = fxzip.report(zipped).spaces[-1].name
+    for name, figure in {
+        "spaces": fxzip.plot.spaces(spaces), "graph": fxzip.plot.graph(spaces),
+        "correlations": fxzip.plot.correlations(zipped), "similarity": fxzip.plot.similarity(zipped, last),
+        "layers": fxzip.plot.layers(zipped),
+    }.items():  # fmt: skip
+        figure.savefig(OUT / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
