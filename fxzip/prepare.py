@@ -47,7 +47,8 @@ _LATER: Any = None  # what `begin` leaves open
 class Prepared:
     """N traced models of one graph; from `infer_spaces` on with its spaces, from `cut_graph` on with its cut.
 
-    args: example arguments, two samples. call: what the user called, for messages.
+    args: example arguments, two samples. call: what the user called, for messages. models: the user's, see
+    `Checked`; notices: what was done to them.
     """
 
     call: str
@@ -60,6 +61,8 @@ class Prepared:
     spaces: Spaces = _LATER
     cut: Partition = _LATER
     verification: Verification | None = None
+    models: tuple[nn.Module, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def graph_modules(self) -> list:
@@ -124,10 +127,14 @@ def begin(
     traced = tuple(_traced(t, m, few, forward_fn) for t, m in zip(checked.names, checked.models, strict=True))
     compare(call, traced, checked.names)
     for t in traced:
+        _in_the_order_of(traced[0].graph_module, t.graph_module)
         t.graph_module.to(where)
     args = bind(few, signature(traced[0].graph_module.forward))
     args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
-    return Prepared(call, tuple(checked.names), isinstance(models, Mapping), traced, args, where, checked.loader)
+    return Prepared(
+        call, tuple(checked.names), isinstance(models, Mapping), traced, args, where, checked.loader,
+        models=checked.models, notices=checked.notices,
+    )  # fmt: skip
 
 
 def compare(call: str, traced: Sequence[Traced], names: Sequence[str]) -> None:
@@ -231,6 +238,15 @@ def _fails(module: nn.Module, args: tuple) -> str:
     except Exception as error:  # whatever the model raises
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""
+
+
+def _in_the_order_of(first: nn.Module, other: nn.Module) -> None:
+    """Parameters in one order: lowered graphs are compared node by node, and a computed weight that was made plain
+    comes after the bias."""
+    mine = dict(other.named_modules())
+    for name, module in first.named_modules():
+        if name in mine and mine[name]._parameters.keys() == module._parameters.keys():
+            mine[name]._parameters = {k: mine[name]._parameters[k] for k in module._parameters}
 
 
 def _device(device: str | torch.device, models: Sequence[nn.Module]) -> torch.device:

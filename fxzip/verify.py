@@ -8,7 +8,6 @@ taken from one copy only.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -25,7 +24,7 @@ from .infer import FeatureSpace, Spaces, analyse
 from .infer.group import axis_indices, duplicated, permuted
 from .infer.sampling import sample
 from .rewrite.norms import recompute_statistics
-from .trace import Traced, bind, rows, state_of, trace, unwrap
+from .trace import Traced, bind, duplicate, make_plain, rows, state_of, trace, unwrap
 from .trace.precision import double_by_default, doubled
 
 TOLERANCE = 1e-6  # relative, float64; wrong rules give 1e-3 and more, rounding 1e-12
@@ -191,8 +190,8 @@ def scramble(
 ) -> nn.Module:
     """A copy of `model` that computes the same function with randomly re-coordinated features.
 
-    Every inferred space is permuted at random (structure respected). The standard test input of fxzip:
-    merging a model with its scrambled copy must give back the model.
+    Every inferred space is permuted at random (structure respected); weights that are computed become plain
+    ones. The standard test input of fxzip: merging a model with its scrambled copy must give back the model.
 
     >>> m = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)); x = torch.randn(2, 4)
     >>> s = scramble(m, x); torch.allclose(s(x), m(x), atol=1e-6), torch.equal(s[0].weight, m[0].weight)
@@ -201,7 +200,8 @@ def scramble(
     traced = trace(model, example_inputs, forward_fn=forward_fn)
     args = bind(example_inputs, signature(traced.graph_module.forward))
     spaces = analyse(traced.graph_module, args)
-    other = copy.deepcopy(model)
+    other = duplicate(model)
+    make_plain(other)
     bare = unwrap(other)[0]
     # tied ones under every name: the graph need not call them as named_parameters does
     tensors: dict[str, Tensor] = {**dict(bare.named_parameters(remove_duplicate=False))}

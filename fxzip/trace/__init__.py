@@ -9,6 +9,7 @@ from .guards import unwrap
 from .inputs import batch_size, bind, describe, first_rows, plain_batch, rows
 from .ladder import Traced, trace
 from .lower import Lowered, corresponding, lower
+from .plain import duplicate, make_plain, plain
 
 __all__ = [
     "Lowered",
@@ -21,8 +22,11 @@ __all__ = [
     "corresponding",
     "counted",
     "describe",
+    "duplicate",
     "first_rows",
     "lower",
+    "make_plain",
+    "plain",
     "plain_batch",
     "rows",
     "run",

@@ -20,9 +20,10 @@ from ..errors import InputError, TraceError
 from .call import Call, call_signature, counted, tensors_of
 from .exported import NOTICE as EVAL_ONLY
 from .exported import exported
-from .guards import kept_rng, untraceable, unwrap, unwritten
+from .guards import kept_rng, untraceable, unwritten
 from .inputs import batch_size, bind, describe, rows
 from .lines import FXZIP_ROOT, TORCH_ROOT, user_line
+from .plain import plain
 from .symbolic import frozen_functionals, symbolic
 
 # Tried in order; each is rung(model, call) -> GraphModule and may raise anything.
@@ -58,13 +59,14 @@ def trace(
 
     The graph must give the original's outputs on the example and at another batch size, to 1e-4 relative.
     Raises InputError if the call is wrong or the model itself fails on the example; TraceError if no rung
-    gives an equal graph, or if hooks, parametrizations or randomness in eval would be lost.
+    gives an equal graph, or if hooks or randomness in eval would be lost. Weights that are computed (weight norm
+    and other parametrizations) become plain ones, with a notice.
 
     >>> traced = trace(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.ones(2, 3))
     >>> traced.rung, [n.op for n in traced.graph_module.graph.nodes]
     ('symbolic', ['placeholder', 'call_module', 'call_module', 'output'])
     """
-    model, notices = unwrap(model)
+    model, notices = plain(model)
     problems = untraceable(model)
     if problems:
         raise TraceError("trace: " + "; ".join(problems))
