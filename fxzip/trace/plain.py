@@ -107,17 +107,21 @@ def _install(module: nn.Module, tensor: str, kind: str, value: Tensor) -> None:
         own = type(module)
         module.__class__ = type(own.__name__, own.__bases__, dict(own.__dict__))
         steps = module.parametrizations[tensor]  # pyright: ignore[reportIndexIssue]
-        trained = any(p.requires_grad for p in steps.parameters())
+        originals = [p for p in steps._parameters.values() if p is not None]
+        learned, trained = bool(originals), any(p.requires_grad for p in originals)
         parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
     else:
         hook = next(h for h in module._forward_pre_hooks.values() if _is_ours(h) and getattr(h, "name", "") == tensor)
-        trained = any(p.requires_grad for n, p in module.named_parameters(recurse=False) if n.startswith(f"{tensor}_"))
+        originals = [p for n, p in module._parameters.items() if p is not None and n.startswith(f"{tensor}_")]
+        learned, trained = True, any(p.requires_grad for p in originals)
         _HOOKED[type(hook).__name__](module, tensor)
-    if tensor in module._buffers:
-        module._buffers[tensor] = value
+    # Under no_grad torch takes a value of several originals for a buffer.
+    for place in (module._buffers, module._parameters, vars(module)):
+        place.pop(tensor, None)
+    if learned:
+        module.register_parameter(tensor, nn.Parameter(value, requires_grad=trained))
     else:
-        vars(module).pop(tensor, None)
-        module._parameters[tensor] = nn.Parameter(value, requires_grad=trained)
+        module.register_buffer(tensor, value)
 
 
 def _notice(kind: str, labels: list[str], most: int = 3) -> str:
