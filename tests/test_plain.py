@@ -52,7 +52,8 @@ def test_plain_weights_are_those_of_eval_mode(model):
     wanted = model.eval()(X)
     model.train()
     bare, notices = plain(model)
-    assert set(dict(bare.named_parameters())) == set(bare.state_dict()) == {f"{c}.{t}" for c in COMPUTED for t in ("weight", "bias")}
+    tensors = {f"{c}.{t}" for c in COMPUTED for t in ("weight", "bias")}
+    assert set(dict(bare.named_parameters())) == set(bare.state_dict()) == tensors
     assert [type(bare.get_submodule(c)) for c in COMPUTED] == [nn.Conv2d, nn.Conv2d, nn.Linear, nn.Linear, nn.Linear]
     assert torch.allclose(bare.eval()(X), wanted, atol=1e-6)
     plain_text = "computed by {}: the value in eval mode counts, and the result has plain weights"
