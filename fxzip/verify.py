@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .errors import VerificationError
+from .errors import InputError, VerificationError
 from .infer import FeatureSpace, Spaces, analyse
 from .infer.group import axis_indices, duplicated, permuted
 from .infer.sampling import sample
@@ -118,11 +118,13 @@ def verify(
 
     model: any traceable module; it is not changed. example_inputs: a batch (tensor, tuple or dict).
     forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...).
-    Raises TraceError when the model cannot be traced. Takes about ten forward passes of one sample.
+    Raises TraceError when the model cannot be traced, InputError when it has no values. Takes about ten forward
+    passes of one sample.
 
     >>> bool(verify(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4)))
     True
     """
+    _refuse_meta(model, "verify")
     traced = trace(model, example_inputs, forward_fn=forward_fn)
     args = bind(example_inputs, signature(traced.graph_module.forward))
     return verify_spaces(traced, analyse(traced.graph_module, args), args, seed)
@@ -197,6 +199,7 @@ def scramble(
     >>> s = scramble(m, x); torch.allclose(s(x), m(x), atol=1e-6), torch.equal(s[0].weight, m[0].weight)
     (True, False)
     """
+    _refuse_meta(model, "scramble")
     traced = trace(model, example_inputs, forward_fn=forward_fn)
     args = bind(example_inputs, signature(traced.graph_module.forward))
     spaces = analyse(traced.graph_module, args)
@@ -213,6 +216,15 @@ def scramble(
             if value is not state[name]:
                 tensors[name].copy_(value)
     return other
+
+
+def _refuse_meta(model: nn.Module, call: str) -> None:
+    empty = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise InputError(
+            f"fxzip.{call}: {empty} is on the meta device and has no values, so nothing can be computed; give it some"
+            " (to_empty() and load_state_dict()), or see fxzip.inspect for what shapes alone tell"
+        )
 
 
 def _two_inputs(args: tuple, samples: int) -> tuple[tuple, tuple]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +106,9 @@ def _install(module: nn.Module, tensor: str, kind: str, value: Tensor) -> None:
     if parametrize.is_parametrized(module, tensor):
         # A copy shares its injected class with the module it was copied from, which removing would change.
         own = type(module)
-        module.__class__ = type(own.__name__, own.__bases__, dict(own.__dict__))
-        steps = module.parametrizations[tensor]  # pyright: ignore[reportIndexIssue]
+        made: Any = type(own.__name__, own.__bases__, dict(own.__dict__))
+        module.__class__ = made
+        steps = module.get_submodule(f"parametrizations.{tensor}")
         originals = [p for p in steps._parameters.values() if p is not None]
         learned, trained = bool(originals), any(p.requires_grad for p in originals)
         parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
