@@ -87,6 +87,8 @@ def measure(suite: str, name: str, only_analysis: bool = False) -> dict[str, Any
     import torch
     from zoo_others import SUITES
 
+    from fxzip.trace import plain
+
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     torch.set_num_threads(1)
@@ -99,7 +101,7 @@ def measure(suite: str, name: str, only_analysis: bool = False) -> dict[str, Any
         row |= found
         row["analysis_seconds"] = round(time.process_time() - start, 2)
         if not only_analysis:
-            zipped = recovery(row, model, batch, spaces)
+            zipped = recovery(row, plain(model)[0], batch, spaces)
             del model, spaces
             if time.process_time() - start < PATIENCE:
                 runnable(row, zipped, batch(BATCH))

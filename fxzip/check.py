@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
-from .errors import InputError
-from .trace import bind, call_signature, compare_graphs, compare_shapes, describe, plain_batch, rows, tensors_of, unwrap
+from .errors import InputError, TraceError
+from .trace import bind, call_signature, compare_graphs, compare_shapes, describe, plain, plain_batch, rows, tensors_of
 from .trace.guards import kept_rng, untraceable
 
 __all__ = ["Checked", "Replay", "check_merge", "compare_graphs", "compare_shapes", "peek", "unusable"]
@@ -23,7 +23,8 @@ __all__ = ["Checked", "Replay", "check_merge", "compare_graphs", "compare_shapes
 
 @dataclass(frozen=True)
 class Checked:
-    """What a merge works on. names: one per model; models: the user's own, wrappers taken off; loader: as
+    """What a merge works on. names: one per model; models: the user's own, wrappers taken off, or a copy with
+    plain weights where some are computed; loader: as
     given (one, or one per task, or None) but safe to iterate again; example: the example inputs, or the first
     batch of the first loader; notices: for the user."""
 
@@ -72,23 +73,23 @@ def check_merge(
     elif loader is None and example_inputs is None:
         found.append("neither loader nor example_inputs: tracing needs one batch as an example")
     loader, batches = _loaders(loader, tasks, found)
-    plain = [unwrap(m) for m in modules]
-    for task, (module, _) in zip(tasks, plain, strict=False):
+    made = [_plain_model(m, task, found) for task, m in zip(tasks, modules, strict=False)]
+    for task, (module, _) in zip(tasks, made, strict=False):
         whole = untraceable(module)
         found += [f"{task}: {problem}" for problem in whole or unusable(module)]
-    found += [] if found else _unlike([m for m, _ in plain], tasks)
+    found += [] if found else _unlike([m for m, _ in made], tasks)
     if not found:
         if example_inputs is not None:
-            found += _misfit(plain[0][0], example_inputs, f"example_inputs do not fit {tasks[0]}", forward_fn)
+            found += _misfit(made[0][0], example_inputs, f"example_inputs do not fit {tasks[0]}", forward_fn)
         for task, batch in batches.items():
-            found += _misfit(plain[tasks.index(task)][0], batch, f"batches do not fit {task}", forward_fn)
+            found += _misfit(made[tasks.index(task)][0], batch, f"batches do not fit {task}", forward_fn)
     if found:
         raise InputError.listing(call, found)
     example = example_inputs if example_inputs is not None else next(iter(batches.values()))
     notices = tuple(
-        f"{task}: {text}" for task, (_, texts) in zip(tasks, plain, strict=True) for text in texts
+        f"{task}: {text}" for task, (_, texts) in zip(tasks, made, strict=True) for text in texts
     )
-    return Checked(tuple(tasks), tuple(m for m, _ in plain), loader, example, notices)
+    return Checked(tuple(tasks), tuple(m for m, _ in made), loader, example, notices)
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -118,6 +119,16 @@ def _kind(thing: Any) -> str:
     if isinstance(thing, Mapping):
         return "a mapping, not an nn.Module: load a state_dict into its architecture first"
     return f"of type {type(thing).__name__}, not an nn.Module"
+
+
+def _plain_model(model: nn.Module, task: str, found: list[str]) -> tuple[nn.Module, tuple[str, ...]]:
+    try:
+        return plain(model)
+    except TraceError as error:
+        found.append(f"{task}: {error}")
+    except Exception as error:
+        found.append(f"{task}: {type(model).__name__} cannot be deep-copied: {type(error).__name__}: {error}")
+    return model, ()
 
 
 def _names(models: Any, names: Sequence[str] | None, found: list[str]) -> list[str]:

@@ -49,7 +49,7 @@ def describe(
         1 - private / max(result.parameters, 1),
         space_rows(p.spaces, matchings, moments),
         tuple(str(f) for f in p.spaces.frozen),
-        tuple(dict.fromkeys([*(n for t in p.traced for n in t.notices), *notices])),
+        tuple(dict.fromkeys([*p.notices, *(n for t in p.traced for n in t.notices), *notices])),
         str(p.verification) if p.verification is not None else "",
         nodes=node_rows(zipped),
         layers=tuple(

@@ -12,7 +12,7 @@ from torch import nn
 from .errors import SpaceError
 from .infer import Spaces, analyse, annotate
 from .rewrite import partition
-from .trace import bind, trace
+from .trace import bind, on_meta, to_meta, trace
 
 
 def inspect(model: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any] | None = None) -> Spaces:
@@ -20,6 +20,7 @@ def inspect(model: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any
     `.untouched`, `.to_networkx()`, `.graph_module` (typed, see `readable()`) tell more.
 
     example_inputs: one batch (tensor, tuple, or dict bound to forward). The model is not changed.
+        It may be on the meta device (`with torch.device("meta"): Model()`): then nothing is checked by its values.
     forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...), to choose what counts as output.
     Raises TraceError when the model cannot be traced, SpaceError when inference finds no fixpoint.
 
@@ -29,6 +30,7 @@ def inspect(model: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any
     """
     traced = trace(model, example_inputs, forward_fn=forward_fn)
     args = bind(example_inputs, signature(traced.graph_module.forward))
+    args = to_meta(args) if on_meta(traced.graph_module) else args
     spaces = analyse(traced.graph_module, args)
     try:
         private = partition(traced.graph_module, spaces.opaque).private

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .check import Checked, check_merge, compare_graphs, compare_shapes
-from .errors import InputError, TraceError
+from .errors import InputError, SpaceError, TraceError
 from .infer import FeatureSpace, Spaces, analyse, annotate
 from .match import Weights
 from .measure import Checkpoint, Programs, collect_moments, fingerprint, form_of, other_forms, read_batches
 from .measure.moments import Moments
-from .rewrite import Partition, owned, partition
+from .rewrite import Partition, owned, partition, unreadable
 from .trace import Traced, bind, describe, first_rows, rows, state_of, trace
 from .verify import Verification, verify_spaces
 
@@ -47,7 +47,8 @@ _LATER: Any = None  # what `begin` leaves open
 class Prepared:
     """N traced models of one graph; from `infer_spaces` on with its spaces, from `cut_graph` on with its cut.
 
-    args: example arguments, two samples. call: what the user called, for messages.
+    args: example arguments, two samples. call: what the user called, for messages. models: the user's, see
+    `Checked`; notices: what was done to them.
     """
 
     call: str
@@ -60,6 +61,8 @@ class Prepared:
     spaces: Spaces = _LATER
     cut: Partition = _LATER
     verification: Verification | None = None
+    models: tuple[nn.Module, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def graph_modules(self) -> list:
@@ -124,10 +127,14 @@ def begin(
     traced = tuple(_traced(t, m, few, forward_fn) for t, m in zip(checked.names, checked.models, strict=True))
     compare(call, traced, checked.names)
     for t in traced:
+        _in_the_order_of(traced[0].graph_module, t.graph_module)
         t.graph_module.to(where)
     args = bind(few, signature(traced[0].graph_module.forward))
     args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
-    return Prepared(call, tuple(checked.names), isinstance(models, Mapping), traced, args, where, checked.loader)
+    return Prepared(
+        call, tuple(checked.names), isinstance(models, Mapping), traced, args, where, checked.loader,
+        models=checked.models, notices=checked.notices,
+    )  # fmt: skip
 
 
 def compare(call: str, traced: Sequence[Traced], names: Sequence[str]) -> None:
@@ -146,15 +153,56 @@ def infer_spaces(p: Prepared, strict: bool = False) -> Prepared:
 
 
 def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
-    """Find what stays per model, and write what is known into node.meta of all graphs."""
+    """Find what stays per model, and write what is known into node.meta of all graphs.
+
+    Layers whose shapes differ between the models stay per model, as does what no private part could read (a value
+    with merged features along several axes), and all that is downstream of either.
+    Raises InputError where shapes differ and nothing would be left to share.
+    """
     first = p.graph_modules[0]
-    cut = partition(first, p.spaces.opaque, until, [str(f) for f in p.spaces.frozen])
-    shapes = compare_shapes([state_of(m) for m in p.graph_modules], p.names, allowed=owned(first, cut.private))
-    if shapes:
-        raise InputError.listing(p.call, shapes)
+    reasons = [str(f) for f in p.spaces.frozen]
+    cut = partition(first, p.spaces.opaque, until, reasons)
+    cut, notices = _above_other_shapes(p, cut, until)
+    if until is None:
+        cut = _above_unreadable(p, cut)
     for module in p.graph_modules:
         annotate(module, p.spaces, cut.private)
-    return replace(p, cut=cut)
+    return replace(p, cut=cut, notices=(*p.notices, *notices))
+
+
+def _above_other_shapes(p: Prepared, cut: Partition, until: str | None) -> tuple[Partition, tuple[str, ...]]:
+    """The cut, moved up to the first layers whose shapes differ between models; a notice if it was."""
+    first = p.graph_modules[0]
+    states = [state_of(m) for m in p.graph_modules]
+    problems = compare_shapes(states, p.names, allowed=owned(first, cut.private))
+    if not problems:
+        return cut, ()
+    other = {k for k, x in states[0].items() if any(k in s and s[k].shape != x.shape for s in states[1:])}
+    apart = [n.name for n in first.graph.nodes if n.name in cut.shared and other & set(owned(first, {n.name}))]
+    try:
+        cut = partition(first, {*p.spaces.opaque, *apart}, until)
+    except SpaceError:
+        raise InputError.listing(p.call, problems) from None
+    left = compare_shapes(states, p.names, allowed=owned(first, cut.private))
+    if left:
+        raise InputError.listing(p.call, left)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return cut, (f"per model from %{apart[0]} on, where shapes differ: {problems[0]}{more}",)
+
+
+def _above_unreadable(p: Prepared, cut: Partition) -> Partition:
+    """The cut, moved up until every value that private parts read has its features along one axis."""
+    first, opaque, found = p.graph_modules[0], {*p.spaces.opaque, *cut.private}, cut
+    while True:
+        merged = {s.name for s in shared_spaces(p.spaces, found, owned(first, found.shared))}
+        bad = [name for name in found.boundary if unreadable(name, p.spaces, merged)]
+        if not bad:
+            return found
+        opaque |= set(bad)
+        try:
+            found = partition(first, opaque)
+        except SpaceError:
+            return cut  # a matching that moves nothing is still possible
 
 
 def prove(p: Prepared, seed: int = 0, strict: bool = True) -> Prepared:
@@ -231,6 +279,15 @@ def _fails(module: nn.Module, args: tuple) -> str:
     except Exception as error:  # whatever the model raises
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""
+
+
+def _in_the_order_of(first: nn.Module, other: nn.Module) -> None:
+    """Parameters in one order: lowered graphs are compared node by node, and a computed weight that was made plain
+    comes after the bias."""
+    mine = dict(other.named_modules())
+    for name, module in first.named_modules():
+        if name in mine and mine[name]._parameters.keys() == module._parameters.keys():
+            mine[name]._parameters = {k: mine[name]._parameters[k] for k in module._parameters}
 
 
 def _device(device: str | torch.device, models: Sequence[nn.Module]) -> torch.device:

@@ -8,7 +8,6 @@ taken from one copy only.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -20,12 +19,12 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .errors import VerificationError
+from .errors import InputError, VerificationError
 from .infer import FeatureSpace, Spaces, analyse
 from .infer.group import axis_indices, duplicated, permuted
 from .infer.sampling import sample
 from .rewrite.norms import recompute_statistics
-from .trace import Traced, bind, rows, state_of, trace, unwrap
+from .trace import Traced, bind, duplicate, make_plain, rows, state_of, trace, unwrap
 from .trace.precision import double_by_default, doubled
 
 TOLERANCE = 1e-6  # relative, float64; wrong rules give 1e-3 and more, rounding 1e-12
@@ -119,11 +118,13 @@ def verify(
 
     model: any traceable module; it is not changed. example_inputs: a batch (tensor, tuple or dict).
     forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...).
-    Raises TraceError when the model cannot be traced. Takes about ten forward passes of one sample.
+    Raises TraceError when the model cannot be traced, InputError when it has no values. Takes about ten forward
+    passes of one sample.
 
     >>> bool(verify(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4)))
     True
     """
+    _refuse_meta(model, "verify")
     traced = trace(model, example_inputs, forward_fn=forward_fn)
     args = bind(example_inputs, signature(traced.graph_module.forward))
     return verify_spaces(traced, analyse(traced.graph_module, args), args, seed)
@@ -191,17 +192,19 @@ def scramble(
 ) -> nn.Module:
     """A copy of `model` that computes the same function with randomly re-coordinated features.
 
-    Every inferred space is permuted at random (structure respected). The standard test input of fxzip:
-    merging a model with its scrambled copy must give back the model.
+    Every inferred space is permuted at random (structure respected); weights that are computed become plain
+    ones. The standard test input of fxzip: merging a model with its scrambled copy must give back the model.
 
     >>> m = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)); x = torch.randn(2, 4)
     >>> s = scramble(m, x); torch.allclose(s(x), m(x), atol=1e-6), torch.equal(s[0].weight, m[0].weight)
     (True, False)
     """
+    _refuse_meta(model, "scramble")
     traced = trace(model, example_inputs, forward_fn=forward_fn)
     args = bind(example_inputs, signature(traced.graph_module.forward))
     spaces = analyse(traced.graph_module, args)
-    other = copy.deepcopy(model)
+    other = duplicate(model)
+    make_plain(other)
     bare = unwrap(other)[0]
     # tied ones under every name: the graph need not call them as named_parameters does
     tensors: dict[str, Tensor] = {**dict(bare.named_parameters(remove_duplicate=False))}
@@ -213,6 +216,15 @@ def scramble(
             if value is not state[name]:
                 tensors[name].copy_(value)
     return other
+
+
+def _refuse_meta(model: nn.Module, call: str) -> None:
+    empty = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise InputError(
+            f"fxzip.{call}: {empty} is on the meta device and has no values, so nothing can be computed; give it some"
+            " (to_empty() and load_state_dict()), or see fxzip.inspect for what shapes alone tell"
+        )
 
 
 def _two_inputs(args: tuple, samples: int) -> tuple[tuple, tuple]:

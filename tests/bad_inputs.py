@@ -363,6 +363,28 @@ def old_weight_norm(model: nn.Module) -> None:
         nn.utils.weight_norm(model.fc1)
 
 
+class Noise(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.randn_like(weight)
+
+
+class Fails(nn.Module):
+    """Works while it is registered, no more once the model is in eval mode."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.training:
+            raise ValueError("no such weight")
+        return weight
+
+
+def noisy_weight(model: nn.Module) -> None:
+    nn.utils.parametrize.register_parametrization(model.fc1, "weight", Noise())
+
+
+def failing_weight(model: nn.Module) -> None:
+    nn.utils.parametrize.register_parametrization(model.fc1, "weight", Fails())
+
+
 def pruned(model: nn.Module) -> None:
     from torch.nn.utils import prune
 
@@ -530,8 +552,10 @@ CASES = [
     Case("sharded parameters", spoiled(sharded)),
     Case("a forward hook", spoiled(hooked)),
     Case("a forward pre-hook", spoiled(buffer_hook)),
-    Case("a parametrization", spoiled(weight_normed)),
-    Case("weight norm as a hook", spoiled(old_weight_norm)),
+    Case("a parametrization", spoiled(weight_normed), works=True),
+    Case("weight norm as a hook", spoiled(old_weight_norm), works=True),
+    Case("a random parametrization", spoiled(noisy_weight)),
+    Case("a parametrization that fails", spoiled(failing_weight)),
     Case("a pruned layer", spoiled(pruned)),
     Case("a model without forward", nets(nn.Module)),
     Case("training mode", nets(lambda: Net().train()), works=True),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from helpers import unchanged
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import prune
 
 from fxzip.errors import InputError, TraceError
 from fxzip.trace import batch_size, bind, describe, rows, trace
@@ -267,24 +267,16 @@ def hook(*args):
 
 
 REFUSED = {
-    "conv has a forward hook: remove it before merging (handle.remove())": lambda m: (
+    "conv has a forward hook: remove it before merging (handle.remove(), or model.conv._forward_hooks": lambda m: (
         m.conv.register_forward_hook(hook)
     ),
     "conv has a forward pre-hook: remove it": lambda m: m.conv.register_forward_pre_hook(hook),
     "bn has a backward hook: remove it": lambda m: m.bn.register_full_backward_hook(hook),
-    "the model has a backward pre-hook": lambda m: m.register_full_backward_pre_hook(hook),
-    "(torch.nn.utils.parametrize.remove_parametrizations(conv, 'weight'))": lambda m: (
-        parametrize.register_parametrization(m.conv, "weight", nn.Identity())
-    ),
-    "head.weight is parametrized: make it plain": lambda m: parametrizations.weight_norm(m.head),
+    "the model has a backward pre-hook: remove it": lambda m: m.register_full_backward_pre_hook(hook),
     "head.bias is pruned by a mask: make it plain before merging": lambda m: prune.random_unstructured(
         m.head, "bias", 1
     ),
     "(torch.nn.utils.prune.remove(head, 'bias'))": lambda m: prune.random_unstructured(m.head, "bias", 1),
-    "conv.weight is computed by SpectralNorm: make it plain before merging": lambda m: nn.utils.spectral_norm(
-        m.conv
-    ),
-    "(torch.nn.utils.remove_spectral_norm(conv))": lambda m: nn.utils.spectral_norm(m.conv),
     "head has uninitialised parameters: run one forward pass first": lambda m: setattr(
         m, "head", nn.LazyLinear(2)
     ),

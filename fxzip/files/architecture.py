@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..errors import FxzipError, InputError
 from ..rewrite import state_of
-from ..trace import Traced, trace, unwrap
+from ..trace import Traced, plain, trace
 from .example import example_from_json
 from .plan import PLAN, Plan, dtype_name
 
@@ -82,7 +82,7 @@ def _takes_task(maker: Callable) -> bool:
 
 
 def _usable(module: nn.Module, task: str) -> nn.Module:
-    module = unwrap(module)[0]
+    module = plain(module)[0]
     meta = next((n for n, t in state_of(module).items() if t.is_meta), None)
     if meta is not None:
         raise InputError(

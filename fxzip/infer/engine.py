@@ -138,9 +138,9 @@ class Inference:
         return Value(self.types[leaf], leaf.meta["dtype"], const, leaf in self.linear, leaf in self.weights)
 
     def _constant(self, value: Tensor) -> LabelledType:
-        """A constant is free along axes on which it is uniform, inert along the others."""
+        """A constant is free along axes on which it is uniform, inert along the others (and where it has no values)."""
         shape = tuple(value.shape)
-        if value.numel() == 0 or value.numel() > _MAX_CONSTANT or value.is_complex():
+        if value.numel() == 0 or value.numel() > _MAX_CONSTANT or value.is_complex() or value.is_meta:
             return LabelledType(shape, foreign=True)
         uniform = [i for i, d in enumerate(shape) if d > 1 and bool((value == value.narrow(i, 0, 1)).all())]
         groups = tuple(Group((i,), self.notes.relations.fresh([shape[i]])) for i in uniform)

@@ -22,7 +22,7 @@ _LATER: Any = None  # what a later stage makes
 
 @dataclass(frozen=True)
 class Job:
-    """What the stages have found so far. models: as the user gave them. batches: argument tuples on the device.
+    """What the stages have found so far. models: see `Checked`. batches: argument tuples on the device.
     settings: of each stage that ran, by its name."""
 
     prepared: Prepared
@@ -72,8 +72,7 @@ def start(
     clock = clock or Clock()
     with clock.stage("trace"):
         prepared = begin(models, loader, call=call, **options)
-    given = models.values() if isinstance(models, Mapping) else models
-    return give(prepared.graph_modules[0], Job(prepared, tuple(given), clock, progress))
+    return give(prepared.graph_modules[0], Job(prepared, prepared.models, clock, progress))
 
 
 def job(graph_module: nn.Module) -> Job:

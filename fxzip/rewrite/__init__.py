@@ -2,7 +2,7 @@
 
 from .build import build
 from .extract import extract
-from .heads import Heads, head_parameters
+from .heads import Heads, head_parameters, unreadable
 from .modules import versions
 from .norms import batch_norms, recompute_statistics
 from .parameters import merge_parameters, state_of
@@ -29,5 +29,6 @@ __all__ = [
     "recompute_statistics",
     "signature",
     "state_of",
+    "unreadable",
     "versions",
 ]

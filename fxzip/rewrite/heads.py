@@ -23,7 +23,7 @@ from .partition import Partition, owned
 from .unmerge import Unmerge, is_identity
 
 if TYPE_CHECKING:
-    from ..infer.spaces import Spaces
+    from ..infer.spaces import Layout, Spaces
     from ..match import Matching
 
 # FX node name -> (feature axes of its value, [(space, positions in these axes flattened)]), or None.
@@ -124,23 +124,36 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
+def unreadable(name: str, spaces: Spaces, merged: Collection[str]) -> str:
+    """Why no single gather or product gives back the features that a value of the graph has on `merged` spaces, as
+    far as its layout tells; "" if one does."""
+    held = _held(name, spaces, merged)
+    if held and len(spaces.lowered.values[name]) > 1:
+        return "is several tensors"
+    first = [k.axes for k in spaces.layouts(spaces.lowered.values[name][0].name)][:1] if held else []
+    return "has merged features along several axes" if [k.axes for k in held] != first else ""
+
+
+def _held(name: str, spaces: Spaces, merged: Collection[str]) -> list[Layout]:
+    """The layouts of a value with features of these spaces."""
+    nodes = getattr(spaces.lowered, "values", {}).get(name, ())
+    layouts = [k for n in nodes for k in spaces.layouts(n.name)]
+    return [k for k in layouts if any(s in merged for s, _ in k.runs)]
+
+
 def _refuse_unreadable(name: str, value: Any, spaces: Spaces, matchings: Mapping[str, Matching]) -> None:
     """SpaceError for a boundary value whose features no single gather or product gives back."""
-    nodes = getattr(spaces.lowered, "values", {}).get(name, ())
     same = {s: torch.eye(m.width, dtype=m.unmerge.dtype).repeat(len(m.sizes), 1) for s, m in matchings.items()}
     moved = {s for s, m in matchings.items() if not torch.equal(m.unmerge, same[s])}
-    layouts = [k for n in nodes for k in spaces.layouts(n.name)]
-    held = [k for k in layouts if any(s in moved for s, _ in k.runs)]
-    if not held:
-        return
-    shape = nodes[0].meta["shape"]
-    if not isinstance(value, Tensor):
-        why = "is several tensors"
-    elif held != layouts[:1]:
-        why = "has merged features along several axes"
-    elif any(value.shape[a] != shape[a] for a in held[0].axes):
-        why = "has its features flattened together with the batch"
-    else:
+    layouts = _held(name, spaces, moved)
+    why = unreadable(name, spaces, moved)
+    if layouts and not why:
+        shape = spaces.lowered.values[name][0].meta["shape"]
+        if not isinstance(value, Tensor):
+            why = "is several tensors"
+        elif any(value.shape[a] != shape[a] for a in layouts[0].axes):
+            why = "has its features flattened together with the batch"
+    if not why:
         return
     raise SpaceError(f"%{name} {why}, so the cut cannot be here: cut before or after it (see fxzip.cut_points)")
 

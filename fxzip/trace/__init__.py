@@ -6,9 +6,10 @@ from .call import call_signature, counted, tensors_of
 from .compare import compare_graphs, compare_shapes
 from .execute import run, state_of
 from .guards import unwrap
-from .inputs import batch_size, bind, describe, first_rows, plain_batch, rows
+from .inputs import batch_size, bind, describe, first_rows, on_meta, plain_batch, rows, to_meta
 from .ladder import Traced, trace
 from .lower import Lowered, corresponding, lower
+from .plain import duplicate, make_plain, plain
 
 __all__ = [
     "Lowered",
@@ -21,13 +22,18 @@ __all__ = [
     "corresponding",
     "counted",
     "describe",
+    "duplicate",
     "first_rows",
     "lower",
+    "make_plain",
+    "on_meta",
+    "plain",
     "plain_batch",
     "rows",
     "run",
     "state_of",
     "tensors_of",
+    "to_meta",
     "trace",
     "unwrap",
 ]

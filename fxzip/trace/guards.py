@@ -1,4 +1,5 @@
-"""What a trace would drop silently: wrappers are taken off with a notice, hooks and the like are refused."""
+"""What a trace would drop silently: wrappers are taken off with a notice, hooks and the like are refused (weights
+that are computed before each forward: `plain`)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import prune
 from torch.utils._pytree import tree_flatten
 
 from ..errors import TraceError
@@ -22,11 +23,8 @@ _HOOKS = {
     "_backward_pre_hooks": "backward pre-hook",
     "_backward_hooks": "backward hook",
 }
-# Hook classes of torch.nn.utils that recompute a weight before each forward -> how to make it plain again.
-_REPARAMETRISED = {
-    "WeightNorm": "torch.nn.utils.remove_weight_norm",
-    "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
-}
+# Modules whose hooks write down what passes, and change nothing: they stay as they are, on copies too.
+_RECORDERS = ("transformers.utils.output_capturing",)
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -45,7 +43,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def untraceable(model: nn.Module) -> list[str]:
-    """Hooks, parametrizations, lazy parameters, scripted modules, tensors that are not plain and cycles of modules,
+    """Hooks, lazy parameters, scripted modules, tensors that are not plain and cycles of modules,
     one sentence each with the way out."""
     circle = _circle(model)
     if circle:
@@ -58,15 +56,10 @@ def untraceable(model: nn.Module) -> list[str]:
         if any(is_lazy(p) for p in module._parameters.values() if p is not None):
             problems.append(f"{label} has uninitialised parameters: run one forward pass first")
             continue
-        if parametrize.is_parametrized(module):
-            for tensor in module.parametrizations:  # pyright: ignore[reportGeneralTypeIssues]
-                problems.append(
-                    f"{label}.{tensor} is parametrized: make it plain before merging"
-                    f" (torch.nn.utils.parametrize.remove_parametrizations({label}, {tensor!r}))"
-                )
         for attribute, kind in _HOOKS.items():
             for hook in getattr(module, attribute, {}).values():
-                problems.append(_hook_problem(label, kind, hook))
+                if getattr(hook, "__module__", None) not in _RECORDERS:
+                    problems.append(_hook_problem(name, attribute, kind, hook))
     return problems
 
 
@@ -132,19 +125,16 @@ def unwritten(model: nn.Module, args: tuple, names: Sequence[str]) -> Iterator[N
         )
 
 
-def _hook_problem(label: str, kind: str, hook: object) -> str:
-    tensor = getattr(hook, "name", "weight")
-    removal = _REPARAMETRISED.get(type(hook).__name__)
-    if removal:
-        kind = type(hook).__name__
-        return f"{label}.{tensor} is computed by {kind}: make it plain before merging ({removal}({label}))"
+def _hook_problem(name: str, attribute: str, kind: str, hook: object) -> str:
+    label = name or "the model"
     if isinstance(hook, prune.BasePruningMethod):
         tensor = getattr(hook, "_tensor_name", "weight")
         return (
             f"{label}.{tensor} is pruned by a mask: make it plain before merging"
             f" (torch.nn.utils.prune.remove({label}, {tensor!r}))"
         )
-    return f"{label} has a {kind}: remove it before merging (handle.remove())"
+    all_of_them = ".".join(filter(None, ("model", name, attribute)))
+    return f"{label} has a {kind}: remove it before merging (handle.remove(), or {all_of_them}.clear())"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import InputError
@@ -45,6 +45,16 @@ def bind(batch: Any, parameters: inspect.Signature | Sequence[str]) -> tuple:
         f"a batch must be a tensor, a non-empty tuple or list, or a mapping; got {describe(batch)}."
         f" forward takes {_show(signature)}"
     )
+
+
+def on_meta(module: nn.Module) -> bool:
+    """Whether a model has shapes and no values: all that it would learn is on the meta device."""
+    return any(p.is_meta for p in module.parameters())
+
+
+def to_meta(args: tuple) -> tuple:
+    """Arguments for such a model."""
+    return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args)
 
 
 def describe(batch: Any) -> str:

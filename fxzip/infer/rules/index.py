@@ -126,7 +126,7 @@ def index(ctx: Context, out: Sequence[OutSpec], self: Value, indices: Sequence[V
 
 def index_one(ctx: Context, labelled: LabelledType, axis: int, index: Value, shape: Sequence[int]) -> LabelledType:
     """One index tensor of any rank along `axis`; known values act on the labels."""
-    if index.const is None or labelled.group_of(axis) is None:
+    if index.const is None or index.const.is_meta or labelled.group_of(axis) is None:
         return _indexed(ctx, labelled, [axis], [index], axis, index.shape, shape)
     chosen = index.const.reshape(-1).cpu().numpy().astype(np.int64) % labelled.shape[axis]
     flat = (*labelled.shape[:axis], len(chosen), *labelled.shape[axis + 1 :])
