@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..files.checkpoint import read_checkpoint
 from ..files.plan import CARD, PLAN, PROGRAM, TENSORS, Plan, read_plan
 from ..files.save import sha256_of
+from ..processes import ALONE, Processes
 from . import data as datas
 from . import models
 from .recipe import RECIPE, Read, check, method_of, read
@@ -73,11 +74,13 @@ def prepared(given: Read, trust_code: bool = False) -> Job:
 
 
 def run(
-    given: Read, out: Path, *, trust_code: bool = False, pt2: bool = False, progress: bool = True, force: bool = False
-) -> fx.GraphModule:
+    given: Read, out: Path, *, trust_code: bool = False, pt2: bool = False, progress: bool = True, force: bool = False,
+    processes: Processes = ALONE,
+) -> fx.GraphModule:  # fmt: skip
     """Merge as the recipe says and write the folder `out`: what `fxzip.save` writes, and the recipe in full.
 
     Raises InputError before any work if `out` holds files that fxzip did not write, unless `force`.
+    processes: those that share the work; rank 0 writes.
     """
     refuse_strangers(out, force)
     recipe, job = given.recipe, prepared(given, trust_code)
@@ -95,7 +98,10 @@ def run(
         device=recipe.device,
         strict=recipe.strict,
         progress=progress,
+        distributed=processes.world > 1,
     )
+    if processes.rank:
+        return zipped
     if recipe.dtype:
         zipped.to(getattr(torch, recipe.dtype))
     log.info("writing %s", out)
