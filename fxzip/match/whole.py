@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from ..infer.spaces import FeatureSpace
 from ..measure.moments import SpaceMoments
@@ -27,6 +25,9 @@ def units(spaces: Sequence[FeatureSpace]) -> dict[str, np.ndarray]:
             columns.append(starts[parent.space] + np.asarray(parent.index))
     total = sum(s.size for s in spaces)
     ends = (np.concatenate(rows), np.concatenate(columns)) if rows else (np.zeros(0, int), np.zeros(0, int))
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_matrix((np.ones(len(ends[0])), ends), shape=(total, total))
     found = connected_components(graph, directed=False)[1]
     return {s.name: found[starts[s.name] : starts[s.name] + s.size] for s in spaces}
