@@ -20,9 +20,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-from examples import EXAMPLES  # noqa: E402
 from test_soundness import GOLDEN, labelled, once  # noqa: E402
 
+from examples import EXAMPLES  # noqa: E402
 from fxzip.infer import analyse  # noqa: E402
 from fxzip.infer.rules.registry import _RULES  # noqa: E402
 

@@ -12,6 +12,7 @@ from .infer import Spaces
 from .match import Matching, lossless
 from .measure.moments import Moments
 from .prepare import Prepared
+from .processes import ALONE, Processes
 from .rewrite import Heads, build, head_parameters, merge_parameters, owned, recompute_statistics, state_of
 from .widths import allocate, cost_terms, probe, resizable
 
@@ -86,14 +87,16 @@ def agree(p: Prepared, matchings: Mapping[str, Matching], moments: Moments) -> b
     return bool(moments) and all(lossless(m, moments[n]) for n, m in matchings.items() if n in moments)
 
 
-def calibrate(zipped: fx.GraphModule, batches: list[tuple], agree: bool) -> list[str]:
+def calibrate(
+    zipped: fx.GraphModule, batches: list[tuple], agree: bool, processes: Processes = ALONE
+) -> list[str]:
     """Recompute batch-norm statistics of the merged network; what the user should know if that is not possible.
 
     agree: nothing is lost by the matching, so the models' own statistics are right, and better than a sample's."""
     if agree:
         return ["the models agree feature by feature: batch-norm statistics are their own, not recomputed"]
     if batches:
-        recompute_statistics(zipped, batches, lambda batch: batch)
+        recompute_statistics(zipped, batches, lambda batch: batch, processes)
         return []
     if any(name.endswith("running_var") for name, _ in zipped.named_buffers()):
         return ["batch-norm statistics were averaged, not recomputed: pass a loader, or expect chance accuracy"]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import InputError
 
@@ -106,6 +105,8 @@ def cost(module: nn.Module, inputs: Any) -> Cost:
     >>> cost(nn.Linear(4, 2), torch.zeros(3, 4))
     Cost(parameters=10, flops=48)
     """
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton, where that is installed
+
     args, kwargs = _call(inputs)
     with _eval(module), _unfused(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*args, **kwargs)

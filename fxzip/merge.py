@@ -17,6 +17,7 @@ from .measure import invent
 from .measure.moments import Moments
 from .options import wrong_options
 from .prepare import Clock, calibration_batches, measure, prepare
+from .processes import Processes
 from .repair import Repair, split
 from .solve import Solve
 
@@ -42,6 +43,7 @@ def merge(
     forward_fn: Callable[..., Any] | None = None,
     evaluate: Callable[[nn.Module, str], float] | None = None,
     resume: str | Path | None = None,
+    distributed: Any = False,
 ) -> fx.GraphModule:
     """Merge N networks of one architecture into one; gradient-free, label-free, deterministic.
 
@@ -64,6 +66,9 @@ def merge(
         gives of the result: the report has the numbers, and a warning where the merge lost much.
     resume: a folder that keeps what was measured: Ctrl-C, SIGTERM or a crash loses little, and the same call
         goes on from there, to the same bytes.
+    distributed: True in every process of a torch.distributed group (or that group): all call this alike, each
+        measures and solves on its share of the batches, and all get the network that one process would make, up
+        to rounding. "repair" and matching itself are not divided.
 
     Returns a GraphModule on the models' device, in eval mode; its forward returns one output per model, as a
     tuple (list of models) or dict. `report(zipped)` says what was done.
@@ -78,7 +83,8 @@ def merge(
     clock = Clock()
     wrong = wrong_options(
         {"until": until, "budget": budget, "heads": heads, "seed": seed, "device": device, "verify": verify,
-         "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments, "resume": resume}
+         "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments, "resume": resume,
+         "distributed": distributed}
     )  # fmt: skip
     try:
         repair, solver, matcher = choose(method, budget, len(models) if isinstance(models, Sized) else 2)
@@ -93,6 +99,7 @@ def merge(
     graph = passes.start(
         models, loader, call="fxzip.merge", clock=clock, progress=progress, example_inputs=example_inputs,
         device=device, calibration=calibration, needs_data=needs_data, forward_fn=forward_fn,
+        distributed=distributed,
     )  # fmt: skip
     stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]
     stages += [passes.Prove(seed, strict=verify != "report")] if verify else []
@@ -125,16 +132,22 @@ def collect(
     progress: bool = True,
     forward_fn: Callable[..., Any] | None = None,
     resume: str | Path | None = None,
+    distributed: Any = False,
 ) -> Moments:
     """The joint moments `merge` would measure: `merge(models, moments=...)` reuses them, `.save` keeps them.
 
     Arguments and errors as for `merge`. Count, mean [Sn] and second moment [Sn, Sn] (float64) per space.
     """
-    wrong = wrong_options({"until": until, "seed": seed, "device": device, "forward_fn": forward_fn, "resume": resume})
+    wrong = wrong_options(
+        {"until": until, "seed": seed, "device": device, "forward_fn": forward_fn, "resume": resume,
+         "distributed": distributed}
+    )  # fmt: skip
     if wrong:
         check_merge(models, loader, calibration=calibration, problems=wrong, call="fxzip.collect")
     p = prepare(
         models, loader, call="fxzip.collect", clock=Clock(), until=until, device=device, verify=False, seed=seed,
         calibration=calibration, forward_fn=forward_fn,
     )  # fmt: skip
-    return measure(p, calibration_batches(p, calibration, seed), seed, progress, resume)
+    processes = Processes.of(distributed)
+    batches = calibration_batches(p, calibration, seed, processes)
+    return measure(p, batches, seed, progress and processes.rank == 0, resume, processes)

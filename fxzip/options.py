@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .measure.moments import Moments
+from .processes import wrong_group
 
 HEADS = ("separate", "average")
 
@@ -94,4 +95,5 @@ _RULES: dict[str, Callable[[Any], str]] = {
     "evaluate": _callable("evaluate", "a network and its task's name"),
     "moments": _moments,
     "resume": _folder,
+    "distributed": wrong_group,
 }

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import networkx as nx
 from torch import fx
 
 from .drawing import drawing
@@ -43,6 +42,8 @@ def spaces(found: Spaces) -> Any:
 
 def graph(found: Spaces) -> Any:
     """The dataflow of the lowered graph, a dot per operator, coloured by its first space; grey has none."""
+    import networkx as nx
+
     flow = found.to_networkx()
     data = {n.name for n in found.lowered.inputs}
     for node in nx.topological_sort(flow):

@@ -20,6 +20,7 @@ from .infer import FeatureSpace, Spaces, analyse, annotate
 from .match import Weights
 from .measure import Checkpoint, Programs, collect_moments, fingerprint, form_of, other_forms, read_batches
 from .measure.moments import Moments
+from .processes import ALONE, Processes
 from .rewrite import Partition, owned, partition, unreadable
 from .trace import Traced, bind, describe, first_rows, rows, state_of, trace
 from .verify import Verification, verify_spaces
@@ -240,22 +241,41 @@ def shared_spaces(spaces: Spaces, cut: Partition, parameters: Iterable[str]) -> 
 
 
 def measure(
-    prepared: Prepared, batches: list[tuple], seed: int, progress: bool, resume: str | Path | None = None
+    prepared: Prepared,
+    batches: list[tuple],
+    seed: int,
+    progress: bool,
+    resume: str | Path | None = None,
+    processes: Processes = ALONE,
 ) -> Moments:
-    """Moments of the merged spaces over `batches`. resume: a folder that keeps them while they grow."""
+    """Moments of the merged spaces over `batches`. resume: a folder that keeps them while they grow, of several
+    processes one inside for each."""
     programs = Programs(prepared.graph_modules, prepared.spaces)
     checkpoint = None
     if resume is not None:
         rows = [(s.name, s.size, [(a.node, a.axes, a.weight) for a in s.anchors]) for s in prepared.merged_spaces()]
+        if processes.world > 1:
+            resume, rows = Path(resume) / f"rank{processes.rank}of{processes.world}", [*rows, processes.world]
         checkpoint = Checkpoint(resume, fingerprint(programs.states, batches, seed, rows))
     count = sum(max((x.shape[0] for x in b if isinstance(x, Tensor) and x.dim()), default=1) for b in batches)
     found = collect_moments(
-        programs, prepared.merged_spaces(), batches, count, seed=seed, progress=progress, checkpoint=checkpoint
-    )
+        programs, prepared.merged_spaces(), batches, count, seed=seed, progress=progress, checkpoint=checkpoint,
+        processes=processes,
+    )  # fmt: skip
     return replace(found, form=form_of(prepared.args))
 
 
-def calibration_batches(prepared: Prepared, count: int, seed: int) -> list[tuple]:
+def calibration_batches(prepared: Prepared, count: int, seed: int, processes: Processes = ALONE) -> list[tuple]:
+    """All batches, the same in every process; none without a loader."""
+    with processes.alike():
+        batches = _read(prepared, count, seed)
+    if processes.world > 1:
+        processes.same("models", fingerprint([state_of(m) for m in prepared.graph_modules], []))
+        processes.same("batches", fingerprint([], batches, count, seed))
+    return batches
+
+
+def _read(prepared: Prepared, count: int, seed: int) -> list[tuple]:
     if prepared.loader is None:
         return []
     parameters = signature(prepared.graph_modules[0].forward)

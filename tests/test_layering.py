@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "fxzip"
 LAYERS = (  # lowest first
-    "errors version markup drawing trace infer evaluate measure match rewrite solve "
+    "errors version processes markup drawing trace infer evaluate measure match rewrite solve "
     "repair verify check options prepare inspection widths assemble heatmap report describe sanity passes merge "
     "frontier landscape plot html soup files __init__ demo cli __main__"
 )

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 import toy_attention
 import toys
-from examples import EXAMPLES, Example
 from helpers import unchanged
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,6 +18,7 @@ from toy_attention import VisionTransformer
 from toys import randomise
 
 import fxzip
+from examples import EXAMPLES, Example
 from fxzip import METHODS, InputError, Permute, Select, SpaceError, Zip
 from fxzip.rewrite import recompute_statistics
 from fxzip.trace import trace

@@ -9,10 +9,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from examples import EXAMPLES
 from torch import fx, nn
 
 import fxzip
+from examples import EXAMPLES
 from fxzip.errors import InputError, SpaceError
 from fxzip.infer.spaces import FeatureSpace, Segment, Spaces
 from fxzip.match.matching import Matching, from_slots

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from examples import EXAMPLES
 from helpers import unchanged
 from torch import nn
 from torchvision.models import VisionTransformer
 
 import fxzip
+from examples import EXAMPLES
 from fxzip.solve import Settings
 from fxzip.solve.design import design_of
 from fxzip.solve.refine import refine

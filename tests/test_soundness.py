@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from examples import EXAMPLES, UNREACHABLE, Example
 from torch import Tensor, nn
 from toys import Residual, randomise
 
 import fxzip
+from examples import EXAMPLES, UNREACHABLE, Example
 from fxzip.infer import Spaces, analyse
 from fxzip.infer.labels import Group, LabelledType
 from fxzip.infer.rules import names

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..files.checkpoint import read_checkpoint
 from ..files.plan import CARD, PLAN, PROGRAM, TENSORS, Plan, read_plan
 from ..files.save import sha256_of
+from ..processes import ALONE, Processes
 from . import data as datas
 from . import models
 from .recipe import RECIPE, Read, check, method_of, read
@@ -83,11 +84,13 @@ def run(
     progress: bool = True,
     force: bool = False,
     resume: Path | None = None,
+    processes: Processes = ALONE,
 ) -> fx.GraphModule:
     """Merge as the recipe says and write the folder `out`: what `fxzip.save` writes, and the recipe in full.
 
     html: also the report as a page; one that an earlier merge left in `out` is written anew in any case.
     Raises InputError before any work if `out` holds files that fxzip did not write, unless `force`.
+    processes: those that share the work; rank 0 writes.
     """
     refuse_strangers(out, force, html)
     recipe, job = given.recipe, prepared(given, trust_code)
@@ -107,7 +110,10 @@ def run(
         verify=recipe.verify,
         progress=progress,
         resume=resume,
+        distributed=processes.world > 1,
     )
+    if processes.rank:
+        return zipped
     if recipe.dtype:
         zipped.to(getattr(torch, recipe.dtype))
     log.info("writing %s", out)

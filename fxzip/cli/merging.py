@@ -57,6 +57,7 @@ def merge(
     """Merge trained models into one network.
 
     `fxzip merge recipe.yaml OUT`, or `fxzip merge --model M --weights a.pt b.pt --data DIR --out OUT`.
+    `torchrun --nproc-per-node=K -m fxzip merge ...` shares the work among K processes.
     OUT gets model.safetensors, plan.json, README.md (a model card) and recipe.yaml, which makes it again.
     """
     flags = {
@@ -77,12 +78,15 @@ def merge(
     import fxzip
 
     from . import job
+    from .ranks import ranks
 
     read = job.load_recipe(recipe) if recipe is not None else job.from_flags(_recipe(given))
-    zipped = job.run(
-        read, target, trust_code=trust_code, pt2=pt2, html=html, progress=progress(quiet), force=force, resume=resume
-    )
-    if not quiet:
+    with ranks(read.recipe.device) as processes:
+        zipped = job.run(
+            read, target, trust_code=trust_code, pt2=pt2, html=html, progress=progress(quiet), force=force,
+            resume=resume, processes=processes,
+        )  # fmt: skip
+    if not quiet and processes.rank == 0:
         print(fxzip.report(zipped))
         print(f"\nwrote {target}: {', '.join(sorted(p.name for p in target.iterdir() if p.name[0] != '.'))}")
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from .hashing import U64, pair
 from .relations import Edges
@@ -131,6 +129,9 @@ def _overlap(atom: np.ndarray, p: np.ndarray, q: np.ndarray) -> tuple[_Side, _Si
     up, fp, ip = np.unique(ap, return_index=True, return_inverse=True)
     uq, fq, iq = np.unique(aq, return_index=True, return_inverse=True)
     size = len(up) + len(uq)
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_matrix((np.ones(len(ip), np.int8), (ip, iq + len(up))), shape=(size, size))
     count, block = connected_components(graph, directed=False)
     a = _Side(p, ap, up, ip, fp, block[: len(up)])

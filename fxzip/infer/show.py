@@ -5,12 +5,13 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-import networkx as nx
 from torch import fx
 
 from .. import markup
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from .spaces import FeatureSpace, Spaces
 
 _HEADER = ("space", "width", "structure", "parents", "produced by", "consumed by", "vectors", "notes")
@@ -125,6 +126,8 @@ def explain(spaces: Spaces, name: str) -> str:
 
 def to_networkx(spaces: Spaces) -> nx.DiGraph:
     """Dataflow of the lowered graph; node attributes: op, shape, origin, spaces (names in its type)."""
+    import networkx as nx
+
     graph = nx.DiGraph()
     for node in spaces.lowered.graph.nodes:
         if node.op == "output":

@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from ..errors import SpaceError
 from .closure import Closure, Table
@@ -132,6 +130,9 @@ class _State:
         return True
 
     def _components(self) -> tuple[np.ndarray, int]:
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
+
         n = self.count
         graph = coo_matrix((np.ones(len(self.one[0]), np.int8), (self.one[0], self.one[1])), shape=(n, n))
         atoms, atom = connected_components(graph, directed=False)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 Slots = dict[str, np.ndarray]  # space -> slot of every feature of one model
 
@@ -136,6 +135,8 @@ def _consistent(child: Layer, score: np.ndarray, slots: Slots, parent: str) -> n
 
 def _assign(score: np.ndarray) -> np.ndarray:
     """The slot of every column in the best assignment; ties stay in place. [slots, n] -> int [n]"""
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(score + TIE * np.eye(*score.shape), maximize=True)
     slots = np.empty(score.shape[1], np.int64)
     slots[columns] = rows
@@ -192,4 +193,6 @@ def _tile_scores(tiles: np.ndarray) -> np.ndarray:
 
 
 def _value(tile: np.ndarray) -> float:
+    from scipy.optimize import linear_sum_assignment
+
     return float(tile[linear_sum_assignment(tile, maximize=True)].sum())

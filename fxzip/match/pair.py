@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import networkx as nx
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from ..errors import InputError
 from .matching import Correspondence, Evidence, Matching, from_slots, similarity
@@ -65,6 +63,9 @@ def pairing(score: np.ndarray, alone: int, neighbours: int) -> list[tuple[int, i
     >>> pairing(np.array([[1, 0.9, 0, 0], [0.9, 1, 0, 0], [0, 0, 1, 0.1], [0, 0, 0.1, 1]]), 0, 3)
     [(0, 1), (2, 3)]
     """
+    import networkx as nx
+    from scipy.optimize import linear_sum_assignment
+
     n = len(score)
     off = score.copy()
     np.fill_diagonal(off, -np.inf)

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
 
 from ..errors import InputError, SpaceError
 from .matching import Correspondence, Evidence, Matching, mean_correlation, similarity
@@ -62,6 +61,8 @@ def sinkhorn(score: np.ndarray, regularise: float) -> np.ndarray:
     array([[1., 0.],
            [0., 1.]])
     """
+    from scipy.special import logsumexp
+
     log = score / regularise
     for _ in range(STEPS):
         log = log - logsumexp(log, 0, keepdims=True)

@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from ..errors import FxzipError, InputError
 from ..infer import FeatureSpace
+from ..processes import ALONE, Processes
 from ..trace import batch_size, describe
 from .moments import Accumulator, Moments
-from .programs import Programs, rows_of
+from .programs import Programs, rows_in, rows_of
 from .resume import Checkpoint
 
 ROWS = 16_384  # per anchor and pass; at least 16 per feature (see `_quota`)
@@ -29,27 +30,33 @@ def collect_moments(
     seed: int = 0,
     progress: bool = True,
     checkpoint: Checkpoint | None = None,
+    processes: Processes = ALONE,
 ) -> Moments:
     """Moments of `spaces` over `batches` (positional argument tuples), every model on every batch.
 
     Features are pooled over all anchors of a space with equal weight per anchor; pixels and tokens are
     subsampled at random, the same ones in every model. count: expected number of samples, for the quota.
     Accumulates in float64. checkpoint: keeps the sums, and what it has of an earlier run is not measured again.
+    processes: every rank measures its share of the batches, all get the sums; what is drawn is what one would draw.
     Raises InputError naming node, line and model where a value is not finite, or the batch where a model fails.
     """
     generator = torch.Generator().manual_seed(seed)
     batches = list(batches)
     done, sums = checkpoint.load(generator, _device(programs)) if checkpoint else (0, {})
     bar = tqdm(total=count, desc="measure", unit="sample", disable=not progress, leave=False)
-    with bar, torch.no_grad(), checkpoint.watching() if checkpoint else nullcontext():
+    watching = checkpoint.watching() if checkpoint else nullcontext()
+    with processes.alike(), bar, torch.no_grad(), watching:
         for k, args in enumerate(batches):
             size = max(batch_size(args), 1)
             bar.set_postfix_str(f"batch {k + 1} of {len(batches)}")
             if k >= done:
-                _run_batch(programs, spaces, args, k, size / max(count, size), generator, sums)
+                measured = _run_batch if processes.mine(k) else _pass_over
+                measured(programs, spaces, args, k, size / max(count, size), generator, sums)
                 if checkpoint:
                     checkpoint.check(k + 1, len(batches), sums, generator)
             bar.update(size)
+    if processes.world > 1:
+        sums = _summed(sums, processes, _device(programs))
     if not sums and spaces:
         raise InputError("fxzip.collect: the loader yielded no batch")
     return Moments({name: s.moments() for name, s in sums.items()})
@@ -76,13 +83,43 @@ def _run_batch(programs: Programs, spaces, args, index: int, share: float, gener
 _OUT_OF_MEMORY = ". Smaller batches need less; method='rebasin' measures nothing; until= leaves out wide late layers"
 
 
-def _one_batch(programs: Programs, spaces, args, share: float, generator: torch.Generator, sums: dict) -> None:
-    """Run all models on one batch; the rows of one anchor are added once the last model has shown them."""
+def _pass_over(programs: Programs, spaces, args, index: int, share: float, generator, sums: dict) -> None:
+    """Another rank's batch: only draw what it draws, in the same order."""
+    anchors, at = _places(programs, spaces, args)
+    graph, twin = programs.lowered(0, args)
+    back = {twin[n]: n for n in at}
+    for node in graph.graph.nodes:
+        for space, i in at.get(back.get(node.name, ""), ()):
+            anchor = anchors[space.name][i]
+            rows = rows_in(anchor, tuple(node.meta["shape"]))
+            _subsample(rows, _quota(space.size * len(programs.states), share, anchor.weight), generator)
+
+
+def _summed(sums: dict[str, Accumulator], processes: Processes, device: torch.device) -> dict[str, Accumulator]:
+    """The sums over all ranks; a rank may have seen no batch, and so none of the spaces."""
+    told = processes.gather({name: a.sizes for name, a in sums.items()})
+    sizes = {name: s for facts in told for name, s in facts.items()}
+    for name, s in sizes.items():
+        own = sums[name] if name in sums else sums.setdefault(name, Accumulator(s, device))
+        count = torch.tensor([own.count], dtype=torch.float64, device=own.total.device)
+        processes.sum(own.total, own.gram, count)
+        own.count = float(count)
+    return {name: sums[name] for name in sizes}
+
+
+def _places(programs: Programs, spaces: Sequence[FeatureSpace], args: tuple):
+    """(anchors of every space at this batch shape, node name -> (space, index of its anchor) there)."""
     anchors = {s.name: programs.visible(s, args) for s in spaces}
     at: dict[str, list[tuple[FeatureSpace, int]]] = defaultdict(list)
     for space in spaces:
         for i, anchor in enumerate(anchors[space.name]):
             at[anchor.node].append((space, i))
+    return anchors, at
+
+
+def _one_batch(programs: Programs, spaces, args, share: float, generator: torch.Generator, sums: dict) -> None:
+    """Run all models on one batch; the rows of one anchor are added once the last model has shown them."""
+    anchors, at = _places(programs, spaces, args)
     chosen: dict[tuple[str, int], Tensor | None] = {}
     held: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
@@ -92,8 +129,8 @@ def _one_batch(programs: Programs, spaces, args, share: float, generator: torch.
             rows = rows_of(anchor, value)
             key = (space.name, i)
             if key not in chosen:
-                quota = _quota(space.size * models, share)
-                chosen[key] = _subsample(len(rows), quota if anchor.weight == 1 else quota // 4, generator)
+                quota = _quota(space.size * models, share, anchor.weight)
+                chosen[key] = _subsample(len(rows), quota, generator)
             index = chosen[key]
             rows = rows if index is None else rows[index.to(rows.device)]
             _check_finite(programs, name, current, rows)
@@ -123,8 +160,9 @@ def _accumulator(space: FeatureSpace, sizes: list[int], device: torch.device) ->
         ) from error
 
 
-def _quota(features: int, share: float) -> int:
-    return max(64, int(share * max(ROWS, 16 * features)))
+def _quota(features: int, share: float, weight: float) -> int:
+    quota = max(64, int(share * max(ROWS, 16 * features)))
+    return quota if weight == 1 else quota // 4
 
 
 def _subsample(rows: int, quota: int, generator: torch.Generator) -> Tensor | None:

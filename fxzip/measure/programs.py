@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,13 @@ def _uses(space: FeatureSpace) -> set[tuple]:
 
 def _shapes(args: Any) -> tuple:
     return tuple((tuple(x.shape), str(x.dtype)) if isinstance(x, Tensor) else repr(x) for x in tree_flatten(args)[0])
+
+
+def rows_in(anchor: Anchor, shape: tuple[int, ...]) -> int:
+    """How many rows `rows_of` gives of a value of this shape."""
+    n, t = anchor.positions.shape
+    features = prod(shape[a] for a in anchor.axes)
+    return prod(shape) // features * (t if n else 1) if features else 0
 
 
 def rows_of(anchor: Anchor, value: Tensor) -> Tensor:

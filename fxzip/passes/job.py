@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..match import Matchings
 from ..measure.moments import Moments
 from ..prepare import Clock, Prepared, begin, compare
+from ..processes import ALONE, Processes
 from ..rewrite import Heads
 from ..solve import Record
 
@@ -23,7 +24,7 @@ _LATER: Any = None  # what a later stage makes
 @dataclass(frozen=True)
 class Job:
     """What the stages have found so far. models: see `Checked`. batches: argument tuples on the device.
-    settings: of each stage that ran, by its name."""
+    settings: of each stage that ran, by its name. processes: who shares the work."""
 
     prepared: Prepared
     models: tuple[nn.Module, ...]
@@ -42,6 +43,7 @@ class Job:
     notices: tuple[str, ...] = ()
     records: tuple[Record, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    processes: Processes = ALONE
 
     def __deepcopy__(self, memo: dict) -> Job:
         return self  # a value: a deepcopy of the graph need not copy the models
@@ -54,11 +56,12 @@ def start(
     call: str = "fxzip.passes.start",
     clock: Clock | None = None,
     progress: bool = True,
+    distributed: Any = False,
     **options: Any,
 ) -> fx.GraphModule:
     """Check the call and trace all models: the first one's GraphModule, with its Job.
 
-    models, loader, and of the options example_inputs, device, calibration and forward_fn: as for `merge`.
+    models, loader, distributed, and of the options example_inputs, device, calibration and forward_fn: as for `merge`.
     Raises InputError and TraceError as `merge` does.
 
     >>> from .stages import *
@@ -72,7 +75,9 @@ def start(
     clock = clock or Clock()
     with clock.stage("trace"):
         prepared = begin(models, loader, call=call, **options)
-    return give(prepared.graph_modules[0], Job(prepared, prepared.models, clock, progress))
+    processes = Processes.of(distributed)
+    shown = progress and processes.rank == 0
+    return give(prepared.graph_modules[0], Job(prepared, prepared.models, clock, shown, processes=processes))
 
 
 def job(graph_module: nn.Module) -> Job:

@@ -74,7 +74,8 @@ class Read(Stage):
     clock: ClassVar[str] = "read"
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
-        return graph, replace(now, batches=calibration_batches(now.prepared, self.calibration, self.seed))
+        batches = calibration_batches(now.prepared, self.calibration, self.seed, now.processes)
+        return graph, replace(now, batches=batches)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Measure(Stage):
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         found = self.moments
         if found is None:
-            found = measure(now.prepared, now.batches, self.seed, now.progress, self.resume)
+            found = measure(now.prepared, now.batches, self.seed, now.progress, self.resume, now.processes)
         return graph, replace(now, moments=found)
 
 
@@ -171,7 +172,7 @@ class Solve(Stage):
         settings = replace(self.solve.settings, seed=self.seed)
         found = solve_parameters(
             p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.heads, now.batches, settings,
-            now.progress, resized,
+            now.progress, resized, now.processes,
         )  # fmt: skip
         return graph, replace(
             now, shared=found.shared, heads=found.heads, records=found.records, solved=True, method=self.solve.name,
@@ -205,9 +206,10 @@ class Calibrate(Stage):
     needs: ClassVar = {"batches": "Read"}
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        now.processes.first(*graph.state_dict().values())  # ranks on unlike machines may differ in the last bit
         if now.solved:
             return graph, now
-        found = calibrate(graph, now.batches, agree(now.prepared, now.matchings, now.moments))
+        found = calibrate(graph, now.batches, agree(now.prepared, now.matchings, now.moments), now.processes)
         return graph, replace(now, notices=(*now.notices, *found))
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor, fx
@@ -196,6 +195,8 @@ def _consumed_only(values: Mapping[str, _Value], spaces: Spaces, private: Collec
 
 def _groups(values: Mapping[str, _Value]) -> list[set[str]]:
     """Spaces that share a boundary value are absorbed together or not at all."""
+    import networkx as nx
+
     graph = nx.Graph()
     for value in values.values():
         if not value.trivial:

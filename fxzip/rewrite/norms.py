@@ -9,17 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..processes import ALONE, Processes
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def recompute_statistics(module: nn.Module, batches: Iterable[Any], bind: Callable[[Any], tuple]) -> int:
+def recompute_statistics(
+    module: nn.Module, batches: Iterable[Any], bind: Callable[[Any], tuple], processes: Processes = ALONE
+) -> int:
     """Recompute the running statistics of every batch norm as the mean over `batches`; returns how many.
 
     A batch norm is what has running_mean, running_var, num_batches_tracked and momentum. Only they run in
     train mode; dropout and all else stay in eval. bind: batch -> positional arguments. Modes, momenta and the
     torch RNG are restored, also on error; statistics are restored when there is no batch (InputError).
-    Without any batch norm nothing is run and 0 returned.
+    Without any batch norm nothing is run and 0 returned. processes: every rank runs its share of the batches.
 
     >>> net = nn.Sequential(nn.BatchNorm1d(2))
     >>> recompute_statistics(net, [torch.full((4, 2), 3.0)], lambda batch: (batch,)), net[0].running_mean
@@ -35,9 +38,11 @@ def recompute_statistics(module: nn.Module, batches: Iterable[Any], bind: Callab
     try:
         with torch.random.fork_rng(devices=_cuda_devices(module)), torch.no_grad():
             _start(module, norms)
-            for batch in batches:
-                module(*bind(batch))
+            for k, batch in enumerate(batches):
+                if processes.mine(k):
+                    module(*bind(batch))
                 seen += 1
+            _combine(norms, processes)
     finally:
         for norm, momentum in momenta:
             norm.momentum = momentum  # type: ignore[assignment]
@@ -68,6 +73,19 @@ def _start(module: nn.Module, norms: list[nn.Module]) -> None:
         norm.momentum = None  # type: ignore[assignment]
         for statistic, value in zip(STATISTICS, (0, 1, 0), strict=True):
             getattr(norm, statistic).fill_(value)
+
+
+def _combine(norms: list[nn.Module], processes: Processes) -> None:
+    """Of each rank's means over its own batches the mean over all; one without a batch counts for nothing."""
+    if processes.world == 1:
+        return
+    for norm in norms:
+        mean, var, count = (getattr(norm, s) for s in STATISTICS)
+        total = torch.stack([mean.double(), var.double()]) * count
+        processes.sum(total, count)
+        total /= count.clamp(min=1)
+        mean.copy_(total[0])
+        var.copy_(total[1])
 
 
 def _write(norms: list[nn.Module], values: list[list[Tensor]]) -> None:

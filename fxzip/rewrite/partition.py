@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -86,6 +85,8 @@ def cut_points(graph_module: fx.GraphModule) -> tuple[str, ...]:
     >>> cut_points(fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())))
     ('_0', '_1')
     """
+    import networkx as nx
+
     data = _data_nodes(graph_module.graph)
     flow = nx.DiGraph()
     flow.add_edges_from(("", n.name) for n in data if n.op == "placeholder")

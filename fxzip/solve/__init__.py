@@ -14,10 +14,11 @@ from ..errors import InputError
 from ..infer import Spaces
 from ..match import Matcher, Matching, Zip
 from ..measure import Programs
+from ..processes import ALONE, Processes
 from ..rewrite import Heads, Partition
 from ..trace import Lowered, batch_size, describe, lower, state_of
 from .fit import Settings
-from .lanes import Lane, Store
+from .lanes import Chunks, Lane, Store
 from .sequence import Pass, Record
 
 __all__ = ["Record", "Settings", "Solve", "Solved", "solve_parameters"]
@@ -68,15 +69,21 @@ def solve_parameters(
     settings: Settings | None = None,
     progress: bool = True,
     resized: fx.GraphModule | None = None,
+    processes: Processes = ALONE,
 ) -> Solved:
     """Fit shared and private parameters to the parents, in topological order, in closed form.
 
     shared, heads: the zipped parameters, as `merge_parameters` and `head_parameters` make them; the starting
     point that the ridge pulls towards. batches: positional-argument tuples; labels are not needed. Gradient-free
     and deterministic. The inputs are not modified. resized: the zipped GraphModule, where widths have changed: it
-    has the right shapes.
+    has the right shapes. processes: every rank holds its share of the chunks, and all fit to the sums.
     """
-    chunks = _chunks(batches)
+    chunks, notices = _chunks(batches), ()
+    if len(chunks) < processes.world:
+        notices = (f"solve: {len(chunks)} chunks of {CHUNK} samples do not go round {processes.world} processes, so"
+                   " every process solved on all of them",)  # fmt: skip
+        processes = ALONE
+    share, chunks = Chunks(len(chunks), processes), [c for k, c in enumerate(chunks) if processes.mine(k)]
     programs = Programs(graph_modules, spaces)
     settings = settings or Settings()
     store = Store(settings.memory)
@@ -101,12 +108,11 @@ def solve_parameters(
         for lane in (*parents, merged):
             for node, value in zip(lane.lowered.inputs, _tensors(chunk), strict=True):
                 lane.values.setdefault(lane.names[node], []).append(value)
-    steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, len(chunks))
+    steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, share)
     with torch.no_grad():
         steps.run(progress)
-    notices = ()
     if store.mapped:
-        notices = (
+        notices += (
             f"solve kept {store.mapped / 1e9:.1f} GB of activations in temporary files: they would take over "
             f"{settings.memory / 1e9:.1f} GB of memory; Solve(settings=Settings(memory=...)) allows more",
         )

@@ -20,10 +20,12 @@ from .slots import argument
 
 @dataclass(frozen=True)
 class Rows:
-    """x: design rows [r, g, p]; y: gathers the same rows [r, g, o] of any tensor in the op's output layout."""
+    """x: design rows [r, g, p]; y: gathers the same rows [r, g, o] of any tensor in the op's output layout; of: how
+    many there were to draw from."""
 
     x: Tensor
     y: Callable[[Tensor], Tensor]
+    of: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Design:
     operand: Callable[[Tensor, Sequence[int]], Tensor]
 
 
-def _pick(rows: int, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+def pick(rows: int, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Indices of `count` of `rows` rows at random; all of them, in order, if there are no more. int64 [r]"""
     if rows <= count:
         return torch.arange(rows, device=device)
     return torch.randint(rows, (count,), generator=generator).to(device)
@@ -51,8 +54,8 @@ def _pick(rows: int, count: int, generator: torch.Generator, device: torch.devic
 def _matmul_rows(data: Tensor, count: int, generator: torch.Generator) -> Rows:
     """Rows of a matrix product: every axis of the data but the last is a sample."""
     flat = data.reshape(-1, data.shape[-1])
-    index = _pick(len(flat), count, generator, data.device)
-    return Rows(flat[index].unsqueeze(1), lambda t: t.reshape(-1, t.shape[-1])[index].unsqueeze(1))
+    index = pick(len(flat), count, generator, data.device)
+    return Rows(flat[index].unsqueeze(1), lambda t: t.reshape(-1, t.shape[-1])[index].unsqueeze(1), len(flat))
 
 
 def _transposed(operand: Tensor, groups: int) -> Tensor:
@@ -98,7 +101,7 @@ def _patches(
     d = len(kernel)
     out = [(padded.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(d)]
     total = padded.shape[0] * int(torch.tensor(out).prod())
-    flat = _pick(total, count, generator, padded.device)
+    flat = pick(total, count, generator, padded.device)
     place = torch.unravel_index(flat, (padded.shape[0], *out))  # batch, then positions
     index: list[Tensor] = []
     for i in range(d):
@@ -112,7 +115,7 @@ def _patches(
     def gather(t: Tensor) -> Tensor:
         return t.movedim(1, -1)[place].reshape(len(flat), g, -1)
 
-    return Rows(patches, gather)
+    return Rows(patches, gather, total)
 
 
 def _spread(value: Any, d: int) -> list[int]:

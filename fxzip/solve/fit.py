@@ -13,8 +13,8 @@ from ..errors import InputError
 from ..infer import Spaces
 from ..match import Matching
 from .affine import MOVES, Link, packet, undo
-from .design import Design, design_of
-from .lanes import Lane
+from .design import Design, design_of, pick
+from .lanes import Chunks, Lane
 from .mixing import Mixer, mixer
 from .refine import refine
 from .ridge import Gram, ridge
@@ -70,7 +70,7 @@ def solve_point(
     spaces: Spaces,
     matchings: Mapping[str, Matching],
     settings: Settings,
-    chunks: int,
+    chunks: Chunks,
     dynamic: Mapping[str, fx.Node],
     generator: torch.Generator,
 ) -> Outcome | None:
@@ -92,9 +92,18 @@ def solve_point(
     groups = int(argument(node, "groups") or 1)
     gram, kept = Gram(), []
     bend = _nonlinearity(point, dynamic) if settings.sweeps else None
-    for j in range(chunks):
-        given = {n: _value(v, point.lane, j, dynamic) for n, v in arguments(node).items()}
-        count = _rows(settings, design.matrix(given[design.weight], groups), chunks)
+
+    def values(j: int) -> dict[str, Any]:
+        return {n: _value(v, point.lane, j, dynamic) for n, v in arguments(node).items()}
+
+    operand = _value(arguments(node)[design.weight], point.lane, 0, dynamic)
+    count = _rows(settings, design.matrix(operand, groups), chunks.total)
+    others = design.rows(values(0), 1, torch.Generator()).of if chunks.own < chunks.total else 0
+    for j in chunks:
+        if j is None:  # draw as the rank that has it does: all chunks have one shape
+            pick(others, count, generator, torch.device("cpu"))
+            continue
+        given = values(j)
         rows = design.rows(given, count, generator)
         wanted, full = _target(point, mix, j, dynamic)
         x, target = _single(rows.x), _single(rows.y(wanted))
@@ -102,8 +111,12 @@ def solve_point(
         gram.add(x, target)
         if bend is not None:
             kept.append((x, target, _single(rows.y(full))))
+    gram.reduce(chunks.processes)
     start = _start(point, design, weight, bias, groups, intercept)
-    fit = refine(gram, start, settings.lam, settings.sweeps, kept, bend) if bend else ridge(gram, start, settings.lam)
+    if bend is None:
+        fit = ridge(gram, start, settings.lam)
+    else:
+        fit = refine(gram, start, settings.lam, settings.sweeps, kept, bend, chunks.processes)
     _write(point, design, weight, bias, fit.weights, gram, intercept)
     return gram.second.shape[-1], gram.rows, fit.before, fit.after  # type: ignore[union-attr]
 

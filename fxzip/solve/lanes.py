@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,29 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
+from ..processes import ALONE, Processes
 from ..trace.lower import Lowered
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The calibration samples in `total` chunks of one size, dealt to the ranks; a lane holds those of its own.
+
+    >>> list(Chunks(3)), list(Chunks(3, Processes(rank=1, world=2)))
+    ([0, 1, 2], [None, 0, None])
+    """
+
+    total: int
+    processes: Processes = ALONE
+
+    @property
+    def own(self) -> int:
+        return self.processes.count(self.total)
+
+    def __iter__(self) -> Iterator[int | None]:
+        """For every chunk in order where it is in this rank's lanes; None: in another's."""
+        for k in range(self.total):
+            yield k // self.processes.world if self.processes.mine(k) else None
 
 
 @dataclass

@@ -12,7 +12,7 @@ from ..infer import Spaces
 from ..match import Matching
 from .affine import BATCH_NORMS, packet
 from .fit import Outcome, Settings, mixer_at
-from .lanes import Lane
+from .lanes import Chunks, Lane
 from .slots import Slot, argument, arguments
 
 NORMS = BATCH_NORMS | {"native_layer_norm", "native_group_norm"}
@@ -27,7 +27,7 @@ def solve_norm(
     spaces: Spaces,
     matchings: Mapping[str, Matching],
     settings: Settings,
-    chunks: int,
+    chunks: Chunks,
     dynamic: Mapping[str, fx.Node],
 ) -> Outcome | None:
     """Scale and shift of a norm, per feature, towards the parents' outputs; batch statistics are set first."""
@@ -44,13 +44,16 @@ def solve_norm(
     sums = torch.zeros(5, size, dtype=torch.float64, device=lane.state[scale.name].device)
     count = 0
     given = {scale.name: torch.ones_like(lane.state[scale.name]), shift.name: torch.zeros_like(lane.state[shift.name])}
-    for j in range(chunks):
+    for j in range(chunks.own):
         plain = lane.apply(op, lambda n, j=j: _plain(lane, n, j, dynamic, given))[0]
         target = mix([p.value(first, j) for p in parents])
         axis = -1 if packet(op) == "native_layer_norm" else 1
         x, t = (v.movedim(axis, 0).reshape(size, -1).double() for v in (plain, target))
         sums += torch.stack([x.sum(1), t.sum(1), (x * x).sum(1), (x * t).sum(1), (t * t).sum(1)])
         count += x.shape[1]
+    counted = torch.tensor([count], device=sums.device)
+    chunks.processes.sum(sums, counted)
+    count = int(counted)
     mx, mt, xx, xt, tt = sums / count
     old = lane.state[scale.name].double()
     var, cov = xx - mx * mx, xt - mx * mt
@@ -69,13 +72,15 @@ def _plain(lane: Lane, node: fx.Node, chunk: int, dynamic: Mapping[str, fx.Node]
     return lane.operand(node, chunk, dynamic)
 
 
-def _set_statistics(op: fx.Node, lane: Lane, chunks: int, dynamic: Mapping[str, fx.Node]) -> None:
+def _set_statistics(op: fx.Node, lane: Lane, chunks: Chunks, dynamic: Mapping[str, fx.Node]) -> None:
     """Running mean and variance of a batch norm: those of what it reads in the merged network."""
-    total = square = torch.zeros((), dtype=torch.float64)
-    count = 0
-    for j in range(chunks):
+    total = square = count = torch.zeros((), dtype=torch.float64)
+    for j in range(chunks.own):
         x = lane.operand(op.args[0], j, dynamic).movedim(1, 0).flatten(1).double()  # type: ignore[arg-type]
         total, square, count = total + x.sum(1), square + (x * x).sum(1), count + x.shape[1]
+    sums = torch.stack([total, square, torch.full_like(total, float(count))])
+    chunks.processes.sum(sums)
+    total, square, count = sums
     mean, given = total / count, arguments(op)
     lane.write(lane.parameter(given["running_mean"]), mean)
     lane.write(lane.parameter(given["running_var"]), (square / count - mean**2).clamp(min=1e-8))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..processes import ALONE, Processes
 from .ridge import Fit, Gram, Ridge
 
 RELAX = 1.7  # alternating projections converge for any factor in (0, 2)
@@ -24,19 +25,28 @@ Kept = tuple[Tensor, Tensor, Tensor]  # design rows [r, g, p]; targets [r, g, o]
 
 
 def refine(
-    gram: Gram, start: Tensor, lam: float, sweeps: int, kept: Sequence[Kept], bend: Callable[[Tensor], Tensor]
+    gram: Gram,
+    start: Tensor,
+    lam: float,
+    sweeps: int,
+    kept: Sequence[Kept],
+    bend: Callable[[Tensor], Tensor],
+    processes: Processes = ALONE,
 ) -> Fit:
-    """The fit after `sweeps` re-targetings; errors are of f(t) against f(W x), relative to E f(t)^2."""
+    """The fit after `sweeps` re-targetings; errors are of f(t) against f(W x), relative to E f(t)^2.
+
+    gram: of all ranks; kept: the rows of this one."""
     problem = Ridge(gram, start, lam)
-    before = _error(start, kept, bend)
+    before = _error(start, kept, bend, processes)
     weights = problem.solve()
     for _ in range(sweeps):
         cross = torch.zeros_like(problem.c)
         for x, t, full in kept:
             y = _predict(x, weights)
             cross += (_retarget(y, t, full - t, bend).permute(1, 2, 0) @ x.transpose(0, 1)).double()
+        processes.sum(cross)
         weights = weights + RELAX * (problem.solve(cross / gram.rows) - weights)
-    return Fit(weights, before, _error(weights, kept, bend))
+    return Fit(weights, before, _error(weights, kept, bend, processes))
 
 
 def _predict(x: Tensor, weights: Tensor) -> Tensor:
@@ -52,10 +62,14 @@ def _retarget(y: Tensor, t: Tensor, offset: Tensor, bend: Callable[[Tensor], Ten
     return y + torch.maximum(slope, secant).clamp(max=1) * gap
 
 
-def _error(weights: Tensor, kept: Sequence[Kept], bend: Callable[[Tensor], Tensor]) -> float:
+def _error(
+    weights: Tensor, kept: Sequence[Kept], bend: Callable[[Tensor], Tensor], processes: Processes
+) -> float:
     wrong = total = 0.0
     for x, t, full in kept:
         target = bend(full)
         wrong += float((bend(_predict(x, weights) + full - t) - target).double().pow(2).sum())
         total += float(target.double().pow(2).sum())
-    return wrong / max(total, 1e-300)
+    both = torch.tensor([wrong, total], dtype=torch.float64)
+    processes.sum(both)
+    return float(both[0]) / max(float(both[1]), 1e-300)

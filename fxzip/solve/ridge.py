@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..processes import Processes
+
 
 @dataclass
 class Gram:
@@ -35,6 +37,13 @@ class Gram:
             self.cross += cross
             self.energy += energy
         self.rows += x.shape[1]
+
+    def reduce(self, processes: Processes) -> None:
+        """Of all ranks together; each has added something."""
+        assert self.second is not None and self.cross is not None and self.energy is not None
+        rows = torch.tensor([self.rows], device=self.second.device)
+        processes.sum(self.second, self.cross, self.energy, rows)
+        self.rows = int(rows)
 
 
 @dataclass(frozen=True)

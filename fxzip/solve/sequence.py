@@ -25,7 +25,7 @@ from ..match import Matching
 from .affine import Link, chain, packet
 from .design import design_of
 from .fit import Point, Settings, solve_point
-from .lanes import Lane, dynamic_nodes, nbytes
+from .lanes import Chunks, Lane, dynamic_nodes, nbytes
 from .norms import NORMS, solve_norm
 from .slots import argument
 
@@ -56,7 +56,7 @@ class Pass:
     spaces: Spaces
     matchings: Mapping[str, Matching]
     settings: Settings
-    chunks: int
+    chunks: Chunks
     records: list[Record] = field(default_factory=list)
     peak: int = 0
 
@@ -144,14 +144,14 @@ class Pass:
         self.store.room = self.settings.memory - nbytes([*self.parents, self.merged, *self.private])
         lanes = list(self.private) if private else [self.merged]
         for parent in self.parents:
-            parent.compute(name, self.chunks, self.dynamic)
+            parent.compute(name, self.chunks.own, self.dynamic)
         node = self.dynamic[name]
         for i, lane in enumerate(lanes):
             if links is not None:
                 self._fit(name, lane, links, i if private else None)
             elif packet(node) in NORMS and name not in self.folded:
                 self._fit_norm(node, lane, i if private else None)
-            lane.compute(name, self.chunks, self.dynamic)
+            lane.compute(name, self.chunks.own, self.dynamic)
         self.done.add(name)
         self.peak = max(self.peak, nbytes([*self.parents, self.merged, *self.private]))
         self._free(node)
@@ -161,8 +161,8 @@ class Pass:
         for link in links:
             for parent in self.parents if model is None else [self.parents[model]]:
                 if link.kind == "norm" and link.other is not None:
-                    parent.compute(link.other.name, self.chunks, self.dynamic)
-                parent.compute(link.node.name, self.chunks, self.dynamic)
+                    parent.compute(link.other.name, self.chunks.own, self.dynamic)
+                parent.compute(link.node.name, self.chunks.own, self.dynamic)
         point = Point(name, last, links, lane, self.parents if model is None else [self.parents[model]], model is None)
         record = solve_point(
             point, self.spaces, self.matchings, self.settings, self.chunks, self.dynamic, self.generator
@@ -179,7 +179,7 @@ class Pass:
             return
         parents = self.parents if model is None else [self.parents[model]]
         for parent in parents:
-            parent.compute(first.name, self.chunks, self.dynamic)
+            parent.compute(first.name, self.chunks.own, self.dynamic)
         record = solve_norm(
             node,
             first.name,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.node import map_arg
 from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
@@ -62,6 +61,8 @@ class _Arguments(nn.Module):
 
 
 def _export(model: nn.Module, call: Call) -> ExportedProgram:
+    from torch.fx.experimental.symbolic_shapes import free_symbols  # brings sympy: half a second
+
     size = batch_size(call.args)
     args = rows(call.args, BATCH) if call.resizable else call.args
 
