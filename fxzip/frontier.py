@@ -60,10 +60,16 @@ class Frontier:
     def plot(self, value: Callable[[Any], float] = float, label: str = "measured"):
         """A matplotlib Figure: `value(measured)` (or, without evaluate, 1 - mean drift) against cost.
 
-        Raises InputError without matplotlib (the `report` extra).
+        Raises InputError without matplotlib (the `report` extra), and where `value` gives no number.
         """
         measured = all(p.measured is not None for p in self.points)
-        heights = [value(p.measured) if measured else 1 - sum(p.drift) / len(p.drift) for p in self.points]
+        try:
+            heights = [value(p.measured) if measured else 1 - sum(p.drift) / len(p.drift) for p in self.points]
+        except TypeError as error:
+            kind = type(self.points[0].measured).__name__
+            raise InputError(
+                f"Frontier.plot: evaluate gave {kind}, which is no number: pass value=, such as lambda m: m.joint"
+            ) from error
         figure, axes = drawing("Frontier.plot", 6, 4)
         axes.axhline(heights[-1], color="0.6", linestyle=":", linewidth=1)
         axes.plot([p.cost for p in self.points], heights, marker="o", color="C0", linewidth=1.5)
@@ -104,14 +110,14 @@ def frontier(
     ['1x', '1.5x', 'ensemble']
     """
     _check(budgets, untils, evaluate, holdout, options)
-    p = prepare(models, loader, call="fxzip.frontier", clock=Clock(), device=options.get("device", "auto"),
-                seed=seed, calibration=calibration + holdout, verify=options.get("verify", True))  # fmt: skip
+    reading = {k: options[k] for k in ("device", "forward_fn") if k in options}
+    p = prepare(models, loader, call="fxzip.frontier", clock=Clock(), seed=seed, calibration=calibration + holdout,
+                verify=options.get("verify", True), **reading)  # fmt: skip
     batches = calibration_batches(p, calibration + holdout, seed)
     total = sum(_size(b) for b in batches)
     fitted = _slice(batches, 0, calibration)
     held = _slice(batches, max(min(calibration, total - holdout), 0), total)
-    moments = collect(models, fitted, calibration=calibration, seed=seed, progress=progress,
-                      device=options.get("device", "auto"))  # fmt: skip
+    moments = collect(models, fitted, calibration=calibration, seed=seed, progress=progress, **reading)
     given: dict[str, Any] = options | {
         "verify": False, "calibration": calibration, "seed": seed, "progress": progress,
     }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import unchanged
@@ -78,3 +80,25 @@ def test_all_problems_at_once():
         assert part in str(caught.value)
     with pytest.raises(InputError, match="both empty: nothing to merge"):
         fxzip.frontier([network(0), network(1)], batches(), [])
+
+
+def test_models_are_called_as_the_user_says():
+    class Two(nn.Module):
+        def __init__(self, seed: int):
+            super().__init__()
+            self.inner = network(seed)
+
+        def forward(self, x):
+            return {"other": x.sum(), "scores": self.inner(x)}
+
+    models = [Two(0), Two(1)]
+    options = {"forward_fn": lambda model, x: model(x)["scores"], "progress": False}
+    one = fxzip.frontier(models, batches(), [1.0], **options).points
+    assert one == fxzip.frontier([m.inner for m in models], batches(), [1.0], progress=False).points
+
+
+def test_a_figure_of_what_is_no_number_says_how(found):
+    pytest.importorskip("matplotlib", reason="Frontier.plot needs the report extra")
+    words = fxzip.Frontier(tuple(replace(p, measured={}) for p in found.points), found.tasks)
+    with pytest.raises(InputError, match="evaluate gave dict, which is no number: pass value="):
+        words.plot()
