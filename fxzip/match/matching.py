@@ -120,7 +120,8 @@ def similarity(moments: Evidence) -> np.ndarray:
     if isinstance(moments, Affinity):
         return moments.values
     result = moments.correlation().cpu().numpy()
-    result = result - TIE * _unlike(moments) * (result > NEAR)
+    near = np.nonzero(result > NEAR)
+    result[near] -= TIE * _unlike(moments, *near)
     dead = np.flatnonzero(moments.dead.cpu().numpy())
     value = moments.mean.cpu().numpy()[dead]
     model = model_of(moments.sizes)[dead]
@@ -130,11 +131,11 @@ def similarity(moments: Evidence) -> np.ndarray:
     return result
 
 
-def _unlike(moments: SpaceMoments) -> np.ndarray:
-    """In [0, 1]: relative difference of second moments' roots, 0 on the diagonal. float64 [Sn, Sn]"""
+def _unlike(moments: SpaceMoments, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """In [0, 1]: relative difference of two features' second moments' roots. Indices [k] -> float64 [k]"""
     size = np.sqrt(np.maximum(moments.second.diagonal().cpu().numpy(), 0))
-    total = size[:, None] + size[None, :]
-    return np.abs(size[:, None] - size[None, :]) / np.where(total > 0, total, 1)
+    total = size[rows] + size[columns]
+    return np.abs(size[rows] - size[columns]) / np.where(total > 0, total, 1)
 
 
 def model_of(sizes: Sequence[int]) -> np.ndarray:

@@ -64,8 +64,9 @@ class SpaceMoments:
 
     def covariance(self) -> Tensor:
         """E[f f^T] - E[f] E[f]^T, exactly symmetric, zero for dead features. [Sn, Sn]"""
-        covariance = self.second - torch.outer(self.mean, self.mean)
-        covariance = (covariance + covariance.T) / 2
+        covariance = torch.outer(self.mean, self.mean)
+        torch.sub(self.second, covariance, out=covariance)
+        _symmetrise(covariance)
         dead = self.dead
         covariance[dead] = 0
         covariance[:, dead] = 0
@@ -76,8 +77,7 @@ class SpaceMoments:
         covariance = self.covariance()
         scale = covariance.diagonal().clamp_min(0).sqrt()
         scale[self.dead] = 1
-        correlation = (covariance / scale / scale[:, None]).clamp(-1, 1)
-        return correlation.fill_diagonal_(1)
+        return covariance.div_(scale).div_(scale[:, None]).clamp_(-1, 1).fill_diagonal_(1)
 
     def restrict(self, features: Sequence[np.ndarray]) -> SpaceMoments:
         """The moments of some features only: `features[i]` are indices into model i's own features.
@@ -89,6 +89,16 @@ class SpaceMoments:
         index = torch.from_numpy(np.concatenate(chosen)).to(self.mean.device)
         sizes = tuple(len(f) for f in chosen)
         return SpaceMoments(sizes, self.count, self.mean[index], self.second[index][:, index])
+
+
+def _symmetrise(matrix: Tensor, tile: int = 256) -> None:
+    """The mean of a matrix and its transpose, in place; by tiles, as a column of a large matrix misses every cache."""
+    starts = range(0, len(matrix), tile)
+    for i, j in ((i, j) for i in starts for j in starts if i <= j):
+        one, other = matrix[i : i + tile, j : j + tile], matrix[j : j + tile, i : i + tile].T
+        mean = (one + other) / 2
+        one.copy_(mean)
+        other.copy_(mean)
 
 
 class Accumulator:
