@@ -122,7 +122,7 @@ def _torchvision(spec: Spec) -> Architecture:
 
 def _timm(spec: Spec) -> Architecture:
     try:
-        import timm
+        import timm  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(f"model {spec.text!r} needs timm: pip install timm") from error
     if not timm.is_model(spec.name):
@@ -140,7 +140,7 @@ def _timm(spec: Spec) -> Architecture:
 def _transformers(spec: Spec, folder: Path) -> Architecture:
     """hf:FOLDER: the network that lies there, with its weights; hf:NAME: a configuration of that name, at random."""
     try:
-        import transformers
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(f"model {spec.text!r} needs transformers: pip install transformers") from error
     options = dict(spec.options)

@@ -83,7 +83,7 @@ def _is_local(repository: str) -> bool:
 
 def _hub() -> Any:
     try:
-        import huggingface_hub
+        import huggingface_hub  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError('the hub needs huggingface_hub: pip install "fxzip[hub]"') from error
     return huggingface_hub
