@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..match import Matching
 
 
-
 @dataclass(frozen=True)
 class Run:
     """One space on one axis: out[target] = matrix @ in[source]."""
