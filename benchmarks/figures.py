@@ -22,10 +22,11 @@ def main() -> None:
     data = digits(0)
     models = [train(data, c, k, 8, 10, False, str(k)) for k, c in enumerate(CLASSES)]
     zipped = fxzip.merge(dict(zip(("low", "high"), models, strict=True)), data.calibration.split(64), progress=False)
-    last = fxzip.report(zipped).spaces[-1].name
+    pairs = fxzip.merge(models, data.calibration.split(64), method="permute", progress=False)  # across models only
+    last = fxzip.report(pairs).spaces[-1].name
     for name, figure in {
         "spaces": fxzip.plot.spaces(spaces), "graph": fxzip.plot.graph(spaces),
-        "correlations": fxzip.plot.correlations(zipped), "similarity": fxzip.plot.similarity(zipped, last),
+        "correlations": fxzip.plot.correlations(zipped), "similarity": fxzip.plot.similarity(pairs, last),
         "layers": fxzip.plot.layers(zipped),
     }.items():  # fmt: skip
         figure.savefig(OUT / f"{name}.svg", metadata={"Date": None})
