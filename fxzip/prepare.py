@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map
 from .check import Checked, check_merge, compare_graphs, compare_shapes
 from .errors import InputError, SpaceError, TraceError
 from .infer import FeatureSpace, Spaces, analyse, annotate
-from .match import Weights
+from .match import Weights, read
 from .measure import Checkpoint, Programs, collect_moments, fingerprint, form_of, other_forms, read_batches
-from .measure.moments import Moments
+from .measure.moments import Moments, SpaceMoments
 from .processes import ALONE, Processes
 from .rewrite import Partition, owned, partition, unreadable
 from .trace import Traced, bind, describe, first_rows, rows, state_of, trace
@@ -72,6 +72,10 @@ class Prepared:
     def merged_spaces(self) -> list[FeatureSpace]:
         """Spaces that shared parameters lie on, with their parents; anchors in the shared part only."""
         return shared_spaces(self.spaces, self.cut, owned(self.graph_modules[0], self.cut.shared))
+
+    def read(self, moments: Moments) -> dict[str, SpaceMoments]:
+        """The moments with what reads the features, in the shared part and in the heads (see `match.Read`)."""
+        return read(self.merged_spaces(), moments, [dict(m.named_parameters()) for m in self.graph_modules])
 
     def weights(self) -> Weights:
         """The shared parameters of all models, for matchers that compare weights; no buffers."""

@@ -12,6 +12,7 @@ from .matching import Affinity, Matcher, Matching, Matchings, from_slots, lossle
 from .mudsc import MuDSC
 from .pair import Pair
 from .permute import Permute
+from .readers import Read, read
 from .rebasin import Rebasin
 from .select import Select
 from .sweeps import match
@@ -36,6 +37,7 @@ __all__ = [
     "MuDSC",
     "Pair",
     "Permute",
+    "Read",
     "Rebasin",
     "Select",
     "Transport",
@@ -47,6 +49,7 @@ __all__ = [
     "match",
     "needs",
     "optimal_unmerge",
+    "read",
     "resolve",
     "similarity",
 ]

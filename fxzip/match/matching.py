@@ -105,7 +105,8 @@ class Matcher(Protocol):
 
 def needs(matcher: Matcher) -> frozenset[str]:
     """What a matcher looks at, by its attribute `needs`: "moments" of activations; "similarity", nothing of them
-    but `similarity` (so that an Affinity will do); "weights" (see `SweepMatcher`). Default: moments.
+    but `similarity` (so that an Affinity will do); "weights" (see `SweepMatcher`); "readers" (see `Read`; moments
+    alone will do). Default: moments.
     """
     return getattr(matcher, "needs", frozenset({"moments"}))
 

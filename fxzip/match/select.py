@@ -10,35 +10,40 @@ import torch
 
 from ..errors import InputError
 from ..measure.moments import SpaceMoments
+from .elimination import Elimination
 from .matching import Correspondence, Matching, mean_correlation, model_of, optimal_unmerge, similarity
+from .readers import Read
 
-EXPLAINED = 1e-6  # a feature with less than this share of its variance left has nothing new to say
 SAME = 1e-4  # copies differ by less than this share of their root mean square
-REFRESH = 64  # steps between exact recomputations of the running scores
+FILL, EXCHANGE = 64, 16  # of the width, one in so many is chosen at once, and exchanged at first
 
 
 @dataclass(frozen=True)
 class Select:
     """Keeps `width` of all Sn features and rebuilds the others from them by least squares.
 
-    Greedy pivoted elimination on the pooled correlation R: keep the feature j with the largest
-    sum_k R_kj^2 / R_jj (the variance it explains of all features), subtract R_j R_j^T / R_jj, repeat; column
-    subset selection as in Farahat et al., "Greedy column subset selection", KAIS 2015. Selection commutes
-    with every pointwise non-linearity, which averaging does not.
+    Greedy elimination, then exchanges (see `Elimination`): keep the feature j that explains most of what is left,
+    sum_k,l R_jk G_kl R_lj / R_jj with R the covariance not yet explained; column subset selection as in Farahat et
+    al., "Greedy column subset selection", KAIS 2015, in a metric. G says what an error costs: in the outputs of the
+    layers that read the features (see `Read`), and to the share `plain` in the features themselves, each in its
+    own deviations. Selection commutes with every pointwise non-linearity, which averaging does not.
     M picks rows; U is the optimal unmerge with `ridge`, and exact on the kept features.
-    Raises InputError for ridge < 0 or a width outside 1..Sn.
+    Raises InputError for ridge < 0, plain outside (0, 1] or a width outside 1..Sn.
     """
 
     ridge: float = 1e-4
+    plain: float = 0.3
 
     name: ClassVar[str] = "select"
     paper: ClassVar[str] = "Farahat et al., Greedy column subset selection, KAIS 2015"
     correspondence: ClassVar[Correspondence] = "free"
-    needs: ClassVar[frozenset[str]] = frozenset({"moments"})
+    needs: ClassVar[frozenset[str]] = frozenset({"moments", "readers"})
 
     def __post_init__(self) -> None:
         if not self.ridge >= 0:
             raise InputError(f"Select: ridge must be 0 or more, not {self.ridge}")
+        if not 0 < self.plain <= 1:
+            raise InputError(f"Select: plain must be above 0 and at most 1, not {self.plain}")
 
     def __call__(self, moments: SpaceMoments, width: int) -> Matching:
         """moments of Sn features -> M [m, Sn], U [Sn, m]; kept features by index in their model."""
@@ -50,7 +55,7 @@ class Select:
         correlation[dead, dead] = 0  # nothing to explain, nothing explained
         alike = similarity(moments)
         same = copies(moments)
-        kept = keep(correlation, width, same)
+        kept = keep(correlation, width, same, self._metric(moments))
         local = np.concatenate([np.arange(n) for n in moments.sizes])
         kept = kept[np.lexsort((kept, local[kept]))]
         index = torch.from_numpy(kept)
@@ -63,6 +68,20 @@ class Select:
         unmerge[rows] = torch.eye(width, dtype=torch.float64)[columns[rows]]
         quality = _quality(alike, kept, model_of(moments.sizes))
         return Matching(merge, unmerge, moments.sizes, quality, mean_correlation(local, moments.sizes, alike))
+
+    def _metric(self, moments: SpaceMoments) -> np.ndarray:
+        """G for features in units of their deviations; both shares cost 1 in all before anything is kept. [Sn, Sn]"""
+        covariance = moments.covariance()
+        alive = float((covariance.diagonal() > 0).sum())
+        plain = torch.eye(len(covariance)).to(covariance) / max(alive, 1.0)
+        if not isinstance(moments, Read):
+            return plain.cpu().numpy()
+        cost = float((moments.metric * covariance).sum())
+        if cost <= 0:
+            return plain.cpu().numpy()
+        scale = covariance.diagonal().clamp_min(0).sqrt()
+        reads = moments.metric * torch.outer(scale, scale) / cost
+        return ((1 - self.plain) * reads + self.plain * plain).cpu().numpy()
 
 
 def copies(moments: SpaceMoments) -> np.ndarray:
@@ -82,38 +101,22 @@ def _quality(correlation: np.ndarray, kept: np.ndarray, model: np.ndarray) -> fl
     return float(nearest.mean()) if len(nearest) else float("nan")
 
 
-def keep(correlation: np.ndarray, width: int, same: np.ndarray | None = None) -> np.ndarray:
-    """The features the elimination keeps, in order of choice; once all is explained, the first ones left that
-    are no copy of one kept (same: bool [n, n]; another function of the data may show beyond it), then any.
+def keep(
+    correlation: np.ndarray, width: int, same: np.ndarray | None = None, metric: np.ndarray | None = None
+) -> np.ndarray:
+    """The features kept, in order of choice; once all is explained, the first ones left that are no copy of one
+    kept (same: bool [n, n]; another function of the data may show beyond it), then any.
 
-    correlation: float [n, n], symmetric, not modified. The residual is never formed: R = R0 - L L^T, and
-    the column sums of its squares follow each step by one product with R. int64 [width]
+    correlation: float [n, n], symmetric; metric: likewise, and positive; the identity if None. int64 [width]
 
     >>> keep(np.array([[1, 0.9, 0], [0.9, 1, 0], [0, 0, 1]]), 2)
     array([0, 2])
     """
     n = len(correlation)
-    factor = np.zeros((n, width), order="F")  # L
-    left = correlation.diagonal().copy()  # diagonal of R
-    power = np.einsum("ij,ij->j", correlation, correlation)  # column sums of R^2
-    chosen: list[int] = []
-    for step in range(width):
-        if step and step % REFRESH == 0:
-            residual = correlation - factor[:, :step] @ factor[:, :step].T
-            power = np.einsum("ij,ij->j", residual, residual)
-        open_ = left > EXPLAINED
-        open_[chosen] = False
-        if not open_.any():
-            break
-        j = int(np.where(open_, power / np.where(open_, left, 1), -1).argmax())
-        past = factor[:, :step]
-        column = correlation[:, j] - past @ past[j]  # R_j
-        image = correlation @ column - past @ (past.T @ column)  # R R_j
-        pivot = column[j]
-        power += column * (column * (column @ column) / pivot - 2 * image) / pivot
-        factor[:, step] = column / np.sqrt(pivot)
-        left = left - factor[:, step] ** 2
-        chosen.append(j)
+    search = Elimination(correlation, np.eye(n) if metric is None else metric)
+    search.fill(width, max(1, width // FILL))
+    search.exchange(width // EXCHANGE)
+    chosen = search.kept
     if same is not None:
         covered = np.asarray(same[:, chosen].any(axis=1))
         for j in np.setdiff1d(np.arange(n), chosen).tolist():

@@ -115,7 +115,8 @@ class Match(Stage):
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         p, matcher, moments = now.prepared, resolve(self.method), now.moments or Moments({})
         widths = choose_widths(p, moments, self.budget, now.models) if self.budget is not None else {}
-        found = match(p.merged_spaces(), moments, matcher, widths, len(p.names), p.weights(), self.seed)
+        evidence = p.read(moments) if "readers" in needs(matcher) else moments
+        found = match(p.merged_spaces(), evidence, matcher, widths, len(p.names), p.weights(), self.seed)
         for node in graph.graph.nodes:
             here = node.meta["fxzip"]
             here["matchings"] = {s: found[s] for s in here["spaces"] if s in found}
