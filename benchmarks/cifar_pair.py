@@ -49,9 +49,9 @@ FOOTNOTE = "published: the authors' code on the project's own pair, 10,000 test 
 FULL = (
     "average", "rebasin-order", "rebasin", "c2m3", "permute", "permute+repair", "zip", "zip-beta1", "zip-beta1+repair",
     "pair", "transport", "cca", "mudsc-permute", "mudsc-0", "mudsc-0.3", "mudsc",
-    "mudsc-0.7", "select", "solve", "solve-1.15x", "solve-1.33x", "solve-select",
+    "mudsc-0.7", "select", "solve", "solve-1.15x", "solve-1.33x", "solve-select", "solve-select-1.33x",
 )  # fmt: skip
-CUT = ("permute", "zip-beta1", "solve")
+CUT = ("permute", "zip-beta1", "select", "solve", "solve-select")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -47,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mudsc-0": {"method": fxzip.MuDSC(balance=0.0)},
     "solve": {"method": "solve"},
     "solve-select": {"method": fxzip.Solve(matcher=fxzip.Select())},
+    "solve-select-1.33x": {"method": fxzip.Solve(matcher=fxzip.Select()), "budget": 1.33},
     "solve-alpha1": {"method": fxzip.Solve(matcher=fxzip.Zip(alpha=1.0, beta=1.0))},
     "solve-pair": {"method": fxzip.Solve(matcher=fxzip.Pair())},
     "unmerge": {"method": fxzip.Unmerge()},
