@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from cifar_pair import parents_of
-from common import METHODS, Bench, Row, announce, machine, options, parse, save, show
-from data import load
+from cifar_pair import SOLVE_IMAGES, bench_of
+from common import METHODS, Row, announce, machine, options, parse, save, show
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -24,7 +23,7 @@ from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 import fxzip
 from fxzip.evaluate import Ensemble
 
-SOLVE_IMAGES, OBSERVED = 2048, 512
+OBSERVED = 512
 
 
 class Pair(Ensemble):
@@ -52,27 +51,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoints", nargs=2, metavar="FILE", help="the two networks; trained here without them")
     parser.add_argument("--compile", action="store_true", help="score Inductor's int8 kernels")
     args = parse(parser, argv)
-    data = load("cifar10", args.data).with_test(args.test, args.seed)
-    parents, classes, _ = parents_of(args, data)
     count = args.calibration or SOLVE_IMAGES
-    bench = Bench(parents, classes, data.normalise(data.test[0]), data.test[1],
-                  data.calibration(count, args.seed), args.seed)  # fmt: skip
-    networks: dict[str, nn.Module] = {"ensemble": Pair(parents).eval()}
+    bench, source, _ = bench_of(args, count)
+    networks: dict[str, nn.Module] = {"ensemble": Pair(bench.parents).eval()}
     for method in args.methods or ["solve"]:
-        networks[method] = fxzip.merge(parents, bench.calibration.split(256), calibration=count, seed=args.seed,
+        networks[method] = fxzip.merge(bench.parents, bench.calibration.split(256), calibration=count, seed=args.seed,
                                        progress=False, **METHODS[method])  # fmt: skip
     rows: list[Row] = []
     for name, network in networks.items():
         rows.append(announce(bench.row(name, network)))
         small = quantised(network, bench.calibration[:OBSERVED])
         run = torch.compile(small) if args.compile else small
-        score = fxzip.accuracy(run, classes, bench.images, bench.labels)
+        score = fxzip.accuracy(run, bench.class_lists, bench.images, bench.labels)
         rows.append(announce(replace(rows[-1], name=f"{name}, int8", per_task=score.per_task, mean=score.mean,
                                      joint=score.joint)))  # fmt: skip
     title = "CIFAR-10, 5 + 5 classes, two ResNet-20: int8 by PT2E"
     notes = machine(args, **{"test images": len(bench.images), "calibration": count, "observed": OBSERVED,
-                             "int8 kernels": args.compile, "data": data.source})  # fmt: skip
-    show(title, rows, [" ".join(map(str, own)) for own in classes], notes)
+                             "int8 kernels": args.compile, "data": source})  # fmt: skip
+    show(title, rows, [" ".join(map(str, own)) for own in bench.class_lists], notes)
     save(args.out, [(title, rows)], notes)
 
 
