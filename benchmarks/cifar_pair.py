@@ -59,19 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoints", nargs=2, metavar="FILE", help="the two networks")
     parser.add_argument("--until", nargs="*", default=["layer3", "layer2"], help="also merge only up to here")
     args = parse(parser, argv)
-    data = load("cifar10", args.data).with_test(args.test, args.seed)
-    parents, classes, seconds = parents_of(args, data)
-    most = args.calibration or PUBLISHED_IMAGES
-    bench = Bench(parents, classes, data.normalise(data.test[0]), data.test[1],
-                  data.calibration(most, args.seed), args.seed)  # fmt: skip
+    bench, source, seconds = bench_of(args, args.calibration or PUBLISHED_IMAGES)
     rows = run(bench, args, seconds)
     notes = machine(args, **{
-        "test images": len(data.test[0]),
+        "test images": len(bench.images),
         "calibration": args.calibration or f"{PUBLISHED_IMAGES} ({SOLVE_IMAGES} for solve)",
-        "data": data.source,
+        "data": source,
     })  # fmt: skip
     title = "CIFAR-10, 5 + 5 classes, two ResNet-20"
-    show(title, rows, [" ".join(map(str, own)) for own in classes],
+    show(title, rows, [" ".join(map(str, own)) for own in bench.class_lists],
          f"{notes}\n{FOOTNOTE}" if anchored(args) else notes)  # fmt: skip
     save(args.out, [(title, rows)], notes)
 
@@ -92,6 +88,15 @@ def run(bench: Bench, args: argparse.Namespace, seconds: Sequence[float | None])
         figures = published.get((method, until), "")
         rows.append(announce(bench.merged(name, method, count, until, published=figures)))
     return rows
+
+
+def bench_of(args: argparse.Namespace, count: int) -> tuple[Bench, str, list[float | None]]:
+    """The pair with `count` calibration images, where the images are from, and seconds of training."""
+    data = load("cifar10", args.data).with_test(args.test, args.seed)
+    parents, classes, seconds = parents_of(args, data)
+    images, labels = data.test
+    found = Bench(parents, classes, data.normalise(images), labels, data.calibration(count, args.seed), args.seed)
+    return found, data.source, seconds
 
 
 def anchored(args: argparse.Namespace) -> bool:

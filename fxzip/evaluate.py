@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import InputError
+from .trace.guards import plain_kernels
 
 Logits = Sequence[Tensor] | Mapping[str, Tensor]
 ClassLists = Sequence[Sequence[int]] | Mapping[str, Sequence[int]]
@@ -108,7 +108,7 @@ def cost(module: nn.Module, inputs: Any) -> Cost:
     from torch.utils.flop_counter import FlopCounterMode  # brings triton, where that is installed
 
     args, kwargs = _call(inputs)
-    with _eval(module), _unfused(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with _eval(module), plain_kernels(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*args, **kwargs)
     return Cost(sum(p.numel() for p in module.parameters()), counter.get_total_flops())
 
@@ -159,18 +159,3 @@ def _eval(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
-
-
-@contextmanager
-def _unfused() -> Iterator[None]:
-    """Attention and recurrent cells as the matrix products they consist of."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    # Not mkldnn.flags(): it also rewrites the TF32 switch, which warns on most machines.
-    mkldnn, _, _, precision = torch.backends.mkldnn.set_flags(_enabled=False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mkldnn.set_flags(_enabled=mkldnn, _fp32_precision=precision)
-        torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -6,6 +6,7 @@ Of the frontier, of the line between two networks and of the plane through them:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +42,8 @@ def spaces(found: Spaces) -> Any:
 
 
 def graph(found: Spaces) -> Any:
-    """The dataflow of the lowered graph, a dot per operator, coloured by its first space; grey has none."""
+    """The dataflow of the lowered graph, a dot per operator, coloured by its first space; grey has none. The longest
+    way through it is a straight line, every other branch has a row of its own beside it."""
     import networkx as nx
 
     flow = found.to_networkx()
@@ -49,19 +51,23 @@ def graph(found: Spaces) -> Any:
     for node in nx.topological_sort(flow):
         if any(i in data for i in flow.predecessors(node)):
             data.add(node)
-    flow = nx.DiGraph(flow.subgraph(data))
+    flow.remove_nodes_from([n for n in flow if n not in data])
     _some(flow, "plot.graph", "the graph has no operators")
-    for depth, layer in enumerate(nx.topological_generations(flow)):
-        for node in layer:
-            flow.nodes[node]["depth"] = depth
+    place = _rows(flow)
+    xs, ys = zip(*place.values(), strict=True)
+    figure, axes = drawing("plot.graph", min(24, max(8, 0.14 * max(xs))), 0.4 * (max(ys) - min(ys) + 2))
     names = [s.name for s in found]
-    place = nx.multipartite_layout(flow, subset_key="depth", align="vertical")
-    held = [flow.nodes[n].get("spaces") or () for n in flow]
-    depth = max(flow.nodes[n]["depth"] for n in flow)
-    figure, axes = drawing("plot.graph", min(24, max(8, 0.14 * depth)), 4)
+    held = [flow.nodes[n]["spaces"] for n in flow]
     colours = [_colour(names.index(h[0])) if h else "0.75" for h in held]
-    nx.draw_networkx(flow, place, ax=axes, node_color=colours, node_size=30, with_labels=False, width=0.6,
-                     edge_color="0.6", arrowsize=5)  # fmt: skip
+    nx.draw_networkx_nodes(flow, place, ax=axes, node_color=colours, node_size=30)
+    # what skips nodes of its own row goes round them, the farther the flatter
+    bends = {(a, b): place[b][0] - place[a][0] for a, b in flow.edges if place[a][1] == place[b][1]}
+    for bend in sorted({1, *bends.values()}):
+        edges = [e for e in flow.edges if bends.get(e, 1) == bend]
+        style = f"arc3,rad={-min(0.4, 3 / bend) if bend > 1 else 0}"
+        nx.draw_networkx_edges(flow, place, edges, ax=axes, node_size=30, width=0.6, edge_color="0.6", arrowsize=5,
+                               connectionstyle=style)  # fmt: skip
+    axes.set_ylim(min(ys) - 1, max(ys) + 1)
     axes.set_axis_off()
     return figure
 
@@ -118,6 +124,27 @@ def layers(zipped: fx.GraphModule | Report) -> Any:
     axes.tick_params(axis="x", rotation=90, labelsize=7)
     axes.legend(frameon=False)
     return figure
+
+
+def _rows(flow: Any) -> dict[str, tuple[int, int]]:
+    """Node -> (depth, row). The longest path is row 0; of what is left the longest path is next, on the row nearest
+    to it that is free from where it forks off to where it joins; and so on."""
+    import networkx as nx
+
+    depth = {node: k for k, layer in enumerate(nx.topological_generations(flow)) for node in layer}
+    place: dict[str, tuple[int, int]] = {}
+    taken: dict[int, list[tuple[int, int]]] = {}
+    left = flow.copy()
+    while left:
+        path = nx.dag_longest_path(left)
+        left.remove_nodes_from(path)
+        fork = max((depth[n] for n in flow.predecessors(path[0])), default=-1)
+        join = min((depth[n] for n in flow.successors(path[-1])), default=depth[path[-1]] + 1)
+        row = next(r for k in itertools.count() for r in (k, -k)
+                   if all(join <= a or b <= fork for a, b in taken.get(r, ())))  # fmt: skip
+        taken.setdefault(row, []).append((fork, join))
+        place |= {n: (depth[n], row) for n in path}
+    return place
 
 
 def _report(zipped: fx.GraphModule | Report) -> Report:

@@ -1,6 +1,7 @@
 """Pre-flight checks: exact messages, everything at once, nothing touched."""
 
 import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from helpers import unchanged
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxzip.check import check_merge, compare_graphs, compare_shapes, peek, unusable
+from fxzip.check import check_merge, compare_graphs, compare_shapes, unusable
 from fxzip.errors import InputError
+from fxzip.loaders import peek
 from fxzip.trace import state_of, trace
 
 torch.set_num_threads(1)
@@ -213,6 +215,11 @@ class Scaled(nn.Module):
             Net(),
             Other(),
             "b lacks fc.weight, fc.bias, norm.weight, norm.bias and 2 more; a lacks one.weight, one.bias",
+        ),
+        (
+            nn.Sequential(OrderedDict(trunk=nn.Linear(3, 4), masks=nn.Linear(4, 2))),
+            nn.Sequential(OrderedDict(trunk=nn.Linear(3, 4), label=nn.Linear(4, 2))),
+            "a lacks label.weight, label.bias; if these are other heads on one trunk, give both networks both",
         ),
         (Scaled(2.0), Scaled(3.0), "node 2 is %mul (test_check.py:"),
         (Scaled(2), Scaled(3), "= mul(relu, 2) in a and %mul (test_check.py:"),

@@ -21,6 +21,7 @@ from fxzip.files import hub
 from fxzip.files.checkpoint import load_weights, read_checkpoint
 
 ROOT = Path(__file__).parent.parent
+FOUR = ["README.md", "model.safetensors", "plan.json", "recipe.yaml"]
 
 
 class Evil:
@@ -172,13 +173,24 @@ def test_sizes_that_are_not_read(merged, tmp_path, monkeypatch):
 
 
 def test_push_and_pull_by_a_folder(merged, tmp_path):
-    fxzip.save(merged, tmp_path / "out", texts={"recipe.yaml": "x"})
+    fxzip.save(merged, tmp_path / "out", texts={"recipe.yaml": "x", "report.html": "y"})
     (tmp_path / "out" / "secret.txt").write_text("mine")
     assert hub.push(tmp_path / "out", str(tmp_path / "repository")) == str(tmp_path / "repository")
+    assert sorted(contents(tmp_path / "repository")) == [*FOUR, "report.html"]
     (tmp_path / "repository" / "evil.py").write_text("")
     hub.pull(str(tmp_path / "repository"), tmp_path / "back")
-    assert sorted(contents(tmp_path / "back")) == ["README.md", "model.safetensors", "plan.json", "recipe.yaml"]
+    assert sorted(contents(tmp_path / "back")) == FOUR  # a page of a stranger's would run in the browser
     assert torch.equal(fxzip.load(tmp_path / "back", Conv)(IMAGES)[0], merged(IMAGES)[0])
+
+
+def test_nothing_of_an_earlier_merge_is_left(merged, tmp_path):
+    old, out = tmp_path / "old", tmp_path / "out"
+    fxzip.save(merged, out)
+    for call in (lambda: hub.push(out, str(old)), lambda: hub.pull(str(out), old)):
+        fxzip.save(merged, old, texts={"recipe.yaml": "x", "report.html": "y", "notes.txt": "mine"})
+        (old / "model.pt2").write_text("z")
+        call()
+        assert sorted(contents(old)) == sorted([*contents(out), "notes.txt"])
 
 
 def test_what_is_not_whole_is_neither_sent_nor_fetched(merged, tmp_path):
@@ -212,6 +224,7 @@ def test_calls_of_the_hub_are_those_it_has(merged, tmp_path, monkeypatch):
 
         def upload_folder(self, **given):
             inspect.signature(real.HfApi.upload_folder).bind(self, **given)
+            assert set(given["allow_patterns"]) | set(given["delete_patterns"]) == {*FOUR, "model.pt2", "report.html"}
             store.mkdir()
             for name in given["allow_patterns"]:
                 (store / name).write_bytes((Path(given["folder_path"]) / name).read_bytes())

@@ -110,6 +110,8 @@ def test_merge_by_options_writes_a_folder_that_merges_again(capsys, place):
 def test_merge_by_recipe_then_everything_that_reads_its_folder(capsys, place):
     assert run(capsys, "merge", "recipe.yaml", "out", "--trust-code", "-q", "--pt2") == (0, "", "")
     assert torch.export.load(place / "out" / "model.pt2").module()(torch.zeros(7, 3, 8, 8))["dogs"].shape == (7, 2)
+    assert run(capsys, "merge", "recipe.yaml", "out", "--trust-code", "-q") == (0, "", "")
+    assert not (place / "out" / "model.pt2").exists()  # it would be that of another merge
     code, out, _ = run(capsys, "eval", "out", "--data", "x.npz", "--trust-code")
     lines = [line.split() for line in out.splitlines()]
     assert code == 0 and [row[0] for row in lines[2:6]] == ["cats", "dogs", "ensemble", "merged"]

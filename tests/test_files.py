@@ -199,6 +199,27 @@ def test_overwriting_replaces_all_files(saved, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_an_exported_program_does_not_outlive_its_network(saved, tmp_path, monkeypatch):
+    program = tmp_path / "model.pt2"
+    program.write_text("a stranger's")
+    fxzip.save(saved[1]["tuple"], tmp_path)
+    assert program.read_text() == "a stranger's"  # the folder was none of ours
+    before, replace = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, os.replace
+
+    def full(path: Path, to: Path) -> None:
+        if (path.suffix, to.name) == (".tmp", "plan.json"):  # the last; the program is gone by then
+            raise OSError("disk full")
+        replace(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="disk full"):
+            fxzip.save(saved[1]["tied"], tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    fxzip.save(saved[1]["tied"], tmp_path)
+    assert not program.exists() and len(list(tmp_path.iterdir())) == 3
+
+
 def test_model_fn_in_every_form(saved):
     folder = folder_of(saved, "dict, heads differ")
     want = saved[1]["dict, heads differ"](IMAGES)

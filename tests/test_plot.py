@@ -56,6 +56,28 @@ def test_figures_show_every_space_and_layer(zipped, models, tmp_path):
     figure.savefig(tmp_path / "similarity.png")
 
 
+class Branches(nn.Module):
+    """Three ways of 3, 1 and 2 layers from the stem to the sum, and one round them all."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.ways = nn.ModuleList(nn.Sequential(*(nn.Linear(8, 8) for _ in range(k))) for k in (3, 1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + sum(way(x) for way in self.ways))
+
+
+def test_every_branch_of_the_graph_has_a_row():
+    found = fxzip.inspect(Branches().eval(), X[:2])
+    drawn = plot.graph(found).axes[0].collections[0].get_offsets().tolist()
+    assert len(drawn) == len({tuple(place) for place in drawn})
+    rows = {y: sorted(x for x, other in drawn if other == y) for y in {y for _, y in drawn}}
+    assert sorted(map(len, rows.values())) == [1, 2, len(drawn) - 3]
+    assert all(xs == list(range(int(xs[0]), int(xs[0]) + len(xs))) for xs in rows.values())  # without a gap
+
+
 def test_what_cannot_be_drawn_says_why(zipped, models):
     plain = fxzip.merge(models, [X], method="rebasin", progress=False)
     with pytest.raises(InputError, match="fitted no layers"):

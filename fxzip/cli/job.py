@@ -15,15 +15,14 @@ import fxzip
 
 from ..errors import InputError
 from ..files.checkpoint import read_checkpoint
-from ..files.plan import CARD, PLAN, PROGRAM, TENSORS, Plan, read_plan
+from ..files.plan import CARD, PAGE, PLAN, PROGRAM, RECIPE, TENSORS, Plan, read_plan
 from ..files.save import sha256_of
 from ..processes import ALONE, Processes
 from . import data as datas
 from . import models
-from .recipe import RECIPE, Read, check, method_of, read
+from .recipe import Read, check, method_of, read
 from .spec import inside
 
-PAGE = "report.html"
 log = logging.getLogger("fxzip")
 
 
@@ -88,7 +87,8 @@ def run(
 ) -> fx.GraphModule:
     """Merge as the recipe says and write the folder `out`: what `fxzip.save` writes, and the recipe in full.
 
-    html: also the report as a page; one that an earlier merge left in `out` is written anew in any case.
+    html: also the report as a page; one that an earlier merge left in `out` is written anew in any case. A model.pt2
+    that it left goes, unless pt2.
     Raises InputError before any work if `out` holds files that fxzip did not write, unless `force`.
     processes: those that share the work; rank 0 writes.
     """

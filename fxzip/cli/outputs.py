@@ -40,8 +40,9 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """What a merge did: a summary here, all of it on a page of HTML. Needs neither models nor data."""
+    from ..files.plan import PAGE
     from ..html import write
-    from .job import PAGE, saved_report
+    from .job import saved_report
 
     found = saved_report(out)
     path = write(found, html or out / PAGE)
@@ -71,12 +72,15 @@ def pull(
     repository: Repository,
     out: Annotated[Path, typer.Argument(help="Where to write.", metavar="OUT")],
     revision: Annotated[str | None, option(INPUT, "Branch, tag or commit.")] = None,
+    force: Annotated[bool, option(RESULT, "Replace files that fxzip did not write.", "--force")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Download a merge from the Hugging Face hub and check its files."""
+    """Download a merge from the Hugging Face hub and check its files. `fxzip report OUT` makes its page."""
     from ..files import hub
+    from .job import refuse_strangers
 
+    refuse_strangers(out, force)
     hub.pull(repository, out, revision=revision)
     if not quiet:
         print(f"wrote {out}")

@@ -17,7 +17,6 @@ from . import data as datas
 from . import models
 from .spec import inside, moved
 
-RECIPE = "recipe.yaml"
 LIMIT, DEPTH = 1 << 18, 20  # bytes; levels of nesting
 HEAD = "# fxzip merge recipe.yaml OUT makes this folder again. Paths are relative to this file.\n"
 

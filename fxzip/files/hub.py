@@ -5,34 +5,37 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .plan import CARD, PLAN, PROGRAM, TENSORS, read_plan
+from .plan import CARD, PAGE, PLAN, PROGRAM, RECIPE, TENSORS, read_plan
 from .save import Files, sha256_of
 
-RECIPE = "recipe.yaml"
-FILES = (TENSORS, CARD, RECIPE, PROGRAM, PLAN)  # nothing else is sent or fetched; the plan last, as in save
+FETCHED = (TENSORS, CARD, RECIPE, PROGRAM, PLAN)  # nothing else is; the plan last, as in save
+SENT = (PAGE, *FETCHED)  # the page is for readers of the repository: one of a stranger would run in your browser
 
 
 def push(dir: str | os.PathLike[str], repository: str, *, private: bool = True, token: str | None = None) -> str:
-    """Upload the files of `fxzip.save` in `dir`; -> where they are. Makes the repository if there is none.
+    """Upload the files of `fxzip.save` in `dir`, and its report.html if there is one; -> where they are. Makes the
+    repository if there is none; of a merge that was there before nothing is left.
 
     repository: "user/name" on the hub; or a path that starts with "/", "./" or "../", or an existing folder: a local
     folder. Raises InputError when the files are not whole, or without huggingface_hub.
     """
-    folder = _whole(Path(dir))
-    names = [n for n in FILES if (folder / n).is_file()]
+    folder = _whole(Path(dir), SENT)
     if _is_local(repository):
-        _copy(folder, Path(repository), names)
+        _copy(folder, Path(repository), SENT)
         return repository
     hub = _hub()
     api = hub.HfApi(token=token)
     url = api.create_repo(repository, private=private, exist_ok=True)
+    names = [n for n in SENT if (folder / n).is_file()]
     api.upload_folder(
-        repo_id=repository, folder_path=str(folder), allow_patterns=names, commit_message="Merged with fxzip"
-    )
+        repo_id=repository, folder_path=str(folder), allow_patterns=names,
+        delete_patterns=[n for n in SENT if n not in names], commit_message="Merged with fxzip",
+    )  # fmt: skip
     return str(url)
 
 
@@ -42,23 +45,22 @@ def pull(
     """Fetch a merged network into the folder `dir`, which `fxzip.load` then reads; -> that folder.
 
     repository: as for `push`. The files are checked before any of `dir` is replaced; other files of the repository
-    are not fetched. Raises InputError when they are not whole, or without huggingface_hub.
+    are not fetched, nor is its report.html, which would run scripts: `fxzip report dir` makes it from plan.json. What
+    `dir` holds of an earlier merge goes. Raises InputError when they are not whole, or without huggingface_hub.
     """
     if _is_local(repository):
-        folder = _whole(Path(repository))
-        return _copy(folder, Path(dir), [n for n in FILES if (folder / n).is_file()])
+        return _copy(_whole(Path(repository), FETCHED), Path(dir), FETCHED)
     hub = _hub()
     with tempfile.TemporaryDirectory() as scratch:
         hub.snapshot_download(
-            repository, revision=revision, token=token, allow_patterns=list(FILES), local_dir=scratch
+            repository, revision=revision, token=token, allow_patterns=list(FETCHED), local_dir=scratch
         )
-        folder = _whole(Path(scratch))
-        return _copy(folder, Path(dir), [n for n in FILES if (folder / n).is_file()])
+        return _copy(_whole(Path(scratch), FETCHED), Path(dir), FETCHED)
 
 
-def _whole(folder: Path) -> Path:
-    """The folder, if its tensors are those of its plan, and its files no links out of it."""
-    for name in FILES:
+def _whole(folder: Path, names: Sequence[str]) -> Path:
+    """The folder, if its tensors are those of its plan, and these files no links out of it."""
+    for name in names:
         if (folder / name).is_symlink():
             raise InputError(f"{str(folder / name)!r} is a link; a merged network's files are plain files")
     plan = read_plan(folder / PLAN)
@@ -68,11 +70,17 @@ def _whole(folder: Path) -> Path:
     return folder
 
 
-def _copy(source: Path, target: Path, names: list[str]) -> Path:
+def _copy(source: Path, target: Path, names: Sequence[str]) -> Path:
+    """Those of the files that `source` has; of a merge in `target` nothing is left."""
     target.mkdir(parents=True, exist_ok=True)
+    ours = (target / PLAN).is_file()
     with Files(target) as files:
         for name in names:
-            files.write(name, lambda path, name=name: Path(shutil.copyfile(source / name, path)) and None)
+            if (source / name).is_file():
+                files.write(name, lambda path, name=name: Path(shutil.copyfile(source / name, path)) and None)
+        for name in SENT if ours else ():
+            if name not in names or not (source / name).is_file():
+                files.drop(name)
         files.publish()
     return target
 

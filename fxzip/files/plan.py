@@ -17,6 +17,7 @@ from ..report import Report
 from ..rewrite import Partition, Signature
 
 PLAN, TENSORS, CARD, PROGRAM = "plan.json", "model.safetensors", "README.md", "model.pt2"
+RECIPE, PAGE = "recipe.yaml", "report.html"  # what the command line adds
 LIMIT = 1 << 28  # bytes of a plan: a graph of 1,000 nodes takes about one million
 FORMAT, VERSION = "fxzip", 1
 

@@ -40,7 +40,8 @@ def save(
     renamed, plan.json last: a reader sees whole files, and `load` refuses files of two saves; if anything fails,
     the files that were there are still there. Values, dtypes and requires_grad are kept; the device, the mode and
     the report's timings are not: the same merge gives the same bytes. `zipped` is not changed.
-    pt2: also model.pt2, by torch.export, which runs without fxzip. texts: further files by name.
+    pt2: also model.pt2, by torch.export, which runs without fxzip; otherwise that of an earlier save is removed.
+    texts: further files by name.
     Raises InputError when it is not the result of fxzip.merge, or its graph or shapes were changed since, or
     torch.export refuses it; OSError when the disk does.
 
@@ -71,6 +72,7 @@ def save(
     except OSError as error:
         raise InputError(f"save: {str(folder)!r} cannot be a folder: {error}") from error
 
+    ours = (folder / PLAN).is_file()
     with Files(folder) as files:
         sha256 = files.write(TENSORS, lambda path: _write_tensors(tensors, path))
         plan = _plan(zipped, info, stored, tied, untouched, sha256)
@@ -78,6 +80,8 @@ def save(
             files.write(name, lambda path, content=content: _write_text(content, path))
         if program is not None:
             files.write(PROGRAM, lambda path: write_program(program, path))
+        elif ours:
+            files.drop(PROGRAM)  # of the network that was there
         text = json.dumps(encode(plan), indent=1, allow_nan=False) + "\n"
         files.write(PLAN, lambda path: _write_text(text, path))
         files.publish()
@@ -172,12 +176,14 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 class Files:
-    """Files written under temporary names beside their final ones; removed again unless published."""
+    """Files written under temporary names beside their final ones, removed again unless published; and files that go
+    when these come."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mark = uuid.uuid4().hex[:8]
         self.written: dict[Path, Path] = {}  # temporary -> final
+        self.dropped: list[Path] = []
 
     def __enter__(self) -> Files:
         return self
@@ -193,16 +199,21 @@ class Files:
             os.fsync(file.fileno())
         return sha256_of(path)
 
+    def drop(self, name: str) -> None:
+        """Have `publish` remove this file, if there is one."""
+        self.dropped.append(self.folder / name)
+
     def publish(self) -> None:
-        """Rename all, in the order written. If one cannot be, those before it are put back."""
-        kept = {final: self.folder / f".{final.name}.{self.mark}.old" for final in self.written.values()}
+        """Remove what is dropped and rename the rest, in the order written. If one cannot be, all is put back."""
+        moves = [*((None, final) for final in self.dropped), *self.written.items()]
+        kept = {final: self.folder / f".{final.name}.{self.mark}.old" for _, final in moves}
         done: list[Path] = []
         try:
-            for path, final in self.written.items():
+            for path, final in moves:
                 if final.is_file():
                     _second_name(final, kept[final])
                 done.append(final)
-                os.replace(path, final)
+                final.unlink(missing_ok=True) if path is None else os.replace(path, final)
         except BaseException:
             for final in done:
                 if kept[final].exists():

@@ -1,8 +1,7 @@
 """The private parts: what each model keeps, and how it reads the merged features at the boundary.
 
 Where the private part only consumes a space, U_i is absorbed into the weights that consume it (no extra op,
-no extra parameter). Whether that is exact depends on what lies between, so it is tried: the private part is
-run on random merged features both ways, and only an equal result is accepted. Otherwise U_i z is explicit.
+no extra parameter), if that is exact (absorb.py). Otherwise U_i z is explicit.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from ..errors import SpaceError
-from .parameters import AxisMap, apply, axis_map, state_of, tied_names
+from .absorb import Value, absorb, consumed_only, copied, exact, groups
+from .parameters import axis_map, state_of
 from .partition import Partition, owned
 from .unmerge import Unmerge, is_identity
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 # FX node name -> (feature axes of its value, [(space, positions in these axes flattened)]), or None.
 FeatureAxis = Callable[[str], tuple[Sequence[int], Sequence[tuple[str, np.ndarray]]] | None]
-TOLERANCE = 1e-3  # of the largest output; a wrong absorption is off by the size of the features themselves
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,6 @@ class Heads:
     unmerge: Mapping[str, tuple[Unmerge, ...]]
     absorbed: frozenset[str]
     cloned: frozenset[str]
-
-
-@dataclass(frozen=True)
-class _Value:
-    """A boundary value with features: its axes and, per model, the map z -> f_i of the flattened axes."""
-
-    axes: tuple[int, ...]
-    spaces: frozenset[str]
-    maps: tuple[AxisMap, ...]
-    trivial: bool
 
 
 def head_parameters(
@@ -77,13 +65,13 @@ def head_parameters(
     captured = _capture(graph_modules[0], cut.boundary, example_args)
     values = _values(captured, spaces, matchings, feature_axis, len(graph_modules))
     networks = [private_network(g, cut) for g in graph_modules]
-    candidates = _consumed_only(values, spaces, private_names[0])
+    candidates = consumed_only(values, spaces, private_names[0])
     absorbed = {s for v in values.values() if v.trivial for s in v.spaces}
-    for group in _groups(values):
-        if group <= candidates and _exact(networks, kept, captured, values, spaces, matchings, group):
+    for group in groups(values):
+        if group <= candidates and exact(networks, kept, captured, values, spaces, matchings, group):
             absorbed |= group
     explicit = {n: v for n, v in values.items() if not v.trivial and not v.spaces <= absorbed}
-    states = [_absorb(s, spaces, matchings, absorbed & candidates, i) for i, s in enumerate(kept)]
+    states = [absorb(s, spaces, matchings, absorbed & candidates, i) for i, s in enumerate(kept)]
     ops = {
         n: tuple(Unmerge(v.axes, m, captured[n].dtype).to(captured[n].device) for m in v.maps)
         for n, v in explicit.items()
@@ -111,16 +99,12 @@ def _capture(graph_module: fx.GraphModule, names: Collection[str], args: tuple) 
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if n.name in names:
-                found[n.name] = _copied(value)
+                found[n.name] = copied(value)
             return value
 
     with torch.no_grad():
         Recorder(graph_module).run(*args)
     return found
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def unreadable(name: str, spaces: Spaces, merged: Collection[str]) -> str:
@@ -163,7 +147,7 @@ def _values(
     matchings: Mapping[str, Matching],
     feature_axis: FeatureAxis,
     models: int,
-) -> dict[str, _Value]:
+) -> dict[str, Value]:
     values = {}
     for name, value in captured.items():
         _refuse_unreadable(name, value, spaces, matchings)
@@ -177,121 +161,15 @@ def _values(
             axis_map([(s, p, matchings[s].blocks_unmerge(i)) for s, p in held], length, f"%{name}[axes {axes}]")
             for i in range(models)
         )
-        values[name] = _Value(axes, frozenset(s for s, _ in held), maps, all(is_identity(m) for m in maps))
+        values[name] = Value(axes, frozenset(s for s, _ in held), maps, all(is_identity(m) for m in maps))
     return values
-
-
-def _consumed_only(values: Mapping[str, _Value], spaces: Spaces, private: Collection[str]) -> set[str]:
-    """Boundary spaces that every private parameter in them consumes (a tied one may also produce)."""
-    held = {s for v in values.values() for s in v.spaces}
-    first_name = tied_names(spaces)
-    keys = {first_name.get(n, n) for n in private}
-    return {
-        s.name
-        for s in spaces
-        if s.name in held and all("consume" in g.roles for g in s.segments if g.parameter in keys)
-    }
-
-
-def _groups(values: Mapping[str, _Value]) -> list[set[str]]:
-    """Spaces that share a boundary value are absorbed together or not at all."""
-    import networkx as nx
-
-    graph = nx.Graph()
-    for value in values.values():
-        if not value.trivial:
-            first, *rest = sorted(value.spaces)
-            graph.add_node(first)
-            graph.add_edges_from((first, s) for s in rest)
-    return [set(c) for c in nx.connected_components(graph)]
-
-
-def _absorb(
-    state: Mapping[str, Tensor],
-    spaces: Spaces,
-    matchings: Mapping[str, Matching],
-    absorbed: Collection[str],
-    i: int,
-) -> dict[str, Tensor]:
-    """`state` with W x_axis U_i^T on every axis that consumes an absorbed space."""
-    axes: dict[tuple[str, int], list] = {}
-    first_name = tied_names(spaces)
-    aliases: dict[str, list[str]] = {}
-    for name in state:
-        aliases.setdefault(first_name.get(name, name), []).append(name)
-    for space in spaces:
-        for segment in space.segments if space.name in absorbed else ():
-            piece = (space.name, segment.positions, matchings[space.name].blocks_unmerge(i))
-            for name in aliases.get(segment.parameter, ()):
-                axes.setdefault((name, segment.axis), []).append(piece)
-    result = dict(state)
-    for (name, axis), pieces in axes.items():
-        w = result[name]
-        length = w.shape[axis] + sum(len(p) - u.shape[0] for _, p, u in pieces)  # of model 0
-        step = axis_map(pieces, length, f"{name}[axis {axis}]", flip=True)
-        result[name] = apply(w.to("cpu", torch.float64), axis, step).contiguous().to(w.device, w.dtype)
-    return result
-
-
-def _exact(
-    networks: Sequence[fx.GraphModule],
-    kept: Sequence[Mapping[str, Tensor]],
-    captured: Mapping[str, Any],
-    values: Mapping[str, _Value],
-    spaces: Spaces,
-    matchings: Mapping[str, Matching],
-    group: set[str],
-) -> bool:
-    """Whether absorbing `group` leaves every model's private part unchanged, on random features."""
-    for i, network in enumerate(networks):
-        generator = torch.Generator().manual_seed(i)
-        plain, merged = {}, {}
-        for name, value in captured.items():
-            plain[name] = merged[name] = value
-            if name in values and values[name].spaces & group:
-                merged[name] = _random(value, values[name], i, generator)
-                plain[name] = Unmerge(values[name].axes, values[name].maps[i], value.dtype)(merged[name].cpu())
-                plain[name] = plain[name].to(value.device)
-        state = _absorb(kept[i], spaces, matchings, group, i)
-        try:
-            got, want = _run(network, state, merged), _run(network, kept[i], plain)
-        except (RuntimeError, ValueError, TypeError):  # say, a norm that insists on the old width
-            return False
-        if len(got) != len(want) or not all(_close(a, b) for a, b in zip(got, want, strict=True)):
-            return False
-    return True
-
-
-def _random(value: Tensor, held: _Value, i: int, generator: torch.Generator) -> Tensor:
-    """Normal features in the shape of `value`, at the merged width."""
-    shape = list(value.shape)
-    if len(held.axes) == 1:
-        shape[held.axes[0]] = held.maps[i].length_in
-    return torch.randn(shape, generator=generator).to(value.device, value.dtype)
-
-
-def _run(network: fx.GraphModule, state: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[Any]:
-    args = tuple(_copied(values[n.name]) for n in network.graph.nodes if n.op == "placeholder")
-    copies = {n: t.clone() for n, t in state.items()}
-    with torch.no_grad():
-        return tree_leaves(torch.func.functional_call(network, copies, args, tie_weights=False))
-
-
-def _close(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and a == b
-    if a.shape != b.shape:
-        return False
-    scale = max(1e-12, float(b.abs().max())) if b.numel() else 1.0
-    tolerance = max(TOLERANCE, 8 * torch.finfo(b.dtype).eps) if b.is_floating_point() else 0.0
-    return bool(((a - b).abs() <= tolerance * scale).all())
 
 
 def _written(
     graph_module: fx.GraphModule, network: fx.GraphModule, captured: Mapping[str, Any], cut: Partition
 ) -> set[str]:
     """Boundary tensors that the private part changes in place (also through views)."""
-    copies = {n: _copied(v) for n, v in captured.items()}
+    copies = {n: copied(v) for n, v in captured.items()}
     before = {n: v._version for n, v in copies.items() if isinstance(v, Tensor)}
     with torch.no_grad():
         network(*(copies[n] for n in cut.boundary))

@@ -76,9 +76,9 @@ def _difference(a: fx.GraphModule, b: fx.GraphModule, first: str, name: str) -> 
     lacks = [k for k in keys if k not in others]
     more = [k for k in others if k not in keys]
     if lacks or more:
-        parts = [f"{name} lacks {_listed(lacks)}"] * bool(lacks) + [f"{first} lacks {_listed(more)}"] * bool(
-            more
-        )
+        parts = [f"{name} lacks {_listed(lacks)}"] * bool(lacks) + [f"{first} lacks {_listed(more)}"] * bool(more)
+        if lacks and more and len(lacks) < len(keys):
+            parts.append("if these are other heads on one trunk, give both networks both (docs, howto/mixed)")
         return "; ".join(parts)
     constant = _constant_differs(a, b, first, name)
     if constant:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.utils._pytree import tree_flatten
@@ -148,3 +149,19 @@ def kept_rng(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(legacy)
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Fused and vendor kernels off: inference and the FLOP counter cannot look into them, and they tie a graph to one
+    device."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    mkldnn = torch._C._get_mkldnn_enabled()  # the public flags() warns about TF32 on every use
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch._C._set_mkldnn_enabled(False)
+        with torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch._C._set_mkldnn_enabled(mkldnn)

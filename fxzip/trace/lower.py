@@ -7,19 +7,17 @@ arguments of the functionalised function, so writes on them are functional too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import FxzipError, InputError, TraceError
-from .guards import kept_rng
+from .guards import kept_rng, plain_kernels
 from .linear import whole_linear
 from .lines import where
 from .recorder import Recorder, random_forward
@@ -87,7 +85,7 @@ def lower(graph_module: fx.GraphModule, args: tuple) -> Lowered:
     plain = {name: tensor.detach() for name, tensor in names.items()}
     for name, node in parameters.items():
         recorder.bind(plain[name], node)
-    with torch.no_grad(), _plain_kernels(), kept_rng(names.values()), recorder, whole_linear():
+    with torch.no_grad(), plain_kernels(), kept_rng(names.values()), recorder, whole_linear():
         torch.func.functionalize(forward)(plain, args)
     return _finish(recorder, parameters, tied, inputs, outputs[0], interpreter.values)
 
@@ -204,18 +202,3 @@ def _signature(node: fx.Node) -> tuple:
 def _describe(node: fx.Node) -> str:
     line = node.meta.get("line")
     return f"%{node.name} = {node.target}" + (f" at {line}" if line else "")
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Vendor kernels off: they are opaque to inference and tie the graph to one device."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    mkldnn = torch._C._get_mkldnn_enabled()  # the public flags() warns about TF32 on every use
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        torch._C._set_mkldnn_enabled(False)
-        with torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        torch._C._set_mkldnn_enabled(mkldnn)
