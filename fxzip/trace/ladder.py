@@ -21,6 +21,7 @@ from .call import Call, call_signature, counted, tensors_of
 from .exported import NOTICE as EVAL_ONLY
 from .exported import exported
 from .guards import kept_rng, untraceable, unwritten
+from .hooks import without_onlookers
 from .inputs import batch_size, bind, describe, on_meta, rows, to_meta
 from .lines import FXZIP_ROOT, TORCH_ROOT, user_line
 from .plain import plain
@@ -62,7 +63,7 @@ def trace(
     Weights that are computed (weight norm and other parametrizations) become plain ones, with a notice; of a model
     on the meta device shapes alone are compared, with a notice.
     Raises InputError if the call is wrong or the model itself fails on the example; TraceError if no rung
-    gives an equal graph, or if hooks or randomness in eval would be lost.
+    gives an equal graph, or if hooks that do anything, or randomness in eval, would be lost.
 
     >>> traced = trace(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.ones(2, 3))
     >>> traced.rung, [n.op for n in traced.graph_module.graph.nodes]
@@ -89,6 +90,10 @@ def trace(
                 return tensors_of(how.run(reference, mine))
 
         expected, more = _expected(call, name, args, signature)
+        model, looking, problems = without_onlookers(model, lambda m: tensors_of(how.run(m, _cloned(args))))
+        if problems:
+            raise TraceError("trace: " + "; ".join(problems))
+        notices = (*notices, *looking)
         how = replace(how, resizable=len(expected) > 1)
         failures = []
         for rung in RUNGS:
