@@ -342,3 +342,49 @@ def test_compiled_in_place_traces():
     model = Net()
     model.compile()
     assert trace(model, IMAGES).rung == "symbolic"
+
+
+# -------------------------------------------------------------------------------------------- len of a batch
+
+
+class Lengths(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.last = kind, nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = F.relu(self.first(x))
+        if self.kind == "loop":
+            return torch.stack([self.last(h[i]) for i in range(len(x))])
+        if self.kind == "features":
+            return self.last(h.reshape(-1, len(h[0])))
+        h = h.reshape(len(x), -1)
+        if self.kind == "branch" and h.shape[1] < 4:  # beyond symbolic tracing
+            h = -h
+        return self.last(h)
+
+
+@pytest.mark.parametrize("kind, rung", [("batch", "symbolic"), ("features", "symbolic"), ("branch", "exported")])
+def test_len_of_a_tensor_is_its_first_size(kind, rung):
+    model, x = Lengths(kind).eval(), torch.randn(4, 4)
+    traced = trace(model, x)
+    other = torch.randn(7, 4)
+    assert traced.rung == rung and torch.allclose(traced.graph_module(other), model(other), atol=1e-6)
+    assert "len" not in globals()
+
+
+def test_a_loop_over_the_batch_is_refused_with_its_line():
+    with pytest.raises(TraceError, match=r"test_trace.py:\d+: return torch.stack.*for i in range\(len\(x\)\)"):
+        trace(Lengths("loop"), torch.randn(4, 4))
+
+
+def test_len_where_it_cannot_be_followed_says_what_to_write():
+    count = eval("lambda x: len(x)", {})  # a function of another file
+    message = r"symbolic: len\(\) of a tensor is a plain number, which cannot be traced: write x.shape\[0\]"
+    with pytest.raises(TraceError, match=message):
+
+        class Elsewhere(Lengths):
+            def forward(self, x):
+                return super().forward(x).reshape(count(x), -1)
+
+        trace(Elsewhere("batch"), torch.randn(4, 4))

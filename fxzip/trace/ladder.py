@@ -23,6 +23,7 @@ from .exported import exported
 from .guards import kept_rng, untraceable, unwritten
 from .hooks import without_onlookers
 from .inputs import batch_size, bind, describe, on_meta, rows, to_meta
+from .lengths import symbolic_lengths
 from .lines import FXZIP_ROOT, TORCH_ROOT, user_line
 from .plain import plain
 from .symbolic import frozen_functionals, symbolic
@@ -99,7 +100,8 @@ def trace(
         for rung in RUNGS:
             traced_copy = _copy(model)
             try:
-                graph_module = rung(traced_copy, how)
+                with symbolic_lengths(traced_copy, forward_fn):
+                    graph_module = rung(traced_copy, how)
                 _agree(graph_module, expected)
             except Exception as error:
                 failures.append(f"  {rung.__name__}: {_reason(error, traced_copy)}")
@@ -241,6 +243,8 @@ def _difference(wanted: list[Tensor], given: list[Tensor]) -> str:
 def _reason(error: Exception, model: nn.Module) -> str:
     """The error in one line, with the user's line and the innermost of the user's modules at fault."""
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if "'len' is not supported" in text:
+        text = "len() of a tensor is a plain number, which cannot be traced: write x.shape[0]"
     frames = [
         (frame, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
