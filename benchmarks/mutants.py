@@ -23,6 +23,7 @@ import json
 import os
 import random
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -37,6 +38,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
 EXPLAINED = Path(__file__).with_name("mutants.txt")
 SETS = {  # name -> files, tests
     "rules": (["fxzip/infer/rules"], ["test_soundness", "test_random_graphs"]),
@@ -238,10 +240,15 @@ class Experiment:
         skipped = [i for i in session.items if i.get_closest_marker("skip") or i.originalname in leave]  # type: ignore[attr-defined]
         self.items = {i.nodeid: i for i in session.items if i not in skipped}
         self.functions = _function_objects({str(p) for p in self.paths})
+        _warm(list(self.items.values()))
         gc.collect()
         gc.freeze()  # forks share what they do not touch
-        self.survey()
-        self.mutate()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; what was found out is kept"))
+        try:
+            self.survey()
+            self.mutate()
+        finally:
+            self.save()
         return True
 
     def survey(self) -> None:
@@ -332,6 +339,16 @@ class Experiment:
         return ""
 
 
+def _warm(items: Sequence[pytest.Item]) -> None:
+    """Import what is imported late, by one test of each file; what the tests cached meanwhile is forgotten."""
+    for item in {i.path: i for i in reversed(items)}.values():
+        runtestprotocol(item, log=False, nextitem=None)
+    names = {p.stem for p in TESTS.glob("*.py")}
+    for cached in gc.get_objects():
+        if isinstance(cached, functools._lru_cache_wrapper) and cached.__module__ in names:
+            cached.cache_clear()
+
+
 def _passes(item: pytest.Item) -> bool:
     try:
         return not any(r.failed for r in runtestprotocol(item, log=False, nextitem=None))
@@ -345,6 +362,7 @@ def _forked(work: Any, seconds: float) -> Any:
         child = os.fork()
         if child == 0:
             try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 null = os.open(os.devnull, os.O_RDWR)
                 for stream in (0, 1, 2):
                     os.dup2(null, stream)
