@@ -1,120 +1,407 @@
-"""Mutants of the inference rules: one small change each, run against the examples of the tests in a fork.
+"""Mutation testing: which small changes of inference and of the solver would no test notice?
 
-A mutant is killed when, on some example, inference crashes, the spaces or types differ from tests/golden, or the proof
-fails. `mutants(folder)` lists them, `survives(mutant)` tries one.
+    OMP_NUM_THREADS=1 python benchmarks/mutants.py rules --sample 300
+    OMP_NUM_THREADS=1 python benchmarks/mutants.py fxzip/infer/solver.py --tests tests/test_soundness.py
+
+A change is one operator, number, condition, truth value or statement in one function. torch and the tests are
+imported once; each mutant is a fork in which the function gets other code. It runs the tests that reach the changed
+line, those that killed its neighbours first, then the cheapest, until one fails, `--cpu` seconds are spent (it
+survives) or ten times as much within one test (it does not end: killed). Survivors are printed with their line;
+those of mutants.txt, where the reason is written why nothing can or need notice, apart. `--keep` names a file for
+which tests reach which lines, valid as long as the sources stay as they are, and which mutants were killed.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
-import copy
-import importlib
+import contextlib
+import functools
+import gc
+import hashlib
+import json
 import os
-import re
+import random
+import resource
 import signal
 import sys
+import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
+import pytest
+from _pytest.runner import runtestprotocol
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-from test_soundness import GOLDEN, labelled, once  # noqa: E402
-
-from examples import EXAMPLES  # noqa: E402
-from fxzip.infer import analyse  # noqa: E402
-from fxzip.infer.rules.registry import _RULES  # noqa: E402
-
-SECONDS = 120  # of one mutant at most: an endless loop is a death, too
+TESTS = ROOT / "tests"
+EXPLAINED = Path(__file__).with_name("mutants.txt")
+SETS = {  # name -> files, tests
+    "rules": (["fxzip/infer/rules"], ["test_soundness", "test_random_graphs"]),
+    "inference": (["fxzip/infer"], ["test_soundness", "test_random_graphs"]),
+    "solve": (["fxzip/solve"], ["test_solve", "test_determinism"]),
+}
 SWAPS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
-    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
-    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Div: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """The `index`-th possible change of one file. text: what it is, for people."""
+    """The `index`-th possible change of one file, in the function `inside`. statement: the first line of the one it is
+    in; text: what it is, for people."""
 
     path: Path
     index: int
     line: int
+    statement: int
+    inside: str
     text: str
+    source: str
+    again: int  # how many before it read the same
+
+    @property
+    def key(self) -> str:
+        """Its name in mutants.txt, without a line number: files move."""
+        number = f" #{self.again + 1}" if self.again else ""
+        return f"{self.path.relative_to(ROOT)} {self.inside}: {self.source}: {self.text}{number}"
 
     def __str__(self) -> str:
-        return f"{self.path.relative_to(ROOT)}:{self.line}: {self.text}"
+        return f"{self.path.relative_to(ROOT)}:{self.line}: {self.text}: {self.source}"
 
 
-def mutants(paths: Sequence[Path]) -> list[Mutant]:
-    """Every mutant of these files."""
-    found = []
-    for path in paths:
-        tree = ast.parse(path.read_text())
-        found += [Mutant(path, k, line, text) for k, (line, text, _) in enumerate(_changes(tree))]
+# ---------------------------------------------------------------------------------------------- the changes
+
+
+def mutants(path: Path) -> list[Mutant]:
+    """Every mutant of this file."""
+    text = path.read_text()
+    lines = text.splitlines()
+    found: list[Mutant] = []
+    seen: Counter[tuple[str, str, str]] = Counter()
+    tree = ast.parse(text)
+    spans = [(n.lineno, n.end_lineno or n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt)]
+    for k, (line, inside, what, _) in enumerate(_changes(tree)):
+        source = lines[line - 1].strip()
+        statement = max(first for first, last in spans if first <= line <= last)
+        found.append(Mutant(path, k, line, statement, inside, what, source, seen[inside, source, what]))
+        seen[inside, source, what] += 1
     return found
 
 
-def _changes(tree: ast.Module) -> Iterator[tuple[int, str, Any]]:
-    """(line, what, change) of every possible change; calling `change` makes it, in `tree`."""
-    for function in (n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))):
-        for node in ast.walk(function):
-            yield from _of(node)
+def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Top-level functions and methods by qualified name; what is defined inside them belongs to them."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, node
+        elif isinstance(node, ast.ClassDef):
+            yield from ((f"{node.name}.{f.name}", f) for f in node.body if isinstance(f, ast.FunctionDef))
+
+
+def _changes(tree: ast.Module) -> Iterator[tuple[int, str, str, Any]]:
+    """(line, function, what, change) of every possible change; calling `change` makes it, in `tree`."""
+    for name, function in _functions(tree):
+        for part in [function.args, *function.body]:
+            said = _said(part)
+            for node in ast.walk(part):
+                if node not in said:
+                    yield from ((line, name, what, change) for line, what, change in _of(node))
+        yield from ((line, name, what, change) for line, what, change in _without(function.body))
+
+
+def _said(part: ast.AST) -> set[ast.AST]:
+    """What is raised or asserted: texts for people, mostly."""
+    spoken = (n for n in ast.walk(part) if isinstance(n, (ast.Raise, ast.JoinedStr)))
+    return {inner for n in spoken for inner in ast.walk(n)}
 
 
 def _of(node: ast.AST) -> Iterator[tuple[int, str, Any]]:
     line = getattr(node, "lineno", 0)
-    if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPS:
+    yield from _of_operator(node, line)
+    if isinstance(node, ast.Constant) and type(node.value) in (int, bool):
+        value = not node.value if node.value is True or node.value is False else node.value + 1  # type: ignore[operator]
+        yield line, f"{node.value} -> {value}", lambda: setattr(node, "value", value)
+    elif isinstance(node, ast.Name) and node.id in NAMES:
+        yield line, f"{node.id} -> {NAMES[node.id]}", lambda: setattr(node, "id", NAMES[node.id])
+    elif isinstance(node, (ast.If, ast.IfExp)):
+        yield node.test.lineno, "if -> if not", lambda: setattr(node, "test", ast.UnaryOp(ast.Not(), node.test))
+    elif isinstance(node, ast.comprehension):
+        for k, test in enumerate(node.ifs):
+            change = functools.partial(node.ifs.__setitem__, k, ast.Constant(True))
+            yield test.lineno, f"without if {ast.unparse(test)}", change
+    for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
+        if isinstance(body, list):
+            yield from _without(body)
+
+
+def _of_operator(node: ast.AST, line: int) -> Iterator[tuple[int, str, Any]]:
+    if isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and type(node.op) in SWAPS:
         new = SWAPS[type(node.op)]
         yield line, f"{type(node.op).__name__} -> {new.__name__}", lambda: setattr(node, "op", new())
-    elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
-        new = SWAPS[type(node.ops[0])]
-        yield line, f"{type(node.ops[0]).__name__} -> {new.__name__}", lambda: node.ops.__setitem__(0, new())
-    elif isinstance(node, ast.Constant) and type(node.value) is int:
-        yield line, f"{node.value} -> {node.value + 1}", lambda: setattr(node, "value", node.value + 1)
-    elif isinstance(node, ast.If):
-        yield line, "if -> if not", lambda: setattr(node, "test", ast.UnaryOp(ast.Not(), node.test))
-    for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
-        for k, statement in enumerate(body if isinstance(body, list) else ()):
-            call = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
-            if call:
-                text = f"without {ast.unparse(statement)[:60]}"
-                yield statement.lineno, text, lambda body=body, k=k: body.__setitem__(k, ast.Pass())
+    elif isinstance(node, ast.Compare):
+        for k, op in enumerate(node.ops):
+            new = SWAPS[type(op)]
+            yield line, f"{type(op).__name__} -> {new.__name__}", lambda k=k, new=new: node.ops.__setitem__(k, new())
 
 
-def survives(mutant: Mutant) -> bool:
-    """Whether no example notices, in a fork that nothing comes back from."""
-    child = os.fork()
-    if child == 0:
-        os.close(1)
-        os.close(2)
-        signal.alarm(SECONDS)
-        try:
-            _become(mutant)
-            os._exit(0 if all(_as_ever(e) for e in EXAMPLES) else 1)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1] == 0
+def _without(body: list[ast.stmt]) -> Iterator[tuple[int, str, Any]]:
+    for k, statement in enumerate(body):
+        call = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+        if call or isinstance(statement, (ast.Continue, ast.Break, ast.AugAssign)):
+            text = f"without {ast.unparse(statement)[:60]}"
+            yield statement.lineno, text, lambda k=k: body.__setitem__(k, ast.Pass())
 
 
-def _become(mutant: Mutant) -> None:
-    """Run the changed source in its module; whoever imported a function from there gets the changed one."""
-    name = ".".join(mutant.path.relative_to(ROOT).with_suffix("").parts)
-    module = importlib.import_module(name)
+def become(mutant: Mutant, functions: dict[tuple[str, str], list[FunctionType]]) -> None:
+    """Give every function object of the mutant's name the changed code, and the changed defaults."""
     tree = ast.parse(mutant.path.read_text())
-    [c for _, _, c in _changes(tree)][mutant.index]()
-    before = dict(vars(module))
-    for packet in [p for p, r in _RULES.items() if r.function.__module__ == name]:
-        del _RULES[packet]
-    exec(compile(ast.fix_missing_locations(tree), str(mutant.path), "exec"), vars(module))
-    for other in [m for n, m in sys.modules.items() if n.startswith("fxzip.") and m is not module]:
-        for key, value in list(vars(other).items()):
-            if key in before and value is before[key] and callable(value):
-                setattr(other, key, getattr(module, key))
+    [change for *_, change in _changes(tree)][mutant.index]()
+    module = compile(ast.fix_missing_locations(tree), str(mutant.path), "exec", dont_inherit=True)
+    codes = {(c.co_qualname, c.co_firstlineno): c for c in _codes(module)}
+    changed = {name: f for name, f in _functions(tree)}[mutant.inside]
+    for function in functions[str(mutant.path), mutant.inside]:
+        function.__code__ = codes[function.__code__.co_qualname, function.__code__.co_firstlineno]
+        if function.__defaults__ and all(isinstance(d, ast.Constant) for d in changed.args.defaults):
+            function.__defaults__ = tuple(ast.literal_eval(d) for d in changed.args.defaults)
 
 
-def _as_ever(example: Any) -> bool:
-    traced, _, inputs = once(example)
-    spaces = analyse(copy.deepcopy(traced.graph_module), inputs)
-    return labelled(spaces) == (GOLDEN / (re.sub(r"\W+", "-", example.name) + ".txt")).read_text()
+REACHED: set[tuple[str, int]] = set()  # file and line of every statement that ran
+
+
+@contextlib.contextmanager
+def _probes(paths: Sequence[Path], functions: dict[tuple[str, str], list[FunctionType]]) -> Iterator[None]:
+    """In the block every statement of the functions says that it is reached, before it runs."""
+    codes: dict[tuple[str, str, int], CodeType] = {}
+    for path in paths:
+        tree = ast.parse(path.read_text())
+        for _, function in _functions(tree):
+            for node in list(ast.walk(function)):
+                for body in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
+                    if isinstance(body, list):
+                        body[:] = [part for statement in body for part in (_probe(path, statement), statement)]
+        module = compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)
+        codes |= {(str(path), c.co_qualname, c.co_firstlineno): c for c in _codes(module)}
+    before = [(f, f.__code__) for found in functions.values() for f in found]
+    for f, code in before:
+        f.__globals__["__reached__"] = REACHED.add
+        f.__code__ = codes.get((code.co_filename, code.co_qualname, code.co_firstlineno), code)
+    try:
+        yield
+    finally:
+        for f, code in before:
+            f.__code__ = code
+
+
+def _probe(path: Path, statement: ast.stmt) -> ast.stmt:
+    probe = ast.parse(f"__reached__(({str(path)!r}, {statement.lineno}))").body[0]
+    for node in ast.walk(probe):
+        ast.copy_location(node, statement)
+    return probe
+
+
+def _function_objects(files: set[str]) -> dict[tuple[str, str], list[FunctionType]]:
+    """Every function whose code is in these files, by file and qualified name."""
+    found: dict[tuple[str, str], list[FunctionType]] = {}
+    for f in gc.get_objects():
+        if type(f) is FunctionType and f.__code__.co_filename in files:
+            found.setdefault((f.__code__.co_filename, f.__code__.co_qualname), []).append(f)
+    return found
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield inner
+            yield from _codes(inner)
+
+
+# ------------------------------------------------------------------------------------------- the experiment
+
+
+class Experiment:
+    """A pytest plugin that, instead of running the tests, mutates code and runs them in forks."""
+
+    def __init__(self, options: argparse.Namespace, paths: list[Path]) -> None:
+        self.options, self.paths = options, paths
+        self.reach: dict[str, tuple[float, dict[str, list[int]]]] = {}  # test -> (CPU seconds, file -> lines)
+        self.killers: dict[tuple[Path, str], Counter[str]] = {}
+        self.alive: list[Mutant] = []
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        leave = self.options.without
+        skipped = [i for i in session.items if i.get_closest_marker("skip") or i.originalname in leave]  # type: ignore[attr-defined]
+        self.items = {i.nodeid: i for i in session.items if i not in skipped}
+        self.functions = _function_objects({str(p) for p in self.paths})
+        _warm(list(self.items.values()))
+        gc.collect()
+        gc.freeze()  # forks share what they do not touch
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; what was found out is kept"))
+        try:
+            self.survey()
+            self.mutate()
+        finally:
+            self.save()
+        return True
+
+    def survey(self) -> None:
+        """Which lines each test reaches, and what it costs; each in a fork, so that nothing is cached here."""
+        sources = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in self.paths}
+        kept = self.options.keep
+        empty = {"sources": {}, "reach": {}, "killed": {}}
+        self.kept = json.loads(kept.read_text()) if kept and kept.exists() else empty
+        if self.kept["sources"] != sources:
+            same = {p for p, digest in sources.items() if self.kept["sources"].get(p) == digest}
+            killed = {k: by for k, by in self.kept["killed"].items() if str(ROOT / k.split()[0]) in same}
+            self.kept = {"sources": sources, "reach": {}, "killed": killed}
+        new = [(n, i) for n, i in self.items.items() if n not in self.kept["reach"]]
+        with _probes(self.paths, self.functions) if new else contextlib.nullcontext():
+            for k, (name, item) in enumerate(new):
+                found = _forked(lambda item=item: self._reached(item), self.options.cpu * 20)
+                self.kept["reach"][name] = found if found is not None else (None, {})
+                self.save(k)
+        self.save()
+        self.reach = {n: self.kept["reach"][n] for n in self.items if self.kept["reach"][n][1]}
+        left_out = [n for n in self.items if n not in self.reach]
+        spent = sum(cost for cost, _ in self.reach.values())
+        print(f"{len(self.reach)} tests, {spent:.0f} s; {len(left_out)} fail or reach nothing", file=sys.stderr)
+
+    def save(self, k: int = 0) -> None:
+        """Now and then: every twentieth time."""
+        if self.options.keep and k % 20 == 0:
+            self.options.keep.write_text(json.dumps(self.kept))
+
+    def _reached(self, item: pytest.Item) -> tuple[float | None, dict[str, list[int]]]:
+        start = time.process_time()
+        if not _passes(item):
+            return None, {}
+        files: dict[str, set[int]] = {}
+        for path, line in REACHED:
+            files.setdefault(path, set()).add(line)
+        return time.process_time() - start, {p: sorted(s) for p, s in files.items()}
+
+    def mutate(self) -> None:
+        every = [m for p in self.paths for m in mutants(p) if self.options.only in str(m)]
+        random.Random(self.options.seed).shuffle(every)
+        reasons = dict(line.rsplit(" | ", 1) for line in EXPLAINED.read_text().splitlines() if " | " in line)
+        found: Counter[str] = Counter()
+        tried = every[: self.options.sample or len(every)]
+        for k, m in enumerate(tried):
+            self.save(k + 1)
+            if _cpu() > self.options.seconds:
+                break
+            outcome, by = ("killed", "") if m.key in self.kept["killed"] else self.outcome(m)
+            explained = outcome in ("survives", "unreached") and m.key in reasons
+            found["explained" if explained else outcome] += 1
+            if outcome in ("killed", "endless"):
+                self.kept["killed"].setdefault(m.key, by)
+            if outcome != "killed" or self.options.verbose:
+                tail = f" ({reasons[m.key]})" if explained else ""
+                print(f"{outcome}: {m}{tail}{' by ' + by if by else ''}", flush=True)
+        self.save()
+        count = sum(found.values())
+        dead = found["killed"] + found["endless"]
+        print(f"{count} of {len(every)} mutants: {dead} killed ({dead / max(count, 1):.1%}), ", end="")
+        print(", ".join(f"{n} {what}" for what, n in found.items() if what != "killed"), end="")
+        print(f"; {_cpu():.0f} CPU seconds, seed {self.options.seed}", flush=True)
+
+    def outcome(self, mutant: Mutant) -> tuple[str, str]:
+        """("killed", test), ("endless", ""), ("survives", "") or ("unreached", "")."""
+        killers = self.killers.setdefault((mutant.path, mutant.inside), Counter())
+        path = str(mutant.path)
+        lines = [(n, cost) for n, (cost, files) in self.reach.items() if mutant.statement in files.get(path, ())]
+        if not lines:
+            return "unreached", ""
+        order = [n for n, _ in sorted(lines, key=lambda x: (-min(killers[x[0]], 1), x[1]))]
+        by = _forked(lambda: self._noticed(mutant, order), self.options.cpu * 10)
+        if by is None:
+            return "endless", ""
+        if by:
+            killers[by] += 1
+        return ("killed", by) if by else ("survives", "")
+
+    def _noticed(self, mutant: Mutant, names: Sequence[str]) -> str:
+        """The first test that fails, "" when none does within the seconds."""
+        become(mutant, self.functions)
+        start = time.process_time()
+        for name in names:
+            if not _passes(self.items[name]):
+                return name
+            if time.process_time() - start > self.options.cpu:
+                break
+        return ""
+
+
+def _warm(items: Sequence[pytest.Item]) -> None:
+    """Import what is imported late, by one test of each file; what the tests cached meanwhile is forgotten."""
+    for item in {i.path: i for i in reversed(items)}.values():
+        runtestprotocol(item, log=False, nextitem=None)
+    names = {p.stem for p in TESTS.glob("*.py")}
+    for cached in gc.get_objects():
+        if isinstance(cached, functools._lru_cache_wrapper) and cached.__module__ in names:
+            cached.cache_clear()
+
+
+def _passes(item: pytest.Item) -> bool:
+    try:
+        return not any(r.failed for r in runtestprotocol(item, log=False, nextitem=None))
+    except BaseException:
+        return False
+
+
+def _forked(work: Any, seconds: float) -> Any:
+    """What `work` returns in a fork; None when it runs out of CPU seconds, of memory, or dies."""
+    with tempfile.TemporaryFile() as file:
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                null = os.open(os.devnull, os.O_RDWR)
+                for stream in (0, 1, 2):
+                    os.dup2(null, stream)
+                resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 2))
+                file.write(json.dumps(work()).encode())
+                file.flush()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        file.seek(0)
+        data = file.read()
+    return json.loads(data) if data else None
+
+
+def _cpu() -> float:
+    return sum(os.times()[:4])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("what", nargs="+", help=f"files, folders, or {', '.join(SETS)}")
+    parser.add_argument("--tests", nargs="*", default=[], help="files of tests, beside those of the named sets")
+    parser.add_argument("--without", nargs="*", default=[], help="names of tests to leave out")
+    parser.add_argument("--sample", type=int, default=0, help="how many mutants, at random (0: all)")
+    parser.add_argument("--only", default="", help="mutants whose line of output would contain this")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of CPU in all, then no further mutant")
+    parser.add_argument("--cpu", type=float, default=10, help="CPU seconds of tests per mutant")
+    parser.add_argument("--keep", type=Path, help="file for what need not be found out again")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="print killed ones, too")
+    options = parser.parse_args(argv)
+    places = [p for w in options.what for p in SETS.get(w, ([w], []))[0]]
+    tests = [f"tests/{t}.py" for w in options.what for t in SETS.get(w, ([], []))[1]] + options.tests
+    found = [f for p in places for f in ([ROOT / p] if p.endswith(".py") else sorted((ROOT / p).rglob("*.py")))]
+    os.chdir(ROOT)
+    arguments = [*dict.fromkeys(tests), "-q", "-s", "-p", "no:cacheprovider"]
+    return pytest.main(arguments, plugins=[Experiment(options, list(dict.fromkeys(found)))])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,6 +18,7 @@ from .errors import InputError, TraceError
 from .loaders import first_batches
 from .trace import bind, call_signature, compare_graphs, compare_shapes, describe, plain, plain_batch, rows, tensors_of
 from .trace.guards import kept_rng, untraceable
+from .trace.hooks import without_onlookers
 
 __all__ = ["Checked", "check_merge", "compare_graphs", "compare_shapes", "unusable"]
 
@@ -84,6 +85,10 @@ def check_merge(
             found += _misfit(made[0][0], example_inputs, f"example_inputs do not fit {tasks[0]}", forward_fn)
         for task, batch in batches.items():
             found += _misfit(made[tasks.index(task)][0], batch, f"batches do not fit {task}", forward_fn)
+    if not found:
+        shared = next(iter(batches.values()), example_inputs)
+        hooks = [_busy_hooks(m, batches.get(t, shared), forward_fn) for t, (m, _) in zip(tasks, made, strict=True)]
+        found = [f"{task}: {problem}" for task, several in zip(tasks, hooks, strict=True) for problem in several]
     if found:
         raise InputError.listing(call, found)
     example = example_inputs if example_inputs is not None else next(iter(batches.values()))
@@ -202,29 +207,44 @@ def _misfit(
 ) -> list[str]:
     """Why two rows of `batch` do not run through the model, if they do not."""
     try:
-        signature = call_signature(model, forward_fn)
-        args = bind(batch, signature)
-        plain_batch(args)
-        args = rows(args, 2)
+        signature, args = _two_rows(model, batch, forward_fn)
     except InputError as error:
         return [f"{complaint}: {error}"]
     try:
         copied = copy.deepcopy(model)
     except Exception as error:
         return [f"{type(model).__name__} cannot be deep-copied: {type(error).__name__}: {error}"]
-    device = next((p.device for p in model.parameters()), None)
-    args = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) and device else x, args)
     try:
-        with kept_rng(model.parameters()), torch.no_grad():
-            module = copied.eval()
-            output = module(*args) if forward_fn is None else forward_fn(module, *args)
+        output = _run(copied.eval(), args, forward_fn)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         name = type(model).__name__
         return [f"{complaint}: {name}.forward{_plain(signature)} fails on {describe(args)}: {reason}"]
-    if any(x.is_floating_point() and bool(x.isnan().any()) for x in tensors_of(output)):
+    if any(x.is_floating_point() and bool(x.isnan().any()) for x in output):
         return [f"{complaint}: {type(model).__name__} gives NaN on {describe(args)}: check the data and the weights"]
     return []
+
+
+def _busy_hooks(model: nn.Module, batch: Any, forward_fn: Callable[..., Any] | None) -> list[str]:
+    """Forward hooks that do more than look on; none where the model does not even run, which is said elsewhere."""
+    try:
+        _, args = _two_rows(model, batch, forward_fn)
+        return without_onlookers(model, lambda m: _run(m, args, forward_fn))[2]
+    except Exception:
+        return []
+
+
+def _two_rows(model: nn.Module, batch: Any, forward_fn: Callable[..., Any] | None) -> tuple[inspect.Signature, tuple]:
+    signature = call_signature(model, forward_fn)
+    args = bind(batch, signature)
+    plain_batch(args)
+    device = next((p.device for p in model.parameters()), None)
+    return signature, tree_map(lambda x: x.to(device) if isinstance(x, Tensor) and device else x, rows(args, 2))
+
+
+def _run(model: nn.Module, args: tuple, forward_fn: Callable[..., Any] | None) -> list[Tensor]:
+    with kept_rng(model.parameters()), torch.no_grad():
+        return tensors_of(model(*args) if forward_fn is None else forward_fn(model, *args))
 
 
 def _plain(signature: inspect.Signature) -> str:

@@ -297,11 +297,15 @@ class Tokens(nn.Module):
 
 
 def hooked(model: nn.Module) -> None:
-    model.fc1.register_forward_hook(lambda *_: None)
+    model.fc1.register_forward_hook(lambda module, args, output: 2 * output)
 
 
 def buffer_hook(model: nn.Module) -> None:
-    model.register_forward_pre_hook(lambda m, a: None)
+    model.register_forward_pre_hook(lambda module, args: tuple(a + 1 for a in args))
+
+
+def recording_hook(model: nn.Module) -> None:
+    model.fc1.register_forward_hook(lambda *_: None)
 
 
 def fill(name: str, value: float) -> Callable[[nn.Module], None]:
@@ -550,8 +554,9 @@ CASES = [
     Case("a quantised model", spoiled(quantised)),
     Case("quantised models", nets(lambda: quantised(Net()))),
     Case("sharded parameters", spoiled(sharded)),
-    Case("a forward hook", spoiled(hooked)),
-    Case("a forward pre-hook", spoiled(buffer_hook)),
+    Case("a forward hook that changes the output", spoiled(hooked)),
+    Case("a forward pre-hook that changes the input", spoiled(buffer_hook)),
+    Case("a forward hook that only looks on", spoiled(recording_hook), works=True),
     Case("a parametrization", spoiled(weight_normed), works=True),
     Case("weight norm as a hook", spoiled(old_weight_norm), works=True),
     Case("a random parametrization", spoiled(noisy_weight)),

@@ -224,8 +224,8 @@ def test_inputs_and_random_states_stay_as_they_were(method, training):
 
 def test_hooks_are_refused_with_the_way_out():
     models = [digits(1), digits(2)]
-    handle = models[1].block1.register_forward_hook(lambda *_: None)
-    with unchanged(models), pytest.raises(InputError, match=r"task1: block1 has a forward hook: remove it.*handle"):
+    handle = models[1].block1.register_forward_hook(lambda module, args, output: 2 * output)
+    with unchanged(models), pytest.raises(InputError, match=r"task1: block1 has a forward hook.*handle"):
         merge(models)
     handle.remove()
     merge(models)

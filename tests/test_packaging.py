@@ -1,11 +1,14 @@
 """The sdist and the wheel made from it hold what they should, and nothing else; and the wheel works on its own."""
 
+import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -84,3 +87,36 @@ def test_import_leaves_the_slow_libraries_for_later():
     slow = ["sympy", "scipy", "networkx", "triton", "matplotlib", "torchvision", "typer"]
     code = f"import sys, torch; before = set(sys.modules); import fxzip; print(set({slow}) & set(sys.modules) - before)"
     assert run(sys.executable, "-c", code).strip() == "set()"
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IMPORTED_AS = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
+BY_NAME = {"timm", "transformers"}  # asked for by `timm:NAME` and `hf:NAME`, with an error that says what to install
+
+
+def _names(requirements):
+    found = [re.split(r"[\[<>=!;~ ]", r)[0] for r in requirements]
+    return [IMPORTED_AS.get(n, n) for n in found]
+
+
+def test_the_core_dependencies_are_those_that_the_readme_names():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    said = re.search(r"The core depends on (.*?) only;", text)
+    assert said and re.split(", | and ", said[1]) == _names(PROJECT["dependencies"])
+
+
+def test_nothing_is_imported_that_is_not_declared():
+    """pydantic_core comes with pydantic."""
+    extras = PROJECT["optional-dependencies"]
+    core, declared = set(_names(PROJECT["dependencies"])), {"fxzip", "pydantic_core"} | BY_NAME
+    declared |= core | {n for extra in ("cli", "demo", "report", "hub") for n in _names(extras[extra])}
+    for path in (ROOT / "fxzip").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module or ""]
+            else:
+                continue
+            foreign = {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names)
+            assert foreign <= declared, f"{path.relative_to(ROOT)}:{node.lineno} imports {foreign - declared}"

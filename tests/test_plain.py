@@ -104,8 +104,8 @@ def test_saved_and_loaded_by_the_class_that_computes_them(model, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(zipped(X), loaded(X), strict=True))
 
 
-def test_hooks_that_only_record_stay():
-    """What transformers leaves on a model that has run with output_hidden_states."""
+def test_what_transformers_leaves_on_a_model_is_left_out():
+    """Hooks that record, once it has run with output_hidden_states."""
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
@@ -116,6 +116,4 @@ def test_hooks_that_only_record_stay():
     assert any(m._forward_hooks for m in model.modules())
     traced = trace(model, x)
     assert torch.allclose(traced.graph_module(x), wanted, atol=1e-5)
-    model.vit.register_forward_hook(lambda *_: None)
-    with pytest.raises(fxzip.TraceError, match=r"vit has a forward hook.*or model.vit._forward_hooks.clear\(\)"):
-        trace(model, x)
+    assert any("that only look on: a forward hook of vit" in n for n in traced.notices)

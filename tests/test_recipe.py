@@ -154,6 +154,7 @@ def test_data_sets_of_torchvision(tmp_path):
         ("bytes.npz", "x is uint8: save floats"),
         ("ragged.npz", "needs inputs of one length"),
         ("object.npz", "allow_pickle=False"),
+        ("names.npz", "y is <U3, not numbers"),
         ("net.npz", "not an .npz file"),
         ("a.pt", "no such folder or file; data is a folder of images"),
     ],
@@ -162,6 +163,7 @@ def test_what_is_no_data(place, text, said):
     (place / "empty").mkdir()
     np.savez(place / "bytes.npz", x=np.zeros((2, 3), np.uint8))
     np.savez(place / "ragged.npz", x=np.zeros((2, 3)), y=np.zeros(3))
+    np.savez(place / "names.npz", x=np.zeros((2, 3)), y=np.array(["cat", "dog"]))
     np.savez(place / "object.npz", x=np.array([{}, {}]))
     (place / "net.npz").write_text("x")
     with pytest.raises(InputError, match="data ") as caught:

@@ -24,6 +24,7 @@ from fxzip.infer import Spaces, analyse
 from fxzip.infer.labels import Group, LabelledType
 from fxzip.infer.rules import names
 from fxzip.infer.rules.registry import _RULES, Rule
+from fxzip.infer.sampling import sample
 from fxzip.infer.show import typed
 from fxzip.trace import Traced, trace
 from fxzip.verify import Verification, verify_spaces
@@ -332,3 +333,69 @@ def test_units_that_are_silent_on_the_example_do_not_fail_the_proof():
         torch.manual_seed(seed)
         model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)).eval()
         assert fxzip.verify(model, torch.randn(2, 4)).ok
+
+
+# ------------------------------------------------------------------------- where no negative control can fire
+
+
+class Quiet(nn.Module):
+    """A straight path, and beside it features that change nothing: silenced, multiplied by zero, or averaged to it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.last, self.past = kind, nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(6, 3)
+        self.register_buffer("nothing", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.kind == "silent":
+            return self.past(x) + self.last(F.relu(h - 1000))
+        if self.kind == "zero":
+            return self.past(x) + self.nothing * self.last(F.relu(h))
+        return self.past(x) + F.layer_norm(h, [8]).mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", ["silent", "zero", "mean"])
+def test_features_that_change_nothing_are_proven_on_random_parameters(kind):
+    model, x = randomise(Quiet(kind)).eval(), torch.randn(16, 6)
+    found = fxzip.verify(model, x)
+    assert found.ok and found.redrawn and "on random parameters" in str(found)
+    zipped = fxzip.merge([model, fxzip.scramble(model, x)], [x], method="permute", progress=False)
+    assert all(torch.allclose(y, model(x), atol=1e-4) for y in zipped(x))
+
+
+def test_a_wrong_rule_is_noticed_behind_silent_units(monkeypatch):
+    """The model's own units say nothing: random ones do."""
+
+    class Flipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.past = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(6, 3)
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.past(x) + self.last(F.relu(self.first(x)).flip(-1) * self.scale)
+
+    model, x = randomise(Flipped()).eval(), torch.randn(4, 6)
+    with torch.no_grad():
+        model.first.bias.fill_(-1000.0)
+        model.first.weight.mul_(1e-3)
+    assert fxzip.verify(model, x).ok
+    monkeypatch.setitem(_RULES, "flip", Rule(_unmixed, True))
+    found = fxzip.verify(model, x)
+    assert not found.ok and found.redrawn and found.error > 1e-3
+
+
+def test_an_output_that_is_constant_proves_nothing():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1), nn.Softmax(-1)).eval()
+    with pytest.raises(fxzip.VerificationError, match="the output hardly depends on the input"):
+        fxzip.merge([model, model], [torch.randn(8, 4)], progress=False)
+
+
+def test_every_space_moves_in_the_proof():
+    """The identity is every second draw for two features."""
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.Tanh()) for _ in range(4)), nn.Linear(2, 2)).eval()
+    spaces = fxzip.inspect(net, torch.randn(2, 2))
+    for seed in range(20):
+        drawn = sample(spaces, np.random.default_rng(seed), draws=32)
+        assert len(drawn) == 4 and all(p.tolist() == [1, 0] for p in drawn.values())

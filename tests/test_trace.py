@@ -266,11 +266,37 @@ def hook(*args):
     return None
 
 
+def doubles(module, args, output):
+    return 2 * output
+
+
+def writes(module, args, output):
+    output.mul_(2)
+
+
+def hides(module, args, output):
+    output.data.mul_(2)  # no version counter moves
+
+
+def replaces(module, args, kwargs, output):
+    module.weight = nn.Parameter(2 * module.weight)
+
+
 REFUSED = {
-    "conv has a forward hook: remove it before merging (handle.remove(), or model.conv._forward_hooks": lambda m: (
-        m.conv.register_forward_hook(hook)
+    "conv has a forward hook that returns a value: remove it before merging (handle.remove(), or model.conv._forward_h":
+        lambda m: m.conv.register_forward_hook(doubles),
+    "head has a forward hook that writes to what is passed to it: remove it": lambda m: (
+        m.head.register_forward_hook(writes)
     ),
-    "conv has a forward pre-hook: remove it": lambda m: m.conv.register_forward_pre_hook(hook),
+    "the output depends on what a forward hook of head writes down: remove it": lambda m: (
+        m.head.register_forward_hook(hides)
+    ),
+    "head has a forward hook that sets head.weight: remove it": lambda m: (
+        m.head.register_forward_hook(replaces, with_kwargs=True)
+    ),
+    "the model has a forward pre-hook that returns a value: remove it": lambda m: (
+        m.register_forward_pre_hook(lambda m, args: args)
+    ),
     "bn has a backward hook: remove it": lambda m: m.bn.register_full_backward_hook(hook),
     "the model has a backward pre-hook: remove it": lambda m: m.register_full_backward_pre_hook(hook),
     "head.bias is pruned by a mask: make it plain before merging": lambda m: prune.random_unstructured(
@@ -294,13 +320,71 @@ def test_what_a_trace_would_drop_is_refused(message):
 
 def test_every_hook_is_listed():
     model = Net()
-    model.conv.register_forward_hook(hook)
-    model.head.register_forward_hook(hook)
+    model.conv.register_forward_hook(doubles)
+    model.head.register_forward_hook(doubles)
     with pytest.raises(TraceError, match="conv has a forward hook.*; head has a forward hook"):
         trace(model, IMAGES)
+
+
+def test_hooks_that_only_look_on_are_left_out():
+    seen, model = [], Net()
+    model.conv.register_forward_hook(lambda m, args, output: seen.append(output.mean()))
+    model.head.register_forward_pre_hook(lambda m, args: None)
+    with unchanged(model):
+        traced = trace(model, IMAGES)
+    notice = "left out 2 hooks that only look on: a forward hook of conv, a forward pre-hook of head"
+    assert traced.notices == (notice,)
+    calls = len(seen)
+    assert torch.equal(traced.graph_module(IMAGES), model.eval()(IMAGES)) and len(seen) == calls + 1
 
 
 def test_compiled_in_place_traces():
     model = Net()
     model.compile()
     assert trace(model, IMAGES).rung == "symbolic"
+
+
+# -------------------------------------------------------------------------------------------- len of a batch
+
+
+class Lengths(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.last = kind, nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = F.relu(self.first(x))
+        if self.kind == "loop":
+            return torch.stack([self.last(h[i]) for i in range(len(x))])
+        if self.kind == "features":
+            return self.last(h.reshape(-1, len(h[0])))
+        h = h.reshape(len(x), -1)
+        if self.kind == "branch" and h.shape[1] < 4:  # beyond symbolic tracing
+            h = -h
+        return self.last(h)
+
+
+@pytest.mark.parametrize("kind, rung", [("batch", "symbolic"), ("features", "symbolic"), ("branch", "exported")])
+def test_len_of_a_tensor_is_its_first_size(kind, rung):
+    model, x = Lengths(kind).eval(), torch.randn(4, 4)
+    traced = trace(model, x)
+    other = torch.randn(7, 4)
+    assert traced.rung == rung and torch.allclose(traced.graph_module(other), model(other), atol=1e-6)
+    assert "len" not in globals()
+
+
+def test_a_loop_over_the_batch_is_refused_with_its_line():
+    with pytest.raises(TraceError, match=r"test_trace.py:\d+: return torch.stack.*for i in range\(len\(x\)\)"):
+        trace(Lengths("loop"), torch.randn(4, 4))
+
+
+def test_len_where_it_cannot_be_followed_says_what_to_write():
+    count = eval("lambda x: len(x)", {})  # a function of another file
+    message = r"symbolic: len\(\) of a tensor is a plain number, which cannot be traced: write x.shape\[0\]"
+    with pytest.raises(TraceError, match=message):
+
+        class Elsewhere(Lengths):
+            def forward(self, x):
+                return super().forward(x).reshape(count(x), -1)
+
+        trace(Elsewhere("batch"), torch.randn(4, 4))

@@ -153,20 +153,28 @@ def _npz(path: Path) -> Samples:
     """Arrays by name: labels under one of LABELS; one other array is the input, several are inputs by name."""
     if not zipfile.is_zipfile(path):
         raise InputError(f"data {str(path)!r}: not an .npz file")
-    with zipfile.ZipFile(path) as archive:
-        held = sum(i.file_size for i in archive.infolist())
-    if held > LIMIT:
-        raise InputError(f"data {str(path)!r}: holds {held / 2**30:.0f} GiB, more than the {LIMIT >> 30} that are read")
     try:
+        with zipfile.ZipFile(path) as archive:
+            held = sum(i.file_size for i in archive.infolist())
+        if held > LIMIT:
+            gib = held / 2**30
+            raise InputError(f"data {str(path)!r}: holds {gib:.0f} GiB, more than the {LIMIT >> 30} that are read")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"data {str(path)!r}: {error}") from error
+    except InputError:
+        raise
+    except Exception as error:  # BadZipFile, zlib.error, MemoryError and others, by what is wrong with it
+        raise InputError(f"data {str(path)!r}: {type(error).__name__}: {error}") from error
+    strange = next((n for n, a in arrays.items() if not isinstance(a, np.ndarray)), None)
+    if strange is not None:
+        raise InputError(f"data {str(path)!r}: {strange} is no array")
     label = next((n for n in LABELS if n in arrays), None)
     inputs = {n: _tensor(path, n, a) for n, a in arrays.items() if n != label}
     sizes = {n: len(a) if a.ndim else 0 for n, a in arrays.items()}
     if not inputs or len(set(sizes.values())) != 1:
         raise InputError(f"data {str(path)!r}: needs inputs of one length, labels under y; it has {sizes}")
+    if label and arrays[label].dtype.kind not in "fiub":
+        raise InputError(f"data {str(path)!r}: {label} is {arrays[label].dtype}, not numbers")
     classes = torch.from_numpy(arrays[label]).long() if label else None
 
     def read(k: int) -> Any:

@@ -115,8 +115,11 @@ def _refuse_compressed(path: Path) -> None:
     """torch.save stores tensors as they are; an archive that inflates could be of any size."""
     if not zipfile.is_zipfile(path):
         return
-    with zipfile.ZipFile(path) as archive:
-        swollen = [i for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            swollen = [i for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
+    except Exception as error:  # BadZipFile, NotImplementedError, UnicodeDecodeError and others
+        raise InputError(f"weights {str(path)!r}: a damaged archive ({error})") from error
     if swollen:
         entry = swollen[0].filename
         raise InputError(f"weights {str(path)!r}: entry {entry!r} is compressed, which torch.save never does")

@@ -54,22 +54,25 @@ def lift(parents: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> n
     return rows
 
 
-def sample(spaces: Iterable[FeatureSpace], rng: np.random.Generator) -> dict[str, np.ndarray]:
+def sample(spaces: Iterable[FeatureSpace], rng: np.random.Generator, draws: int = 1) -> dict[str, np.ndarray]:
     """space name -> permutation int64 [n]: new feature k is old feature permutation[k]. A uniformly random
-    element of the wreath product: parents first, then freely inside blocks."""
+    element of the wreath product: parents first, then freely inside blocks. draws: how often to draw a space that
+    would stay as it is (two features do every second time)."""
     chosen: dict[str, np.ndarray] = {}
     for space in spaces:
-        if not space.parents:
-            chosen[space.name] = rng.permutation(space.size)
-            continue
-        table = np.stack([p.index for p in space.parents], 1)  # [n, parents]
-        target = np.stack([chosen[p.space][p.index] for p in space.parents], 1)
-        rows = lift(table, target, rng)
-        if rows is None:
-            raise ValueError(f"{space.name}: the parents' permutations do not lift; inference should have pinned it")
-        chosen[space.name] = rows
+        for _ in range(draws):
+            chosen[space.name] = _one(space, chosen, rng)
+            if (chosen[space.name] != np.arange(space.size)).any():
+                break
     return chosen
 
 
-def identity(spaces: Iterable[FeatureSpace]) -> Mapping[str, np.ndarray]:
-    return {s.name: np.arange(s.size) for s in spaces}
+def _one(space: FeatureSpace, chosen: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    if not space.parents:
+        return rng.permutation(space.size)
+    table = np.stack([p.index for p in space.parents], 1)  # [n, parents]
+    target = np.stack([chosen[p.space][p.index] for p in space.parents], 1)
+    rows = lift(table, target, rng)
+    if rows is None:
+        raise ValueError(f"{space.name}: the parents' permutations do not lift; inference should have pinned it")
+    return rows

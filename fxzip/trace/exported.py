@@ -80,7 +80,7 @@ def _export(model: nn.Module, call: Call) -> ExportedProgram:
         if isinstance(axes, dict) and not free_symbols(value.shape[0]):
             raise TraceError(
                 "the forward fixes the batch size: it loops over the batch, or makes a number of its size"
-                " (int(x.shape[0]), a list of that length). Write it with tensor operations"
+                " (int(x.shape[0]), len(x), a list of that length). Write it with tensor operations"
             )
     return program
 

@@ -1,5 +1,5 @@
-"""What a trace would drop silently: wrappers are taken off with a notice, hooks and the like are refused (weights
-that are computed before each forward: `plain`)."""
+"""What a trace would drop silently: wrappers are taken off with a notice, backward hooks and the like are refused
+(weights that are computed before each forward: `plain`; forward hooks: `hooks`)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..errors import TraceError
 
-_HOOKS = {
-    "_forward_pre_hooks": "forward pre-hook",
-    "_forward_hooks": "forward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-    "_backward_hooks": "backward hook",
-}
-# Modules whose hooks write down what passes, and change nothing: they stay as they are, on copies too.
-_RECORDERS = ("transformers.utils.output_capturing",)
+_HOOKS = {"_backward_pre_hooks": "backward pre-hook", "_backward_hooks": "backward hook"}
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -44,7 +37,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def untraceable(model: nn.Module) -> list[str]:
-    """Hooks, lazy parameters, scripted modules, tensors that are not plain and cycles of modules,
+    """Backward hooks, masks, lazy parameters, scripted modules, tensors that are not plain and cycles of modules,
     one sentence each with the way out."""
     circle = _circle(model)
     if circle:
@@ -58,9 +51,17 @@ def untraceable(model: nn.Module) -> list[str]:
             problems.append(f"{label} has uninitialised parameters: run one forward pass first")
             continue
         for attribute, kind in _HOOKS.items():
-            for hook in getattr(module, attribute, {}).values():
-                if getattr(hook, "__module__", None) not in _RECORDERS:
-                    problems.append(_hook_problem(name, attribute, kind, hook))
+            if getattr(module, attribute, {}):
+                all_of_them = ".".join(filter(None, ("model", name, attribute)))
+                way_out = f"remove it before merging (handle.remove(), or {all_of_them}.clear())"
+                problems.append(f"{label} has a {kind}: {way_out}")
+        for hook in getattr(module, "_forward_pre_hooks", {}).values():
+            if isinstance(hook, prune.BasePruningMethod):
+                tensor = getattr(hook, "_tensor_name", "weight")
+                problems.append(
+                    f"{label}.{tensor} is pruned by a mask: make it plain before merging"
+                    f" (torch.nn.utils.prune.remove({label}, {tensor!r}))"
+                )
     return problems
 
 
@@ -124,18 +125,6 @@ def unwritten(model: nn.Module, args: tuple, names: Sequence[str]) -> Iterator[N
             f"{type(model).__name__}.forward writes to {', '.join(written)}: work on a copy (x = x.clone()),"
             " or use an operator that is not in place"
         )
-
-
-def _hook_problem(name: str, attribute: str, kind: str, hook: object) -> str:
-    label = name or "the model"
-    if isinstance(hook, prune.BasePruningMethod):
-        tensor = getattr(hook, "_tensor_name", "weight")
-        return (
-            f"{label}.{tensor} is pruned by a mask: make it plain before merging"
-            f" (torch.nn.utils.prune.remove({label}, {tensor!r}))"
-        )
-    all_of_them = ".".join(filter(None, ("model", name, attribute)))
-    return f"{label} has a {kind}: remove it before merging (handle.remove(), or {all_of_them}.clear())"
 
 
 @contextmanager

@@ -21,7 +21,9 @@ from .call import Call, call_signature, counted, tensors_of
 from .exported import NOTICE as EVAL_ONLY
 from .exported import exported
 from .guards import kept_rng, untraceable, unwritten
+from .hooks import without_onlookers
 from .inputs import batch_size, bind, describe, on_meta, rows, to_meta
+from .lengths import symbolic_lengths
 from .lines import FXZIP_ROOT, TORCH_ROOT, user_line
 from .plain import plain
 from .symbolic import frozen_functionals, symbolic
@@ -62,7 +64,7 @@ def trace(
     Weights that are computed (weight norm and other parametrizations) become plain ones, with a notice; of a model
     on the meta device shapes alone are compared, with a notice.
     Raises InputError if the call is wrong or the model itself fails on the example; TraceError if no rung
-    gives an equal graph, or if hooks or randomness in eval would be lost.
+    gives an equal graph, or if hooks that do anything, or randomness in eval, would be lost.
 
     >>> traced = trace(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.ones(2, 3))
     >>> traced.rung, [n.op for n in traced.graph_module.graph.nodes]
@@ -89,12 +91,17 @@ def trace(
                 return tensors_of(how.run(reference, mine))
 
         expected, more = _expected(call, name, args, signature)
+        model, looking, problems = without_onlookers(model, lambda m: tensors_of(how.run(m, _cloned(args))))
+        if problems:
+            raise TraceError("trace: " + "; ".join(problems))
+        notices = (*notices, *looking)
         how = replace(how, resizable=len(expected) > 1)
         failures = []
         for rung in RUNGS:
             traced_copy = _copy(model)
             try:
-                graph_module = rung(traced_copy, how)
+                with symbolic_lengths(traced_copy, forward_fn):
+                    graph_module = rung(traced_copy, how)
                 _agree(graph_module, expected)
             except Exception as error:
                 failures.append(f"  {rung.__name__}: {_reason(error, traced_copy)}")
@@ -236,6 +243,8 @@ def _difference(wanted: list[Tensor], given: list[Tensor]) -> str:
 def _reason(error: Exception, model: nn.Module) -> str:
     """The error in one line, with the user's line and the innermost of the user's modules at fault."""
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if "'len' is not supported" in text:
+        text = "len() of a tensor is a plain number, which cannot be traced: write x.shape[0]"
     frames = [
         (frame, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
