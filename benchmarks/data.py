@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,6 +68,13 @@ class Data:
     def calibration(self, count: int, seed: int) -> Tensor:
         """`count` random training images of all classes, without labels. float32 [count, c, h, w]"""
         return self.normalise(self.train[0][_shuffled(len(self.train[0]), seed)[:count]])
+
+    def only(self, classes: Sequence[int]) -> Data:
+        """The images of some classes."""
+        wanted = torch.tensor(classes)
+        parts = ((x[own], y[own]) for x, y in (self.train, self.test) for own in [torch.isin(y, wanted)])
+        train, test = parts
+        return replace(self, train=train, test=test)
 
     def with_test(self, count: int | None, seed: int = 0) -> Data:
         """The same with `count` random test images."""

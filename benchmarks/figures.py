@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from common import draw
 from torchvision.models import resnet18
 
 import fxzip
@@ -12,9 +13,6 @@ OUT = Path(__file__).parent.parent / "docs" / "figures"
 
 
 def main() -> None:
-    import matplotlib
-
-    matplotlib.rcParams["svg.hashsalt"] = "fxzip"  # the same file every time
     torch.set_num_threads(1)
     torch.manual_seed(0)
     OUT.mkdir(exist_ok=True)
@@ -29,7 +27,7 @@ def main() -> None:
         "correlations": fxzip.plot.correlations(zipped), "similarity": fxzip.plot.similarity(pairs, last),
         "layers": fxzip.plot.layers(zipped),
     }.items():  # fmt: skip
-        figure.savefig(OUT / f"{name}.svg", metadata={"Date": None})
+        draw(figure, OUT / f"{name}.svg")
 
 
 if __name__ == "__main__":

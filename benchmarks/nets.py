@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,19 @@ class VGG11(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+
+class MLP(nn.Module):
+    """Four hidden layers and no norms."""
+
+    def __init__(self, classes: int, inputs: int, width: int = 128):
+        super().__init__()
+        sizes = [inputs, *[width] * 4]
+        layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+        self.hidden, self.head = nn.Sequential(nn.Flatten(), *layers), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.hidden(x))
 
 
 class Attention(nn.Module):

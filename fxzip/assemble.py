@@ -21,7 +21,7 @@ def merged_parameters(p: Prepared, matchings: Mapping[str, Matching]) -> tuple[d
     """Zipped weights of the shared part, and what every model keeps with U absorbed or explicit."""
     modules = p.graph_modules
     states = [state_of(m) for m in modules]
-    shared = merge_parameters(states, p.spaces, matchings, owned(modules[0], p.cut.shared))
+    shared = merge_parameters(states, p.spaces, matchings, owned(modules[0], p.cut.shared), p.shares)
     return shared, head_parameters(modules, p.cut, p.spaces, matchings, feature_axis(p.spaces), p.args)
 
 
@@ -31,8 +31,9 @@ def assemble(
     """One GraphModule of these parameters."""
     originals = [m.state_dict() for m in models]
     return build(
-        p.graph_modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads, originals=originals
-    )
+        p.graph_modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads, originals=originals,
+        shares=p.shares,
+    )  # fmt: skip
 
 
 def choose_widths(p: Prepared, moments: Moments, budget: float, models: Sequence[nn.Module]) -> dict[str, int]:
@@ -46,7 +47,7 @@ def choose_widths(p: Prepared, moments: Moments, budget: float, models: Sequence
         return assemble(p, *merged_parameters(p, matchings), models, "separate")
 
     while free:
-        widths = allocate(terms, merged, moments, free, budget, len(p.names))
+        widths = allocate(terms, merged, moments, free, budget)
         wrong = probe(build_at, p.spaces, p.graph_modules[0], p.args, widths)
         if not wrong:
             return widths

@@ -37,7 +37,8 @@ def describe(
     device = next((t.device for t in zipped.parameters()), torch.device("cpu"))
     args = tuple(x.to(device) if isinstance(x, Tensor) else x for x in p.args)
     one = rows(args, 1)
-    sizes = [Size(n, *_cost(m.to(device), one)) for n, m in zip(p.names, p.graph_modules, strict=True)]
+    own = [t.graph_module for t in p.unpadded or p.traced]
+    sizes = [Size(n, *_cost(m.to(device), one)) for n, m in zip(p.names, own, strict=True)]
     result = Size("merged", *_cost(zipped, one))
     owners = tuple(zipped.meta[KEY]["targets"])
     private = sum(t.numel() for n, t in zipped.named_parameters() if any(_inside(n, o) for o in owners))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from . import passes
 from .assemble import assemble, merged_parameters
 from .drawing import drawing
 from .errors import InputError
-from .match import Average, Matcher, Matching
+from .match import Average, Matcher
+from .repair import Repair, repair_parameters, split
 from .report import table
 from .rewrite import recompute_statistics, state_of
 from .rewrite.zipped import notes
@@ -73,14 +74,26 @@ class Plane:
     def plot(self, label: str = "loss"):
         """A matplotlib Figure. Raises InputError without matplotlib (the `report` extra)."""
         figure, axes = drawing("Plane.plot", 6, 4.5)
-        drawn = axes.contourf(self.x, self.y, self.values, levels=20, cmap="cividis")
-        figure.colorbar(drawn, ax=axes, label=label)
+        self.draw(figure, axes, label)
+        return figure
+
+    def draw(self, figure: Any, axes: Any, label: str = "loss") -> None:
+        """On given axes: contours at every twentieth of the values, low ones dark, whatever their scale."""
+        every = sorted(v for row in self.values for v in row)
+        levels = sorted({every[round(k * (len(every) - 1) / 20)] for k in range(21)})
+        levels = levels if len(levels) > 1 else [levels[0] - 1e-9, levels[0] + 1e-9]
+        from matplotlib.colors import BoundaryNorm  # pyright: ignore[reportMissingImports]
+
+        drawn = axes.contourf(self.x, self.y, self.values, levels=levels, cmap="cividis",
+                              norm=BoundaryNorm(levels, 256))  # fmt: skip
+        axes.contour(self.x, self.y, self.values, levels=levels[:: max(1, len(levels) // 7)], colors="white",
+                     linewidths=0.4)  # fmt: skip
+        figure.colorbar(drawn, ax=axes, label=label, format="%.2g")
         for name, (x, y) in self.points.items():
             axes.plot([x], [y], marker="o", color="white", markeredgecolor="black")
             axes.annotate(name, (x, y), (0, 8), textcoords="offset points", ha="center", color="white")
         axes.set_xlabel("distance in weights")
         axes.set_aspect("equal")
-        return figure
 
 
 def line(
@@ -88,12 +101,13 @@ def line(
     loader: Iterable | None,
     evaluate: Evaluate,
     *,
-    method: str | Matcher = "permute",
+    method: str | Matcher | Repair = "permute",
     steps: int = 11,
     **options: Any,
 ) -> Line:
     """Interpolate linearly between two models of one task, before and after `method` aligns their features.
 
+    method: one-to-one, also with "+repair" or "+rescale", which set the spread of features right at every step.
     evaluate: a network that answers as the models do -> loss. What makes the outputs stays per model and is mixed
     there, which for a linear head is interpolation too. loader, options (calibration, device, example_inputs,
     forward_fn, until, seed): as for `merge`. Batch-norm statistics are recomputed at every step. The models are not
@@ -108,6 +122,9 @@ def line(
     if not isinstance(models, Sized) or len(models) != 2 or steps < 2:
         raise InputError(f"fxzip.landscape.line: two models and at least 2 steps are needed, not {steps} steps")
     until, seed = options.pop("until", None), options.pop("seed", 0)
+    repair, matcher = split(method)
+    if repair is not None and loader is None:
+        raise InputError(f"fxzip.landscape.line: {repair.name} measures features: pass a loader")
     graph = passes.start(models, loader, call="fxzip.landscape.line", progress=False, **options)
     plan = [passes.Infer(), passes.Cut(until), passes.Read(options.get("calibration", 2048), seed)]
     plan += [passes.Measure(seed)] if loader is not None else []
@@ -115,21 +132,25 @@ def line(
     at = tuple(k / (steps - 1) for k in range(steps))
     for stage in plan:
         graph = stage(graph).graph_module
-    for matcher in (Average(), method):
-        job = passes.job(passes.Match(matcher, seed=seed)(graph).graph_module)
-        found.append(tuple(_at(job, t, evaluate) for t in at))
+    for aligned, post in ((Average(), None), (matcher, repair)):
+        job = passes.job(passes.Match(aligned, seed=seed)(graph).graph_module)
+        found.append(tuple(_at(job, t, evaluate, post) for t in at))
     return Line(at, *found)
 
 
-def _at(job: passes.Job, share: float, evaluate: Evaluate) -> float:
+def _at(job: passes.Job, share: float, evaluate: Evaluate, repair: Repair | None) -> float:
     """The value of the network whose merged features are (1 - share) of the first model's and share of the second's."""
     wrong = [n for n, m in job.matchings.items() if not all(_permutes(m.blocks_unmerge(i)) for i in (0, 1))]
     if wrong:
         raise InputError(f"fxzip.landscape.line: {job.method} is not one-to-one on space {wrong[0]}; take 'permute'")
-    ends = [merged_parameters(job.prepared, {n: _only(m, i) for n, m in job.matchings.items()})[0] for i in (0, 1)]
-    heads = merged_parameters(job.prepared, job.matchings)[1]
-    shared = {n: t.lerp(ends[1][n].to(t), share) if t.is_floating_point() else t for n, t in ends[0].items()}
-    network = assemble(job.prepared, shared, heads, job.models, "separate")
+    p = replace(job.prepared, shares=(1 - share, share))
+    matchings = {n: m.weighted(p.shares) for n, m in job.matchings.items()}
+    shared, heads = merged_parameters(p, matchings)
+    if repair is not None:
+        shared, _ = repair_parameters(
+            p.graph_modules, p.spaces, p.cut, matchings, shared, job.batches, repair.shift, p.shares
+        )  # fmt: skip
+    network = assemble(p, shared, heads, job.models, "separate")
     if job.batches:
         recompute_statistics(network, job.batches, lambda batch: batch)
     return float(evaluate(_Mixed(network, share).eval()))
@@ -161,15 +182,6 @@ class _Mixed(nn.Module):
 def _permutes(unmerge: Tensor) -> bool:
     square = unmerge.shape[0] == unmerge.shape[1]
     return square and bool((unmerge.sum(0) == 1).all() and (unmerge.max(1).values == 1).all())
-
-
-def _only(matching: Matching, model: int) -> Matching:
-    """The merge that takes one model's features alone."""
-    parts = [torch.zeros_like(matching.blocks_merge(i)) for i in range(len(matching.sizes))]
-    parts[model] = matching.blocks_unmerge(model).T
-    unmerge = [torch.zeros_like(matching.blocks_unmerge(i)) for i in range(len(matching.sizes))]
-    unmerge[model] = matching.blocks_unmerge(model)
-    return Matching(torch.cat(parts, 1), torch.cat(unmerge), matching.sizes)
 
 
 @torch.no_grad()

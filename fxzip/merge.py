@@ -15,7 +15,8 @@ from .errors import InputError
 from .match import MATCHERS, Matcher, needs, resolve
 from .measure import invent
 from .measure.moments import Moments
-from .options import wrong_options
+from .nested import apart
+from .options import wrong_options, wrong_weights
 from .prepare import Clock, calibration_batches, measure, prepare
 from .processes import Processes
 from .repair import Repair, split
@@ -32,6 +33,7 @@ def merge(
     until: str | None = None,
     budget: float | None = None,
     heads: str = "separate",
+    model_weights: Sequence[float] | Mapping[str, float] | None = None,
     example_inputs: Any = None,
     calibration: int = 2048,
     moments: Moments | None = None,
@@ -48,7 +50,8 @@ def merge(
     """Merge N networks of one architecture into one; gradient-free, label-free, deterministic.
 
     models: list, or dict task name -> module. They are not changed. Layers that make the outputs (heads) stay
-        per model and may differ in width; everything before them is shared.
+        per model and may differ in width; everything before them is shared, at the widths of the widest model. A
+        merged network is taken for its tasks ("old_a", "old_b" of {"old": ...}).
     loader: any iterable of batches (tensor; tuple or list, labels ignored; dict bound to forward), or a dict
         of loaders, read in turn. The first `calibration` samples are used. "rebasin", "c2m3" and "average" need
         none, but recompute batch-norm statistics if there is one.
@@ -56,7 +59,9 @@ def merge(
         `Repair(Zip())` also sets right the spread of merged features (REPAIR), "+rescale" that alone.
     until: path of the first module that stays per model (`"layer3"`): only what is not downstream is merged.
     budget: FLOPs of the result, times those of one model: widths are chosen to fit. Default: the models' widths.
-    heads: "separate" or "average". example_inputs: one batch, if there is no loader.
+    heads: "separate"; "concat", all outputs side by side along axis 1, as logits over all classes; or "average".
+    model_weights: what each model counts wherever a mean over models is taken, by position or name (default: all
+        alike). example_inputs: one batch, if there is no loader.
     moments: from `collect`, instead of measuring; methods that need no more then work without a loader.
     device: "auto" uses a GPU if there is one.
     verify: prove the inferred spaces on model 0 first; "report": go on when the proof fails, and say so in the
@@ -81,11 +86,12 @@ def merge(
     [(5, 2), (5, 3)]
     """
     clock = Clock()
+    models, loader, model_weights = apart(models, loader, model_weights)
     wrong = wrong_options(
         {"until": until, "budget": budget, "heads": heads, "seed": seed, "device": device, "verify": verify,
          "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments, "resume": resume,
          "distributed": distributed}
-    )  # fmt: skip
+    ) + wrong_weights(model_weights, models)  # fmt: skip
     try:
         repair, solver, matcher = choose(method, budget, len(models) if isinstance(models, Sized) else 2)
     except InputError as error:
@@ -99,7 +105,7 @@ def merge(
     graph = passes.start(
         models, loader, call="fxzip.merge", clock=clock, progress=progress, example_inputs=example_inputs,
         device=device, calibration=calibration, needs_data=needs_data, forward_fn=forward_fn,
-        distributed=distributed,
+        distributed=distributed, model_weights=model_weights,
     )  # fmt: skip
     stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]
     stages += [passes.Prove(seed, strict=verify != "report")] if verify else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from .measure.moments import Moments
 from .processes import wrong_group
 
-HEADS = ("separate", "average")
+HEADS = ("separate", "concat", "average")
 
 
 def wrong_options(options: Mapping[str, Any]) -> list[str]:
@@ -24,13 +24,46 @@ def wrong_options(options: Mapping[str, Any]) -> list[str]:
     return [text for name, rule in _RULES.items() if name in options and (text := rule(options[name]))]
 
 
+def wrong_weights(value: Any, models: Any) -> list[str]:
+    """What is wrong with `model_weights`: a positive number for each of `models`, by position or by name.
+
+    >>> wrong_weights([1, 0], [nn.Identity(), nn.Identity()])
+    ['model_weights must be positive numbers, got 0']
+    """
+    if value is None:
+        return []
+    keyed = isinstance(value, Mapping)
+    if isinstance(value, str) or not isinstance(value, (Mapping, Sequence)):
+        return [f"model_weights must be a list or dict of positive numbers, one for each model, got {value!r}"]
+    if keyed and not (isinstance(models, Mapping) and set(value) == set(models)):
+        named = sorted(map(str, models)) if isinstance(models, Mapping) else "a list"
+        return [f"model_weights has the keys {sorted(map(str, value))}, the models are {named}"]
+    if not keyed and isinstance(models, Sized) and len(value) != len(models):
+        return [f"model_weights has {len(value)} numbers for {len(models)} models"]
+    odd = [w for w in (value.values() if keyed else value) if not _positive(w)]
+    return [f"model_weights must be positive numbers, got {odd[0]!r}"] if odd else []
+
+
+def shares(value: Any, names: Sequence[str]) -> tuple[float, ...]:
+    """`model_weights` in the order of the models, adding up to 1; equal where there are none."""
+    given = [1.0] * len(names) if value is None else [float(w) for w in _in_order(value, names)]
+    return tuple(w / sum(given) for w in given)
+
+
+def _in_order(value: Any, names: Sequence[str]) -> Iterable[float]:
+    return (value[n] for n in names) if isinstance(value, Mapping) else value
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and isfinite(value)
+
+
 def _until(value: Any) -> str:
     return "" if value is None or isinstance(value, str) else f"until must be the path of a module, got {value!r}"
 
 
 def _budget(value: Any) -> str:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = value is None or (number and value > 0 and isfinite(value))
+    fits = value is None or _positive(value)
     return "" if fits else f"budget must be a positive number (FLOPs of the result, times one model), got {value!r}"
 
 

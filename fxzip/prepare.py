@@ -20,6 +20,9 @@ from .infer import FeatureSpace, Spaces, analyse, annotate
 from .match import Weights, read
 from .measure import Checkpoint, Programs, collect_moments, fingerprint, form_of, other_forms, read_batches
 from .measure.moments import Moments, SpaceMoments
+from .nested import apart
+from .options import shares, wrong_weights
+from .padding import Real, pad
 from .processes import ALONE, Processes
 from .rewrite import Partition, owned, partition, unreadable
 from .trace import Traced, bind, describe, first_rows, rows, state_of, trace
@@ -49,7 +52,8 @@ class Prepared:
     """N traced models of one graph; from `infer_spaces` on with its spaces, from `cut_graph` on with its cut.
 
     args: example arguments, two samples. call: what the user called, for messages. models: the user's, see
-    `Checked`; notices: what was done to them.
+    `Checked`; notices: what was done to them. shares: what each counts in the means, adding up to 1.
+    real, unpadded, widest: of models whose widths differ, see `padding`.
     """
 
     call: str
@@ -64,6 +68,10 @@ class Prepared:
     verification: Verification | None = None
     models: tuple[nn.Module, ...] = ()
     notices: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
+    real: Real = field(default_factory=dict)
+    unpadded: tuple[Traced, ...] = ()
+    widest: int = 0
 
     @property
     def graph_modules(self) -> list:
@@ -116,8 +124,10 @@ def begin(
     calibration: int = 2048,
     needs_data: bool = True,
     forward_fn: Callable[..., Any] | None = None,
+    model_weights: Any = None,
 ) -> Prepared:
     """Check the call and trace every model. See `fxzip.merge` for arguments."""
+    models, loader, model_weights = apart(models, loader, model_weights)
     checked: Checked = check_merge(
         models,
         loader,
@@ -126,6 +136,7 @@ def begin(
         calibration=calibration,
         needs_data=needs_data,
         forward_fn=forward_fn,
+        problems=wrong_weights(model_weights, models),
     )
     where = _device(device, checked.models)
     few = first_rows(checked.example, 2)
@@ -138,7 +149,7 @@ def begin(
     args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
     return Prepared(
         call, tuple(checked.names), isinstance(models, Mapping), traced, args, where, checked.loader,
-        models=checked.models, notices=checked.notices,
+        models=checked.models, notices=checked.notices, shares=shares(model_weights, checked.names),
     )  # fmt: skip
 
 
@@ -150,11 +161,24 @@ def compare(call: str, traced: Sequence[Traced], names: Sequence[str]) -> None:
 
 
 def infer_spaces(p: Prepared, strict: bool = False) -> Prepared:
-    """Infer the feature spaces on model 0. Raises InputError where strict and an operator has no rule."""
-    spaces = analyse(p.graph_modules[0], p.args)
+    """Infer the feature spaces on model 0, all models brought to the widths of the widest where that is possible.
+    Raises InputError where strict and an operator has no rule."""
+    p = _of_one_width(p)
+    spaces = analyse(p.graph_modules[p.widest], p.args)
     if strict and spaces.frozen:
         raise InputError.listing(f"{p.call}(strict=True)", [str(f) for f in spaces.frozen])
     return replace(p, spaces=spaces)
+
+
+def _of_one_width(p: Prepared) -> Prepared:
+    found = pad(p.graph_modules, p.args, p.names)
+    if found is None or found.reason:
+        return replace(p, notices=(*p.notices, *([f"widths differ: {found.reason}"] if found else [])))
+    traced = tuple(replace(t, graph_module=g) for t, g in zip(p.traced, found.graph_modules, strict=True))
+    sizes = ", ".join(f"{s} {' and '.join(str(len(r)) for r in real)}" for s, real in found.real.items())
+    notice = f"widths differ ({sizes}): merged at those of {p.names[found.widest]}"
+    return replace(p, traced=traced, unpadded=p.traced, real=found.real, widest=found.widest,
+                   notices=(*p.notices, notice))  # fmt: skip
 
 
 def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
@@ -167,6 +191,10 @@ def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
     first = p.graph_modules[0]
     reasons = [str(f) for f in p.spaces.frozen]
     cut = partition(first, p.spaces.opaque, until, reasons)
+    unpadded = [state_of(t.graph_module) for t in p.unpadded]
+    if p.real and not compare_shapes(unpadded, p.names, owned(first, cut.private)):
+        plain = replace(p, traced=p.unpadded, unpadded=(), real={}, widest=0, notices=p.notices[:-1])
+        return cut_graph(replace(plain, spaces=analyse(plain.graph_modules[0], p.args)), until)
     cut, notices = _above_other_shapes(p, cut, until)
     if until is None:
         cut = _above_unreadable(p, cut)
@@ -212,7 +240,7 @@ def _above_unreadable(p: Prepared, cut: Partition) -> Partition:
 
 def prove(p: Prepared, seed: int = 0, strict: bool = True) -> Prepared:
     """Prove the spaces on model 0. Raises VerificationError when the proof fails, if strict."""
-    verification = verify_spaces(p.traced[0], p.spaces, p.args, seed)
+    verification = verify_spaces(p.traced[p.widest], p.spaces, p.args, seed)
     if strict:
         verification.check()
     return replace(p, verification=verification)
@@ -266,7 +294,8 @@ def measure(
         programs, prepared.merged_spaces(), batches, count, seed=seed, progress=progress, checkpoint=checkpoint,
         processes=processes,
     )  # fmt: skip
-    return replace(found, form=form_of(prepared.args))
+    own = {n: m.restrict(prepared.real[n]) if n in prepared.real else m for n, m in found.items()}
+    return replace(found, spaces=own, form=form_of(prepared.args))
 
 
 def calibration_batches(prepared: Prepared, count: int, seed: int, processes: Processes = ALONE) -> list[tuple]:

@@ -121,12 +121,13 @@ def repair_parameters(
     shared: Mapping[str, Tensor],
     batches: Sequence[tuple],
     shift: bool = True,
+    shares: Sequence[float] | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The merged parameters `shared` with every feature's mean and deviation set right, and notices.
 
     batches: positional arguments, run through all models and twice through the merged weights: while one pass
     corrects every layer batch by batch, all later layers are measured on what they will read; the second corrects
-    by what the first one found, and gives what is written.
+    by what the first one found, and gives what is written. shares: what every model counts in the means.
     Batch-norm statistics have to be recomputed afterwards. Raises InputError where features have no counterpart.
     """
     mixed = [n for n, m in matchings.items() if bool((m.merge < 0).any())]
@@ -143,7 +144,7 @@ def repair_parameters(
         both = []
         for k in range(2):
             states = [{s.bias: r[s.value][k] for s in sites} for r in results]
-            both.append(merge_parameters(states, spaces, matchings, [s.bias for s in sites]))
+            both.append(merge_parameters(states, spaces, matchings, [s.bias for s in sites], shares))
         return {s.value: (both[0][s.bias], both[1][s.bias]) for s in sites}
 
     target = merged([{n: s.result() for n, s in p.items()} for p in parents])

@@ -91,7 +91,6 @@ def allocate(
     moments: Moments,
     free: Collection[str],
     budget: float,
-    models: int,
     round_to: int = 8,
 ) -> dict[str, int]:
     """Widths [space -> m] of the `free` spaces whose FLOPs stay within `budget` times one network's.
@@ -107,12 +106,13 @@ def allocate(
             f"budget={budget}: the narrowest merge costs {least:.2f} times one network; allow that or more"
         )
     left = {s: _unexplained(moments[s].correlation()) for s in size}
+    most = {s: sum(moments[s].sizes) for s in size}
     growing = set(size)
     while growing:
         now = flops(terms, {s: width[s] / size[s] for s in size})
         best, gain = None, 0.0
         for s in sorted(growing):
-            wider = min(width[s] + round_to, models * size[s])
+            wider = min(width[s] + round_to, most[s])
             extra = flops(terms, {k: (wider if k == s else width[k]) / size[k] for k in size}) - now
             if wider == width[s] or now + extra > budget * one:
                 growing.discard(s)
@@ -121,7 +121,7 @@ def allocate(
             if best is None or value > gain:
                 best, gain = s, value
         if best is not None:
-            width[best] = min(width[best] + round_to, models * size[best])
+            width[best] = min(width[best] + round_to, most[best])
     return width
 
 

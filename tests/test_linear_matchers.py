@@ -12,7 +12,7 @@ from scipy.optimize import linprog
 from torch import nn
 
 import fxzip
-from fxzip import CCA, InputError, Pair, Permute, Rebasin, SpaceError, Transport, Unmerge, Zip, greedy_soup
+from fxzip import CCA, InputError, Pair, Permute, Transport, Unmerge, Zip, greedy_soup
 from fxzip.match.matching import Affinity
 from fxzip.match.pair import pairing
 from fxzip.match.transport import sinkhorn
@@ -155,15 +155,41 @@ def test_copies_are_unmerged_as_copies():
     assert torch.equal(Unmerge(Permute())(m, 6).unmerge, Permute()(m, 6).unmerge)
 
 
-def test_settings_and_unequal_widths_are_refused():
-    with pytest.raises(InputError, match="Unmerge: rebasin looks at weights; a matcher of activations is needed"):
-        Unmerge(Rebasin())
+@pytest.mark.parametrize("first", [True, False], ids=["narrow first", "wide first"])
+def test_a_narrower_model_maps_into_the_widest(first):
+    """Features that the narrow model shares with the wide one meet theirs, wherever it stands."""
+    wide = features(7, 1)
+    parts = [wide[:, [5, 0, 3, 6]], wide][:: 1 if first else -1]
+    narrow, other = (0, 1) if first else (1, 0)
+    for matcher in (CCA(ridge=1e-6), Transport(0.005)):
+        found = matcher(moments_of(*parts), 7)
+        assert found.sizes == tuple(p.shape[1] for p in parts)
+        assert torch.equal(found.blocks_merge(other) * 2, torch.eye(7, dtype=torch.float64))
+        assert found.blocks_unmerge(narrow).argmax(1).tolist() == [5, 0, 3, 6], matcher.name
+        if isinstance(matcher, CCA):  # transport has to hand out the weight of the other three
+            close = found.blocks_unmerge(narrow) @ wide.double().T - parts[narrow].double().T
+            assert close.abs().max() < 1e-2
+
+
+def test_the_best_unmerge_of_a_matcher_of_weights():
+    """U is the regression on what MuDSC merged; M and everything else are its own."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)).eval() for _ in range(2)]
+    x = torch.randn(256, 5)
+    moments = fxzip.collect(nets, [x], progress=False)
+    spaces = fxzip.inspect(nets[0], x[:2])
+    weights = fxzip.match.Weights.of([n.state_dict() for n in nets], list(spaces))
+    plain, found = (
+        fxzip.match.match(spaces, moments, m, models=2, weights=weights)["s0"]
+        for m in (fxzip.MuDSC(), Unmerge(fxzip.MuDSC(), ridge=0.0))
+    )
+    assert torch.equal(found.merge, plain.merge)
+    torch.testing.assert_close(found.unmerge, fxzip.match.optimal_unmerge(plain.merge, moments["s0"], 0.0))
+
+
+def test_settings_are_refused():
     with pytest.raises(InputError, match="Unmerge: ridge must be 0 or more, not -1"):
         Unmerge(ridge=-1)
-    x = features(11, 1)
-    for matcher in (CCA(), Transport()):
-        with pytest.raises(SpaceError, match=f"{matcher.name}: the models have \\(4, 7\\) features; use 'permute'"):
-            matcher(moments_of(x[:, :4], x[:, 4:]), 7)
     with pytest.raises(InputError, match="CCA: ridge must be 0 or more, not -1"):
         CCA(-1)
     with pytest.raises(InputError, match="Transport: regularise must be above 0, not 0; use 'permute'"):

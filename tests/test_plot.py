@@ -97,6 +97,18 @@ def test_alignment_removes_the_barrier_between_copies(models):
     assert "barrier:" in str(found) and len(found.plot().axes[0].lines) == 2
 
 
+def test_repair_on_the_line(models):
+    """The ends are the models; between them it is what merge gives with these weights."""
+    plain = [nn.Sequential(*(m for m in net if not isinstance(m, nn.BatchNorm1d))) for net in models.values()]
+    seen: list[Tensor] = []
+    landscape.line(plain, [X], lambda net: seen.append(net(X)) or 0.0, method="permute+repair", steps=5)
+    torch.testing.assert_close(seen[5], plain[0](X), atol=1e-4, rtol=1e-3)
+    zipped = fxzip.merge(plain, [X], method="permute+repair", model_weights=[3, 1], heads="average", progress=False)
+    torch.testing.assert_close(seen[6], zipped(X), atol=1e-4, rtol=1e-3)
+    with pytest.raises(InputError, match="repair measures features: pass a loader"):
+        landscape.line(plain, None, lambda net: 0.0, method="permute+repair", example_inputs=X[:2])
+
+
 def test_ends_of_the_line_are_the_models(models):
     """At share 0 the first model's outputs are its own, at 1 the second's."""
     ends: list[Tensor] = []

@@ -102,6 +102,7 @@ def run(
         until=recipe.until,
         budget=recipe.budget,
         heads=recipe.heads,
+        model_weights=recipe.model_weights,
         example_inputs=job.example,
         calibration=recipe.calibration,
         seed=recipe.seed,

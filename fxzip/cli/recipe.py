@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -69,7 +69,8 @@ class Recipe(_Strict):
     parameters: dict[str, Any] = {}
     until: str | None = None
     budget: float | None = Field(None, ge=0.1)
-    heads: Literal["separate", "average"] = "separate"
+    heads: Literal["separate", "concat", "average"] = "separate"
+    model_weights: list[Annotated[float, Field(gt=0)]] | None = None
     data: Data | None = None
     calibration: int = Field(2048, ge=1)
     seed: int = Field(0, ge=0)

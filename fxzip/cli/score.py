@@ -71,6 +71,8 @@ def scores(zipped: nn.Module, read: Read, test: Test, parents: bool, trust_code:
     """The table: a row per network, a column per task."""
     tasks = list(test.classes)
     logits, labels = _logits(zipped, test)
+    if read.recipe.heads == "concat":
+        logits = list(logits[0].split([len(c) for c in test.classes.values()], 1))
     rows = [("merged", logits)]
     if parents:
         networks = job.prepared(read, trust_code).networks

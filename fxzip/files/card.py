@@ -46,7 +46,7 @@ print(fxzip.report(zipped))
 def card(plan: Plan) -> str:
     """The text of README.md."""
     tasks = ", ".join(f"`{t}`" for t in plan.tasks)
-    mean = "the mean of the models' outputs"
+    mean, beside = "the mean of the models' outputs", "the outputs of all tasks side by side, in this order"
     each = (
         "a dict of outputs by task" if plan.as_dict else f"a tuple of {len(plan.tasks)} outputs, one per task"
     )
@@ -54,7 +54,7 @@ def card(plan: Plan) -> str:
     return CARD_TEXT.format(
         count=len(plan.tasks), what=_what(plan, tasks), facts=_facts(plan.report) if plan.report else "",
         tensors=TENSORS, plan=PLAN, fxzip=plan.fxzip, torch=plan.torch, first=first, task=plan.tasks[0],
-        outputs=mean if plan.heads == "average" else each,
+        outputs={"separate": each, "concat": beside}.get(plan.heads, mean),
         summary=plan.summary or "none: not made by fxzip.merge",
     )  # fmt: skip
 

@@ -109,8 +109,9 @@ def _rebuilt(
         heads = Heads(tuple(private), _unmerges(plan, held, device), frozenset(), plan.cloned)
         args = example_from_json(plan.example, device, torch.Generator().manual_seed(0))
         return build(
-            graph_modules, plan.cut, shared, heads, plan.tasks, args, as_dict=plan.as_dict, heads=plan.heads
-        )
+            graph_modules, plan.cut, shared, heads, plan.tasks, args, as_dict=plan.as_dict, heads=plan.heads,
+            shares=plan.shares,
+        )  # fmt: skip
     except (FxzipError, LookupError, RuntimeError, TypeError) as error:
         raise InputError(f"load: {PLAN} and model_fn give no network that runs: {error}") from error
 

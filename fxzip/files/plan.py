@@ -73,6 +73,7 @@ class Plan:
     untouched: Mapping[str, Mapping[str, str]]
     aliases: Mapping[str, str]
     state_names: tuple[str, ...] | None
+    shares: tuple[float, ...] = ()
 
 
 def read_plan(path: Path) -> Plan:

@@ -155,6 +155,7 @@ def _plan(
         untouched=untouched,
         aliases=info["aliases"],
         state_names=info["state_names"],
+        shares=info["shares"],
     )  # fmt: skip
 
 

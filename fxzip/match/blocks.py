@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ def match_once(
     matcher: Matcher,
     widths: Mapping[str, int] | None = None,
     models: int | None = None,
+    real: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> dict[str, Matching]:
     """One Matching per space, parents before children, each an element of the space's own group structure.
 
@@ -32,7 +33,8 @@ def match_once(
 
     widths: merged width of spaces, default the widest model's; a space with blocks of one size may get
     (number of blocks) * (block width), if its blocks are contiguous. models: how many there are, needed only
-    without any moments. Raises SpaceError naming the space where a width or the models' sizes do not fit,
+    without any moments. real: where the models' widths differ, which of a space's features every model has; moments
+    and matchings are of those. Raises SpaceError naming the space where a width or the models' sizes do not fit,
     InputError for unknown names.
 
     >>> from fxzip.measure import SpaceMoments
@@ -50,15 +52,16 @@ def match_once(
     count = _count(moments, models)
     found: dict[str, Matching] = {}
     for family in families(every):
-        sizes = {s.name: _sizes(s, moments.get(s.name), count) for s in family}
+        own = {s.name: (real or {}).get(s.name, (np.arange(s.size),) * count) for s in family}
+        sizes = {s.name: _sizes(moments.get(s.name), own[s.name]) for s in family}
         wanted = {s.name: (widths or {}).get(s.name, max(sizes[s.name])) for s in family}
         if len(family) == 1 and not family[0].parents:
             space = family[0]
             found[space.name] = _plain(
-                space, moments.get(space.name), matcher, wanted[space.name], sizes[space.name]
+                space, moments.get(space.name), matcher, wanted[space.name], own[space.name]
             )
         else:
-            found |= _Family(family, moments, sizes, wanted).match(matcher)
+            found |= _Family(family, moments, sizes, wanted, own).match(matcher)
     return {space.name: found[space.name] for space in every}
 
 
@@ -70,8 +73,8 @@ def _count(moments: Mapping[str, Evidence], models: int | None) -> int:
     return counts.pop()
 
 
-def _sizes(space: FeatureSpace, moments: Evidence | None, count: int) -> tuple[int, ...]:
-    return moments.sizes if moments else (space.size,) * count
+def _sizes(moments: Evidence | None, own: Sequence[np.ndarray]) -> tuple[int, ...]:
+    return moments.sizes if moments else tuple(len(o) for o in own)
 
 
 def families(spaces: Sequence[FeatureSpace]) -> list[list[FeatureSpace]]:
@@ -85,13 +88,19 @@ def families(spaces: Sequence[FeatureSpace]) -> list[list[FeatureSpace]]:
     return found
 
 
+def free(space: FeatureSpace, parents: Collection[str]) -> bool:
+    """Whether any M and U fit inside its blocks. parents: the spaces that are any's parents."""
+    loose = not space.parents or len(np.unique(space.blocks)) < space.size
+    return loose and space.name not in parents and not space.orthogonal_only
+
+
 def _plain(
-    space: FeatureSpace, moments: Evidence | None, matcher: Matcher, width: int, sizes: tuple[int, ...]
+    space: FeatureSpace, moments: Evidence | None, matcher: Matcher, width: int, own: Sequence[np.ndarray]
 ) -> Matching:
     if moments is None:
         if width != space.size:
             raise SpaceError(f"{space.name}: without moments its width {space.size} cannot become {width}")
-        return from_slots(np.tile(np.arange(width), len(sizes)), width, sizes)
+        return from_slots(np.concatenate(own), width, [len(o) for o in own])
     if space.orthogonal_only and matcher.correspondence == "free":
         matcher = Permute()
     return _run(space.name, matcher, moments, width)
@@ -113,16 +122,18 @@ class _Family:
         moments: Mapping[str, Evidence],
         sizes: Mapping[str, tuple[int, ...]],
         widths: Mapping[str, int],
+        own: Mapping[str, Sequence[np.ndarray]],
     ) -> None:
-        self.spaces, self.moments, self.sizes, self.widths = spaces, moments, sizes, widths
+        self.spaces, self.moments, self.sizes, self.widths, self.own = spaces, moments, sizes, widths, own
         self.parents = {parent.space for space in spaces for parent in space.parents}
         for space in spaces:
-            if set(sizes[space.name]) != {space.size}:
+            if sizes[space.name] != tuple(len(o) for o in own[space.name]):
                 raise SpaceError(
                     f"{space.name}: the models have {sizes[space.name]} features here, but with blocks "
                     f"({space.structure}) every model needs {space.size}"
                 )
         self.known = {s.name: similarity(moments[s.name]) for s in spaces if s.name in moments}
+        self.wide = {s.name: _spread(self.known[s.name], own[s.name], s.size) for s in spaces if s.name in self.known}
 
     def match(self, matcher: Matcher) -> dict[str, Matching]:
         slots = self._slots(matcher)
@@ -137,9 +148,9 @@ class _Family:
             Layer(
                 space.name,
                 space.size,
-                self.sizes[space.name],
+                (space.size,) * count,
                 tuple((parent.space, parent.index) for parent in space.parents),
-                self.known.get(space.name),
+                self.wide.get(space.name),
             )
             for space in self.spaces
         ]
@@ -147,42 +158,51 @@ class _Family:
 
     def _one(self, space: FeatureSpace, slots: list[Slots], matcher: Matcher) -> Matching:
         here = [s[space.name] for s in slots]
-        free = (
-            matcher.correspondence == "free"
-            and space.name in self.known
-            and space.name not in self.parents
-            and not space.orthogonal_only
-            and len(np.unique(space.blocks)) < space.size
-        )
         width = self.widths[space.name]
-        if free:
+        if matcher.correspondence == "free" and space.name in self.known and free(space, self.parents):
             return self._inside(space, here, matcher, width)
         if width != space.size:
             why = "it groups other features" if space.name in self.parents else "only permutations fit here"
             raise SpaceError(f"{space.name}: its width {space.size} cannot become {width}: {why}")
-        return from_slots(
-            np.concatenate(here), space.size, self.sizes[space.name], self.known.get(space.name)
-        )
+        real = np.concatenate([s[o] for s, o in zip(here, self.own[space.name], strict=True)])
+        return from_slots(real, space.size, self.sizes[space.name], self.known.get(space.name))
 
     def _inside(self, space: FeatureSpace, slots: list[np.ndarray], matcher: Matcher, width: int) -> Matching:
         """Run the matcher within every set of matched blocks and put the pieces together."""
         members = _members(space.blocks)
         targets = _targets(space, members, width)
-        starts = np.arange(len(slots)) * space.size
-        merge = torch.zeros(width, len(slots) * space.size, dtype=torch.float64)
+        sizes, own = self.sizes[space.name], self.own[space.name]
+        starts = np.cumsum((0, *sizes))[:-1]
+        merge = torch.zeros(width, sum(sizes), dtype=torch.float64)
         unmerge = merge.T.clone()
         quality = []
         for block, rows in zip(members, targets, strict=True):
             # Sorted by slot: the matcher sees every model in model 0's order.
-            inside = [np.argsort(s)[block] for s in slots]
+            inside = [_among(o, np.argsort(s)[block]) for s, o in zip(slots, own, strict=True)]
             part = _run(space.name, matcher, self.moments[space.name].restrict(inside), len(rows))
             columns = torch.from_numpy(np.concatenate([f + o for f, o in zip(inside, starts, strict=True)]))
             merge[torch.from_numpy(rows)[:, None], columns] = part.merge
             unmerge[columns[:, None], torch.from_numpy(rows)] = part.unmerge
             quality.append((part.quality, len(block)))
-        sizes, identity = self.sizes[space.name], np.tile(np.arange(space.size), len(slots))
-        baseline = mean_correlation(identity, sizes, self.known[space.name])
+        baseline = mean_correlation(np.concatenate(own), sizes, self.known[space.name])
         return Matching(merge, unmerge, sizes, _mean(quality), baseline)
+
+
+def _spread(known: np.ndarray, own: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """Similarities of the models' own features among `size` of each; the others are like none. [N size, N size]"""
+    places = np.concatenate([o + i * size for i, o in enumerate(own)])
+    if len(places) == len(own) * size:
+        return known
+    wide = np.zeros((len(own) * size,) * 2)
+    wide[np.ix_(places, places)] = known
+    return wide
+
+
+def _among(own: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """The features that a model has, as indices into its own, in the order given."""
+    rank = np.full(max(int(own.max(initial=-1)), int(features.max(initial=-1))) + 1, -1)
+    rank[own] = np.arange(len(own))
+    return rank[features][rank[features] >= 0]
 
 
 def _members(blocks: np.ndarray) -> list[np.ndarray]:

@@ -9,21 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, SpaceError
+from ..errors import InputError
 from ..measure.moments import SpaceMoments
 from .matching import Correspondence, Matching, mean_correlation, similarity
 
 
 @dataclass(frozen=True)
 class CCA:
-    """Maps every model's features into model 0's by canonical correlation analysis, then averages.
+    """Maps every model's features into those of one (the first of the widest) by canonical correlation analysis, then
+    averages.
 
     Horoi et al., "Harmony in Diversity", ICML 2024, section 4: with canonical directions P_0, P_i (columns) of the
     covariances S, T_i = P_0^-T P_i^T, M = [I, T_1, ...] / N and U = stacked T_i^-1. In closed form
-    T = S_0^1/2 A B^T S_i^-1/2, where A, B are the singular vectors of S_0^-1/2 S_0i S_i^-1/2. `ridge`, times the
+    T = S_0^1/2 A B^T S_i^-1/2, where A, B are the singular vectors of S_0^-1/2 S_0i S_i^-1/2 (of a narrower model, T
+    has no inverse, and U the pseudo-inverse in whitened coordinates). `ridge`, times the
     mean variance, is added to every variance. A non-linearity does not commute with T: expect less than of
     a pairing unless what follows is fitted ("solve").
-    Raises InputError for ridge < 0 or any width but the models', SpaceError when the models' widths differ.
+    Raises InputError for ridge < 0 or any width but the widest model's.
     """
 
     ridge: float = 1e-2
@@ -38,26 +40,23 @@ class CCA:
             raise InputError(f"CCA: ridge must be 0 or more, not {self.ridge}")
 
     def __call__(self, moments: SpaceMoments, width: int) -> Matching:
-        """moments of N n features, width n -> M [n, N n], U [N n, n]."""
-        sizes = moments.sizes
-        if len(set(sizes)) > 1:
-            raise SpaceError(f"cca: the models have {sizes} features; use 'permute', 'zip' or 'select'")
-        n, models = sizes[0], len(sizes)
+        """moments of Sn features, width n = max n_i -> M [n, Sn], U [Sn, n]."""
+        sizes, n = moments.sizes, max(moments.sizes)
         if width != n:
             raise InputError(f"cca: the width must be {n}, the models' own, not {width}; use 'zip' or 'select'")
-        covariance = moments.covariance().cpu().reshape(models, n, models, n)
-        roots = [_roots(covariance[i, :, i], self.ridge) for i in range(models)]
-        eye = torch.eye(n, dtype=torch.float64)
-        maps, back = [eye], [eye]
-        for i in range(1, models):
-            a, _, b = torch.linalg.svd(roots[0][1] @ covariance[0, :, i] @ roots[i][1])
-            turn = a @ b
-            maps.append(roots[0][0] @ turn @ roots[i][1])  # f_0 ~ T f_i
-            back.append(roots[i][0] @ turn.T @ roots[0][1])
-        merge = torch.cat(maps, 1) / models
-        local = np.tile(np.arange(n), models)
+        covariance, first = moments.covariance().cpu(), sizes.index(n)
+        of = [covariance[rows] for rows in torch.arange(sum(sizes)).split(sizes)]  # per model [n_i, Sn]
+        roots = [_roots(own.split(sizes, 1)[i], self.ridge) for i, own in enumerate(of)]
+        maps, back = [], []
+        for i, cross in enumerate(of[first].split(sizes, 1)):
+            a, _, b = torch.linalg.svd(roots[first][1] @ cross @ roots[i][1], full_matrices=False)
+            turn = a @ b if i != first else torch.eye(n, dtype=torch.float64)
+            maps.append(roots[first][0] @ turn @ roots[i][1])  # f_0 ~ T f_i
+            back.append(roots[i][0] @ turn.T @ roots[first][1])
+        maps[first] = back[first] = torch.eye(n, dtype=torch.float64)
+        local = np.concatenate([np.arange(k) for k in sizes])
         return Matching(
-            merge, torch.cat(back), sizes, _quality(moments, maps),
+            torch.cat(maps, 1) / len(sizes), torch.cat(back), sizes, _quality(moments, maps, first),
             mean_correlation(local, sizes, similarity(moments)),
         )  # fmt: skip
 
@@ -70,12 +69,13 @@ def _roots(covariance: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
 
 
-def _quality(moments: SpaceMoments, maps: list[Tensor]) -> float:
-    """Mean correlation of model 0's features with every other model's, mapped; NaN for a single model."""
-    n = moments.sizes[0]
+def _quality(moments: SpaceMoments, maps: list[Tensor], first: int) -> float:
+    """Mean correlation of one model's features with every other model's, mapped; NaN for a single model."""
+    n = len(maps[0])
     blocks = torch.block_diag(*maps)
-    mapped = blocks @ moments.covariance().cpu() @ blocks.T
+    mapped = blocks @ moments.covariance().cpu() @ blocks.T  # [N n, N n]
     scale = mapped.diagonal().clamp(min=0).sqrt()
-    value = [mapped[:n, k * n : (k + 1) * n].diagonal() / (scale[:n] * scale[k * n : (k + 1) * n]).clamp(min=1e-30)
-             for k in range(1, len(maps))]  # fmt: skip
+    parts = torch.arange(len(mapped)).split(n)
+    value = [mapped[parts[first], p] / (scale[parts[first]] * scale[p]).clamp(min=1e-30)
+             for k, p in enumerate(parts) if k != first]  # fmt: skip
     return float(torch.cat(value).clamp(-1, 1).mean()) if value else float("nan")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -50,9 +50,52 @@ class Matching:
         """m, the number of merged features."""
         return len(self.merge)
 
+    def expanded(self, real: Sequence[np.ndarray], size: int) -> Matching:
+        """The same over `size` features of every model, of which its own are `real[i]`; nothing is made of the others
+        or read off for them.
+
+        >>> m = Matching(torch.full((1, 2), 0.5), torch.ones(2, 1), (1, 1))
+        >>> m.expanded([np.array([0]), np.array([1])], 2).merge
+        tensor([[0.5000, 0.0000, 0.0000, 0.5000]], dtype=torch.float64)
+        """
+        places = torch.from_numpy(np.concatenate([r + i * size for i, r in enumerate(real)]))
+        merge = torch.zeros(self.width, len(real) * size, dtype=torch.float64)
+        unmerge = torch.zeros(len(real) * size, self.width, dtype=torch.float64)
+        merge[:, places], unmerge[places] = self.merge, self.unmerge
+        return replace(self, merge=merge, unmerge=unmerge, sizes=(size,) * len(real))
+
+    def narrowed(self, real: Sequence[np.ndarray]) -> Matching:
+        """What `expanded` was given."""
+        places = torch.from_numpy(np.concatenate([r + o for r, o in zip(real, self._starts, strict=True)]))
+        sizes = tuple(len(r) for r in real)
+        return replace(self, merge=self.merge[:, places], unmerge=self.unmerge[places], sizes=sizes)
+
+    @property
+    def _starts(self) -> list[int]:
+        return np.cumsum((0, *self.sizes))[:-1].tolist()
+
     def blocks_merge(self, model: int) -> Tensor:
         """The columns of M for one model. [m, n_i]"""
         return self.merge.split(self.sizes, 1)[model]
+
+    def weighted(self, shares: Sequence[float]) -> Matching:
+        """The same correspondence, model i's features counting `shares[i]` in every mean. U stays.
+
+        A merged feature keeps the sum of its weights: of features of one model alone nothing changes. Rows with
+        negative entries ("cca") are sums over models, and get N shares[i] times each model's part.
+
+        >>> Matching(torch.full((1, 2), 0.5), torch.ones(2, 1), (1, 1)).weighted([0.75, 0.25]).merge
+        tensor([[0.7500, 0.2500]], dtype=torch.float64)
+        """
+        if len(set(shares)) == 1:
+            return self
+        parts = self.merge.split(self.sizes, 1)
+        share = torch.tensor(shares, dtype=torch.float64)[:, None]  # [N, 1]
+        mass = torch.stack([p.sum(1) for p in parts])  # [N, m]
+        signed = (self.merge < 0).any(1)
+        scale = mass.sum(0) / (share * mass).sum(0)
+        scale = torch.where(signed | (mass.sum(0) == 0), torch.full_like(scale, len(parts)), scale) * share
+        return replace(self, merge=torch.cat([p * s[:, None] for p, s in zip(parts, scale, strict=True)], 1))
 
     def blocks_unmerge(self, model: int) -> Tensor:
         """The rows of U for one model. [n_i, m]"""

@@ -13,12 +13,13 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, SpaceError
 from ..infer.spaces import FeatureSpace, Spaces
 from ..measure.moments import SpaceMoments
 from .average import Average
-from .blocks import families, match_once
+from .blocks import families, free, match_once
 from .matching import Affinity, Matcher, Matching, Matchings, mean_correlation, needs, similarity
+from .unmerge import Unmerge
 from .weights import Weights
 
 GAIN = 1e-9  # of the weights' norm: what a better agreement must gain at least
@@ -62,17 +63,49 @@ def match(
     models: int | None = None,
     weights: Weights | None = None,
     seed: int = 0,
+    shares: Sequence[float] = (),
+    real: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> Matchings:
-    """One Matching per space, parents before children: see `match_once` for all arguments but the last two.
+    """One Matching per space, parents before children: see `match_once` for all arguments but the next three.
 
     weights: of all models, for a matcher that compares them; `seed` is for the order of its sweeps. Where they
     start: "activations" (their moments alone), "order" (features as they are), or "sorted": one pass in which
-    weights are sorted along the axes of spaces that come later, which finds an exact copy at once.
+    weights are sorted along the axes of spaces that come later, which finds an exact copy at once. shares: what
+    every model counts in the means (default: all alike); a least-squares unmerge comes after those.
     `.notices` say how it went. Raises InputError when weights are needed and not given.
     """
     every = list(spaces)
-    if "weights" not in needs(matcher):
-        return Matchings(match_once(every, moments, matcher, widths, models))
+    plain = matcher.matcher if isinstance(matcher, Unmerge) else matcher
+    if real and ("weights" in needs(plain) or plain.correspondence == "identity"):
+        name, own = next(iter(real.items()))
+        raise SpaceError(
+            f"{name}: the models have {' and '.join(str(len(o)) for o in own)} features here, and {plain.name} needs as"
+            " many in each; use 'permute', 'zip', 'pair' or 'solve', or until= to keep this part per model"
+        )
+    found = (
+        _by_weights(every, moments, plain, widths, models, weights, seed)
+        if "weights" in needs(plain)
+        else Matchings(match_once(every, moments, plain, widths, models, real))
+    )
+    result = Matchings({name: m.weighted(shares) for name, m in found.items()} if shares else found)
+    if isinstance(matcher, Unmerge):
+        above = {p.space for s in every for p in s.parents}
+        for s in every:
+            if s.name in moments and free(s, above):
+                result[s.name] = matcher.inside(s, result[s.name], moments[s.name])
+    result.notices = found.notices
+    return result
+
+
+def _by_weights(
+    every: list[FeatureSpace],
+    moments: Mapping[str, SpaceMoments],
+    matcher: Matcher,
+    widths: Mapping[str, int] | None,
+    models: int | None,
+    weights: Weights | None,
+    seed: int,
+) -> Matchings:
     if weights is None:
         raise InputError(f"match: {matcher.name} compares weights; pass weights=Weights.of(states, spaces)")
     count = models or max((len(t) for t in weights.tensors.values()), default=0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from ..errors import InputError, SpaceError
+from ..errors import InputError
 from .matching import Correspondence, Evidence, Matching, mean_correlation, similarity
 
 ERROR, STEPS = 1e-7, 300  # of the marginals; Sinkhorn iterations at most
@@ -16,13 +17,13 @@ ERROR, STEPS = 1e-7, 300  # of the marginals; Sinkhorn iterations at most
 
 @dataclass(frozen=True)
 class Transport:
-    """Every feature of model 0 meets a weighted mean of the features of each other model.
+    """Every feature of one model (the first of the widest) meets a weighted mean of the features of each other.
 
     Singh and Jaggi, "Model Fusion via Optimal Transport", NeurIPS 2020, section 4; soft, as in Imfeld et al.,
     "Transformer Fusion with Optimal Transport", ICLR 2024: T minimises <T, 1 - correlation> - regularise *
     entropy(T) over couplings with uniform marginals (Cuturi 2013, Sinkhorn), M = [I, n T_1, ...] / N and
-    U = stacked n T_i^T. With regularise -> 0 this is "permute".
-    Raises InputError for regularise <= 0 or any width but the models', SpaceError when the models' widths differ.
+    U = stacked n_i T_i^T. With regularise -> 0 and equal widths this is "permute".
+    Raises InputError for regularise <= 0 or any width but the widest model's.
     """
 
     regularise: float = 0.02
@@ -37,23 +38,27 @@ class Transport:
             raise InputError(f"Transport: regularise must be above 0, not {self.regularise}; use 'permute'")
 
     def __call__(self, moments: Evidence, width: int) -> Matching:
-        """moments of N n features, width n -> M [n, N n], U [N n, n]."""
-        sizes, n = moments.sizes, moments.sizes[0]
-        if len(set(sizes)) > 1:
-            raise SpaceError(f"transport: the models have {sizes} features; use 'permute', 'zip' or 'select'")
+        """moments of Sn features, width n = max n_i -> M [n, Sn], U [Sn, n]."""
+        sizes, n = moments.sizes, max(moments.sizes)
         if width != n:
             raise InputError(f"transport: the width must be {n}, the models' own, not {width}; use 'zip' or 'select'")
-        alike = similarity(moments)
-        soft = [np.eye(n)] + [sinkhorn(alike[:n, k * n : (k + 1) * n], self.regularise) for k in range(1, len(sizes))]
-        maps = torch.from_numpy(np.concatenate(soft, 1))  # [n, N n]
-        met = [float((t * alike[:n, k * n : (k + 1) * n]).sum(1).mean()) for k, t in enumerate(soft)][1:]
-        local = np.tile(np.arange(n), len(sizes))
-        quality = float(np.mean(met)) if met else float("nan")
-        return Matching(maps / len(sizes), maps.T.contiguous(), sizes, quality, mean_correlation(local, sizes, alike))
+        alike, first = similarity(moments), sizes.index(n)
+        starts = np.cumsum((0, *sizes))
+        own = slice(starts[first], starts[first] + n)
+        met = [alike[own, a:b] for a, b in pairwise(starts.tolist())]  # per model [n, n_i]
+        soft = [np.eye(n) if k == first else sinkhorn(m, self.regularise) for k, m in enumerate(met)]
+        maps = torch.from_numpy(np.concatenate(soft, 1))  # rows of every model add up to 1  [n, Sn]
+        back = [t.T * (len(t.T) / n) for t in soft]  # and so do those of U
+        others = [float((t * m).sum(1).mean()) for k, (t, m) in enumerate(zip(soft, met, strict=True)) if k != first]
+        local = np.concatenate([np.arange(k) for k in sizes])
+        quality = float(np.mean(others)) if others else float("nan")
+        return Matching(maps / len(sizes), torch.from_numpy(np.concatenate(back)), sizes, quality,
+                        mean_correlation(local, sizes, alike))  # fmt: skip
 
 
 def sinkhorn(score: np.ndarray, regularise: float) -> np.ndarray:
-    """The doubly stochastic matrix proportional to exp(score / regularise) up to row and column scales. [n, n]
+    """The matrix proportional to exp(score / regularise) up to row and column scales, whose rows add up to 1 and whose
+    columns add up to n / k. [n, k]
 
     In logarithms; after STEPS iterations it is taken as it is, rows exact.
 
@@ -63,9 +68,9 @@ def sinkhorn(score: np.ndarray, regularise: float) -> np.ndarray:
     """
     from scipy.special import logsumexp
 
-    log = score / regularise
+    log, share = score / regularise, np.log(score.shape[0] / max(score.shape[1], 1))
     for _ in range(STEPS):
-        log = log - logsumexp(log, 0, keepdims=True)
+        log = log - logsumexp(log, 0, keepdims=True) + share
         rows = logsumexp(log, 1, keepdims=True)
         log = log - rows
         if np.abs(np.expm1(rows)).max() < ERROR:

@@ -45,6 +45,12 @@ class Job:
     settings: Mapping[str, str] = field(default_factory=dict)
     processes: Processes = ALONE
 
+    @property
+    def measured_matchings(self) -> Matchings:
+        """As the moments are: of models whose widths differ, over the features that each has."""
+        real = self.prepared.real
+        return Matchings({s: m.narrowed(real[s]) if s in real else m for s, m in self.matchings.items()})
+
     def __deepcopy__(self, memo: dict) -> Job:
         return self  # a value: a deepcopy of the graph need not copy the models
 

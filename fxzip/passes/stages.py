@@ -37,7 +37,9 @@ class Infer(Stage):
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         compare(now.prepared.call, now.prepared.traced, now.prepared.names)
-        return graph, replace(now, prepared=infer_spaces(now.prepared, self.strict), nodes=node_names(graph))
+        found = infer_spaces(now.prepared, self.strict)
+        graph = found.graph_modules[0]  # another, where models of other widths were padded
+        return graph, replace(now, prepared=found, nodes=node_names(graph))
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Cut(Stage):
     needs: ClassVar = {"spaces": "Infer"}
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
-        return graph, replace(now, prepared=cut_graph(now.prepared, self.until))
+        found = cut_graph(now.prepared, self.until)
+        graph = found.graph_modules[0]  # another, where padded layers turn out to stay per model
+        return graph, replace(now, prepared=found, nodes=node_names(graph))
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,9 @@ class Match(Stage):
         p, matcher, moments = now.prepared, resolve(self.method), now.moments or Moments({})
         widths = choose_widths(p, moments, self.budget, now.models) if self.budget is not None else {}
         evidence = p.read(moments) if "readers" in needs(matcher) else moments
-        found = match(p.merged_spaces(), evidence, matcher, widths, len(p.names), p.weights(), self.seed)
+        found = match(p.merged_spaces(), evidence, matcher, widths, len(p.names), None if p.real else p.weights(),
+                      self.seed, p.shares, p.real)  # fmt: skip
+        found.update({s: found[s].expanded(real, p.spaces[s].size) for s, real in p.real.items() if s in found})
         for node in graph.graph.nodes:
             here = node.meta["fxzip"]
             here["matchings"] = {s: found[s] for s in here["spaces"] if s in found}
@@ -149,7 +155,8 @@ class Respread(Stage):
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         p = now.prepared
         shared, found = repair_parameters(
-            p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.batches, self.repair.shift
+            p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.batches, self.repair.shift,
+            p.shares,
         )
         name = self.repair.name.rpartition("+")[2]
         return graph, replace(
@@ -173,7 +180,7 @@ class Solve(Stage):
         settings = replace(self.solve.settings, seed=self.seed)
         found = solve_parameters(
             p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.heads, now.batches, settings,
-            now.progress, resized, now.processes,
+            now.progress, resized, now.processes, p.shares,
         )  # fmt: skip
         return graph, replace(
             now, shared=found.shared, heads=found.heads, records=found.records, solved=True, method=self.solve.name,
@@ -183,7 +190,7 @@ class Solve(Stage):
 
 @dataclass(frozen=True)
 class Build(Stage):
-    """One graph of all models. heads: "separate" or "average"."""
+    """One graph of all models. heads: "separate", "concat" or "average"."""
 
     heads: str = "separate"
     clock: ClassVar[str] = "rewrite"
@@ -210,7 +217,7 @@ class Calibrate(Stage):
         now.processes.first(*graph.state_dict().values())  # ranks on unlike machines may differ in the last bit
         if now.solved:
             return graph, now
-        found = calibrate(graph, now.batches, agree(now.prepared, now.matchings, now.moments), now.processes)
+        found = calibrate(graph, now.batches, agree(now.prepared, now.measured_matchings, now.moments), now.processes)
         return graph, replace(now, notices=(*now.notices, *found))
 
 
@@ -233,11 +240,11 @@ class Describe(Stage):
         refuse_broken(graph_module)
         p = now.prepared
         with now.clock.stage(self.clock):
-            made = describe(p, graph_module, now.method, now.matchings, now.moments, now.records, now.notices,
-                            now.settings)  # fmt: skip
+            own = now.measured_matchings
+            made = describe(p, graph_module, now.method, own, now.moments, now.records, now.notices, now.settings)
             given = list(now.models)
             figures, losses = measured(graph_module, p.names, given, self.evaluate) if self.evaluate else ([], [])
-            doubtful = doubts(p.verification, made.shared, now.matchings, now.moments, p.names, p.graph_modules,
+            doubtful = doubts(p.verification, made.shared, own, now.moments, p.names, p.graph_modules,
                               now.batches or [])  # fmt: skip
         for text in (*doubtful, *losses):
             warnings.warn(text, MergeWarning, stacklevel=4)

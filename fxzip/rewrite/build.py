@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +22,7 @@ from .partition import Partition
 from .signature import signature
 from .zipped import KEY, Zipped
 
-HEADS = ("separate", "average")
+HEADS = ("separate", "concat", "average")
 
 
 def build(
@@ -35,6 +36,7 @@ def build(
     as_dict: bool = False,
     heads: str = "separate",
     originals: Sequence[Mapping[str, Tensor]] | None = None,
+    shares: Sequence[float] | None = None,
 ) -> fx.GraphModule:
     """The merged GraphModule, in eval mode.
 
@@ -43,13 +45,15 @@ def build(
     example_args: run once at the end, to see that the result runs. originals: the users' state_dicts; what of
     them the graph does not use is kept aside for extract. Shared nodes, modules and parameters keep their
     names, private ones end in _<task>. forward returns a tuple (as_dict: a dict by task name) of the models'
-    outputs, or with heads="average" their mean. Nothing of the inputs is aliased.
+    outputs; with heads="concat" these along axis 1, with heads="average" their mean, in which model i counts shares[i]
+    (default: all alike). Nothing of the inputs is aliased.
     Raises InputError (names, heads, different graphs) and SpaceError (the result does not run).
     """
     suffixes = _check(graph_modules, names, heads)
-    if heads == "average":
-        _same_outputs(graph_modules, names, example_args)
-    plan = _Plan(graph_modules, cut, private, tuple(suffixes))
+    if heads != "separate":
+        _same_outputs(graph_modules, names, example_args, heads)
+    equal = not shares or len(set(shares)) == 1
+    plan = _Plan(graph_modules, cut, private, tuple(suffixes), () if equal else tuple(shares or ()))
     graph = _graph(plan, names, as_dict, heads)
     root = _modules(plan, merged)
     zipped = Zipped(root, graph, class_name="Zipped")
@@ -59,6 +63,7 @@ def build(
         "tasks": tuple(names),
         "as_dict": as_dict,
         "heads": heads,
+        "shares": plan.shares,
         "targets": targets,
         "nodes": dict(plan.nodes),
         **_leftovers(graph_modules[0], {*merged, *private.states[0]}, names, originals),
@@ -75,6 +80,7 @@ class _Plan:
     cut: Partition
     private: Heads
     suffixes: tuple[str, ...]
+    shares: tuple[float, ...] = ()  # of each model in the mean of the outputs; (): all alike
     targets: dict[tuple[int, str], str] = field(
         default_factory=dict
     )  # (model, original target) -> new target
@@ -131,8 +137,8 @@ def _graph(plan: _Plan, names: Sequence[str], as_dict: bool, heads: str) -> fx.G
     for i, env in enumerate(own):
         source = next(n for n in plan.graph_modules[i].graph.nodes if n.op == "output")
         outputs.append(map_arg(source.args[0], lambda n, i=i, env=env: _read(plan, graph, n, i, shared, env)))
-    if heads == "average":
-        graph.output(_average(graph, outputs))
+    if heads != "separate":
+        graph.output(_joined(graph, outputs, heads, plan.shares))
     else:
         graph.output(dict(zip(names, outputs, strict=True)) if as_dict else tuple(outputs))
     return graph
@@ -185,19 +191,31 @@ def _read(
     return shared[name]
 
 
-def _average(graph: fx.Graph, outputs: Sequence[Any]) -> Any:
-    """Mean over models of every tensor of the output structure."""
+def _joined(graph: fx.Graph, outputs: Sequence[Any], heads: str, shares: Sequence[float]) -> Any:
+    """Every tensor of the output structure side by side over models, or its mean: `extract` knows these forms."""
     leaves: list[list[fx.Node]] = []
     for output in outputs:
         leaves.append([])
         map_arg(output, lambda n, into=leaves[-1]: into.append(n) or n)
-    means = iter(
-        [
-            graph.call_method("mean", (graph.call_function(torch.stack, (list(group),)), 0))
-            for group in zip(*leaves, strict=True)
-        ]
-    )
-    return map_arg(outputs[0], lambda _: next(means))
+    joined = []
+    for group in zip(*leaves, strict=True):
+        if heads == "concat":
+            joined.append(graph.call_function(torch.cat, (list(group), 1)))
+        elif not shares:
+            joined.append(graph.call_method("mean", (graph.call_function(torch.stack, (list(group),)), 0)))
+        else:
+            parts = [graph.call_function(operator.mul, (n, s)) for n, s in zip(group, shares, strict=True)]
+            joined.append(graph.call_method("sum", (graph.call_function(torch.stack, (parts,)), 0)))
+    rest = iter(joined)
+    return map_arg(outputs[0], lambda _: next(rest))
+
+
+def own_output(joined: fx.Node, place: int) -> fx.Node:
+    """What model `place` adds to a node of `_joined`."""
+    if joined.target is torch.cat:
+        return cast(Any, joined.args[0])[place]
+    found = cast(Any, joined.args[0]).args[0][place]
+    return found.args[0] if joined.target == "sum" else found
 
 
 def _modules(plan: _Plan, merged: Mapping[str, Tensor]) -> nn.Module:
@@ -268,13 +286,20 @@ def _recipe(plan: _Plan, zipped: fx.GraphModule, names: Sequence[str], args: tup
     }
 
 
-def _same_outputs(graph_modules: Sequence[fx.GraphModule], names: Sequence[str], args: tuple) -> None:
+def _same_outputs(graph_modules: Sequence[fx.GraphModule], names: Sequence[str], args: tuple, heads: str) -> None:
+    """Raises InputError unless outputs have one shape, or for "concat" one shape but for axis 1."""
     with torch.no_grad():
         shapes = [
             [list(t.shape) for t in tree_leaves(g(*args)) if isinstance(t, Tensor)] for g in graph_modules
         ]
-    if any(s != shapes[0] for s in shapes):
-        seen = ", ".join(f"{n}: {s}" for n, s in zip(names, shapes, strict=True))
+    seen = ", ".join(f"{n}: {s}" for n, s in zip(names, shapes, strict=True))
+    if heads == "concat":
+        shapes = [[s[:1] + s[2:] if len(s) > 1 else None for s in of] for of in shapes]
+        if any(s != shapes[0] or None in s for s in shapes):
+            raise InputError(
+                f'heads="concat" needs outputs that differ along axis 1 alone, got {seen}; use heads="separate"'
+            )
+    elif any(s != shapes[0] for s in shapes):
         raise InputError(f'heads="average" needs outputs of one shape, got {seen}; use heads="separate"')
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from ..errors import InputError
+from .build import own_output
 from .modules import attribute, has_path, persistent, set_path
 from .zipped import KEY, Zipped, notes
 
@@ -63,8 +64,8 @@ def _output(zipped: fx.GraphModule, info: Mapping[str, Any], task: str) -> Any:
     """The task's part of the output structure, as nodes."""
     value = next(n for n in zipped.graph.nodes if n.op == "output").args[0]
     place = info["tasks"].index(task)
-    if info["heads"] == "average":  # every leaf is mean(stack([task 0, task 1, ..]), 0)
-        return map_arg(value, lambda mean: cast(Any, mean.args[0]).args[0][place])
+    if info["heads"] != "separate":
+        return map_arg(value, lambda joined: own_output(joined, place))
     return value[task] if info["as_dict"] else value[place]
 
 

@@ -63,11 +63,11 @@ def install(root: nn.Module, source: nn.Module, old: str, new: str, tensors: Ten
 def fill(module: nn.Module, prefix: str, tensors: Tensors) -> None:
     """Give every parameter and buffer below `module` (at `prefix`) its new value."""
     for path, inner in list(module.named_modules(remove_duplicate=False)):
-        base = f"{prefix}.{path}" if path else prefix
+        base = ".".join(filter(None, (prefix, path)))
         sizes: dict[int, set[int]] = {}
         for name, old in [*inner._parameters.items(), *inner._buffers.items()]:
             if old is not None:
-                new = tensors.get(f"{base}.{name}", old)
+                new = tensors.get(f"{base}.{name}" if base else name, old)
                 for a, b in zip(old.shape, new.shape, strict=False):
                     sizes.setdefault(a, set()).add(b)
                 setattr(inner, name, new)

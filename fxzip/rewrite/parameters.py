@@ -53,15 +53,18 @@ def merge_parameters(
     spaces: Spaces,
     matchings: Mapping[str, Matching],
     names: Collection[str],
+    shares: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """Merge the parameters `names` of N models (design, section 1; ZipIt!, arXiv:2305.03053, eq. 4).
 
     states: per model name -> tensor. spaces: inferred on model 0. matchings: space name -> Matching; spaces
-    without one are averaged as they are. Computed in float64 on the CPU, returned in the dtype and on the
-    device of model 0. Scalar integer buffers take the maximum, other integer buffers must agree. Untouched
-    parameters are left out: build takes model 0's, extract gives back each model's own.
+    without one are averaged as they are, model i counting shares[i] (default: all alike). Computed in float64 on
+    the CPU, returned in the dtype and on the device of model 0. Scalar integer buffers take the maximum, other
+    integer buffers must agree. Untouched parameters are left out: build takes model 0's, extract gives back each
+    model's own.
     Raises SpaceError when an axis cannot be laid out at the merged width.
     """
+    shares = shares or (1.0 / len(states),) * len(states)
     segments = _by_parameter(spaces, matchings)
     first_name = tied_names(spaces)
     merged = {}
@@ -74,7 +77,7 @@ def merge_parameters(
         if not (first.is_floating_point() or first.is_complex()):
             merged[name] = _integers(name, tensors)
         else:
-            merged[name] = _merge(name, tensors, segments.get(key, {}), matchings)
+            merged[name] = _merge(name, tensors, segments.get(key, {}), matchings, shares)
     return merged
 
 
@@ -191,14 +194,18 @@ def _by_parameter(spaces: Spaces, matchings: Mapping[str, Matching]) -> dict[str
 
 
 def _merge(
-    name: str, tensors: Sequence[Tensor], axes: Mapping[int, list], matchings: Mapping[str, Matching]
+    name: str,
+    tensors: Sequence[Tensor],
+    axes: Mapping[int, list],
+    matchings: Mapping[str, Matching],
+    shares: Sequence[float],
 ) -> Tensor:
-    """sum_i W_i x_axis A_i. The first axis that makes features sums over models; without one, the mean."""
+    """sum_i W_i x_axis A_i. The first axis that makes features sums over models; without one, the weighted mean."""
     making = min((a for a, held in axes.items() if any(s.roles & MAKES for _, s in held)), default=None)
     total = None
     for i, tensor in enumerate(tensors):
         x = tensor.detach().to("cpu", torch.complex128 if tensor.is_complex() else torch.float64)
-        share = 1.0 / len(tensors)
+        share = shares[i]
         for axis, held in sorted(axes.items()):
             where = f"{name}[axis {axis}]"
             pieces = _pieces(held, matchings, i, axis == making, share)

@@ -14,11 +14,11 @@ KEY = "fxzip"
 class Zipped(fx.GraphModule):
     """A `torch.fx.GraphModule`. Plain ones forget `.meta` when pickled; this one keeps it.
 
-    meta["fxzip"]: tasks, as_dict, heads; targets {private target: (task, original)} and nodes {private node:
-    original}; untouched {task: {name: tensor}}, aliases {name: first name} and state_names (all keys) of the
-    users' state_dicts; the report; and what fxzip.save writes down: cut, cloned (names), unmerges {target:
-    (boundary node, task)}, example (arguments on the meta device), originals (per model {name: (shape,
-    dtype)}) and signature (of the graph as built).
+    meta["fxzip"]: tasks, as_dict, heads, shares (of the models in a mean of outputs); targets {private target:
+    (task, original)} and nodes {private node: original}; untouched {task: {name: tensor}}, aliases {name: first
+    name} and state_names (all keys) of the users' state_dicts; the report; and what fxzip.save writes down: cut,
+    cloned (names), unmerges {target: (boundary node, task)}, example (arguments on the meta device), originals
+    (per model {name: (shape, dtype)}) and signature (of the graph as built).
     """
 
     def __reduce__(self) -> tuple[Any, ...]:

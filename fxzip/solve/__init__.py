@@ -70,6 +70,7 @@ def solve_parameters(
     progress: bool = True,
     resized: fx.GraphModule | None = None,
     processes: Processes = ALONE,
+    shares: Sequence[float] | None = None,
 ) -> Solved:
     """Fit shared and private parameters to the parents, in topological order, in closed form.
 
@@ -77,6 +78,7 @@ def solve_parameters(
     point that the ridge pulls towards. batches: positional-argument tuples; labels are not needed. Gradient-free
     and deterministic. The inputs are not modified. resized: the zipped GraphModule, where widths have changed: it
     has the right shapes. processes: every rank holds its share of the chunks, and all fit to the sums.
+    shares: what every model counts where values that are no features are averaged (default: all alike).
     """
     chunks, notices = _chunks(batches), ()
     if len(chunks) < processes.world:
@@ -100,8 +102,8 @@ def solve_parameters(
     origin = {n.name: n.meta.get("origin") for n in spaces.lowered.graph.nodes}
     is_private = frozenset(n for n, o in origin.items() if o in cut.private)
     unmerged = {v.name: ops for name, ops in heads.unmerge.items() for v in spaces.lowered.values[name]}
-    for lane in parents:
-        lane.absorbed = heads.absorbed
+    for lane, part in zip(parents, shares or [1 / len(parents)] * len(parents), strict=True):
+        lane.absorbed, lane.share = heads.absorbed, part
     for i, lane in enumerate(private):
         lane.fallback = _through_unmerge(merged, unmerged, i)
     for chunk in chunks:

@@ -152,7 +152,7 @@ def mixer_at(name: str, parents: Sequence[Lane], shared: bool, spaces: Spaces, m
     analysed = next(n for n in spaces.lowered.graph.nodes if n.name == name).meta["shape"]
     if any(value.shape[a] != analysed[a] for k in layouts for a in k.axes):
         return None  # at this batch size the batch is flattened into the features
-    found: Mixer | None = mixer(spaces.layouts(name), value.shape, matchings, len(parents), f"%{name}")
+    found: Mixer | None = mixer(layouts, value.shape, matchings, [p.share for p in parents], f"%{name}")
     return found
 
 

@@ -69,7 +69,8 @@ class Store:
 
 @dataclass
 class Lane:
-    """One network. nodes: analysed name -> node of its own lowered graph; state: parameters by name."""
+    """One network. nodes: analysed name -> node of its own lowered graph; state: parameters by name; share: what it
+    counts in the means, of a parent."""
 
     lowered: Lowered
     nodes: Mapping[str, fx.Node]
@@ -78,6 +79,7 @@ class Lane:
     values: dict[str, list[Any]] = field(default_factory=dict)  # name -> one value per chunk
     absorbed: frozenset[str] = frozenset()  # spaces that heads read in merged coordinates
     fallback: Callable[[str, int], Any] | None = None  # values that another lane computes
+    share: float = 1.0
     _static: dict[fx.Node, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -33,9 +33,14 @@ class Mixer:
 
 
 def mixer(
-    layouts: Sequence[Layout], shape: Sequence[int], matchings: Mapping[str, Matching], models: int, where: str
+    layouts: Sequence[Layout],
+    shape: Sequence[int],
+    matchings: Mapping[str, Matching],
+    shares: Sequence[float],
+    where: str,
 ) -> Mixer | None:
-    """The Mixer for a value of `shape` (a parent's) whose features lie as in `layouts`.
+    """The Mixer for a value of `shape` (a parent's) whose features lie as in `layouts`; what is no feature counts
+    shares[i] in model i.
 
     None when no matched space is visible in it, or it has features on several groups of axes at once.
     """
@@ -54,9 +59,9 @@ def mixer(
             [(s, column, matchings[s].blocks_merge(i)) for s, p in runs for column in p.T],
             length,
             where,
-            scale=1.0 / models,
+            scale=share,
         )
-        for i in range(models)
+        for i, share in enumerate(shares)
     )
     return Mixer(((layout.axes, maps),))
 
