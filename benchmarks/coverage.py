@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if not args.table:
         run(args)
-    write(latest(args.cache), args.docs, code_state())
+    write(latest(args.cache), args.docs)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
@@ -36,8 +37,8 @@ def family(row: Row, kinds: dict[str, str]) -> str:
     return f"{row['suite']}, {kind}" if kind else row["suite"]
 
 
-def write(rows: dict[str, Row], folder: Path, code: str = "") -> None:
-    """The table, with a count per family, and all numbers as JSON. code: of fxzip now; rows of another are marked."""
+def write(rows: dict[str, Row], folder: Path) -> None:
+    """The table, with a count per family, and all numbers as JSON."""
     from zoo import torchvision_kinds
 
     kinds = torchvision_kinds() if any(r["suite"] == "torchvision" for r in rows.values()) else {}
@@ -45,12 +46,12 @@ def write(rows: dict[str, Row], folder: Path, code: str = "") -> None:
     families: dict[str, list[Row]] = {}
     for row in order:
         families.setdefault(family(row, kinds), []).append(row)
-    lines = ["# Coverage", "", TITLE, "", _HOW, "", *_origin(order, code), "", _COUNTS, "|---|" + "--:|" * 9]
+    lines = ["# Coverage", "", TITLE, "", _HOW, "", *_origin(order), "", _COUNTS, "|---|" + "--:|" * 9]
     lines += [_counts(name, own) for name, own in families.items()]
     lines += [_counts("all", order), "", *_seconds(families), *_peers(folder / "coverage_peers.json")]
     for name, own in families.items():
         lines += ["", f"## {name}", "", _HEADER, "|" + "---|" * _HEADER.count(" | ") + "---|"]
-        lines += [_line(r, code) for r in own]
+        lines += [_line(r) for r in own]
     folder.mkdir(exist_ok=True)
     (folder / "COVERAGE.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "coverage.json").write_text(json.dumps(order, indent=1) + "\n", encoding="utf-8")
@@ -76,20 +77,21 @@ _HEADER = (
 )
 
 
-def _origin(rows: list[Row], code: str) -> list[str]:
-    """Dates, machines, versions; and how many rows other code than the present one has made."""
-    own = [r for r in rows if r.get("code") == code]
+def _origin(rows: list[Row]) -> list[str]:
+    """Dates, machines, versions; and how many rows each state of the code has made."""
 
     def distinct(key: str) -> list[str]:
-        return sorted({part for r in own for part in r.get(key, "").split(", ") if part})
+        return sorted({part for r in rows for part in r.get(key, "").split(", ") if part})
 
-    if not own:
+    codes = Counter(r.get("code", "") for r in rows)
+    named = [f"{count} with {code}" for code, count in codes.most_common() if code]
+    if not named:
         return [f"{len(rows)} models."]
-    when = " to ".join(dict.fromkeys((distinct("date")[0], distinct("date")[-1])))
-    text = f"{len(own)} of {len(rows)} models were measured with the code of {code} (a hash of fxzip/), {when}, on"
-    text += f" {', '.join(distinct('machine'))}, {', '.join(distinct('versions'))}"
-    rest = len(rows) - len(own)
-    return [text + (f"; the other {rest} with the earlier code that their row names, or with none named." * (rest > 0))]
+    days, rest = distinct("date"), codes[""]
+    text = f"{len(rows)} models, by state of the code (a hash of fxzip/): {', '.join(named)}"
+    text += f", {rest} with earlier ones." if rest else "."
+    text += f" {' to '.join(dict.fromkeys((days[0], days[-1])))}, {', '.join(distinct('machine'))},"
+    return [f"{text} {', '.join(distinct('versions'))}."]
 
 
 def _counts(name: str, own: list[Row]) -> str:
@@ -128,7 +130,7 @@ def _peers(path: Path) -> Iterable[str]:
             yield f"| {tool} {found['versions'][tool]} | {suite} | {c['tried']} | {c['analysed']} | {c['passed']} |"
 
 
-def _line(row: Row, code: str) -> str:
+def _line(row: Row) -> str:
     def number(key: str) -> str:
         return f"{row[key]:.1e}" if isinstance(row.get(key), float) else "-"
 
@@ -141,5 +143,5 @@ def _line(row: Row, code: str) -> str:
     cells += [{True: "yes", False: "no"}.get(row.get(way), "-") for way in ("compiles", "exports")]
     seconds = [row.get(k, "-") for k in ("inspect_seconds", "analysis_seconds", "seconds")]
     cells += seconds if "inspect_seconds" in row else [f"({s})" if s != "-" else s for s in seconds]
-    cells += [row.get("megabytes", "-"), "now" if row.get("code") == code else row.get("code", "earlier")]
+    cells += [row.get("megabytes", "-"), row.get("code", "earlier")]
     return f"| {' | '.join(map(str, cells))} | {(why or [''])[0].replace('|', '/')[:160]} |"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,6 +64,19 @@ class _Dense(nn.Module):
         return self.head(list(self.backbone(x).values()))
 
 
+@contextmanager
+def _small_mvit() -> Iterator[None]:
+    """Its builders fix 16 frames of 224 pixels."""
+    from torchvision.models.video import mvit
+
+    own = mvit._mvit
+    mvit._mvit = lambda **options: own(**{**options, "spatial_size": (64, 64), "temporal_size": 8})
+    try:
+        yield
+    finally:
+        mvit._mvit = own
+
+
 def _torchvision(key: str, kind: str, part: str = "") -> Made:
     from torchvision import models
 
@@ -72,9 +86,8 @@ def _torchvision(key: str, kind: str, part: str = "") -> Made:
         options["weights_backbone"] = None
     if name.startswith("vit_"):
         options["image_size"] = 112 if name == "vit_h_14" else 64
-    if name.startswith("mvit"):
-        options |= {"spatial_size": (64, 64), "temporal_size": 8}
-    model = models.get_model(name, **options)
+    with _small_mvit():
+        model = models.get_model(name, **options)
     if kind == "video":
         frames = 16 if name == "s3d" else 8
         return model, lambda n: torch.randn(n, 3, frames, 64, 64)
