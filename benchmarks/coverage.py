@@ -2,7 +2,7 @@
 
 One process per model with limits on processor time and memory; results are appended to a cache of JSON lines, so that
 a run can be interrupted and continued. Models come in the order of what is to be learned: those never tried, those
-that failed, those analysed only, those measured with other code. `--only GLOB` and `--suite` choose models, `--again`
+that failed, those analysed only, those measured with other code. `--only GLOBS` and `--suite` choose models, `--again`
 measures what this code has measured, too, `--table` only writes the documents. The suite `others` needs ultralytics
 and diffusers, which are no dependency.
 """
@@ -16,7 +16,6 @@ import multiprocessing
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from importlib import import_module
@@ -46,16 +45,16 @@ def run(args: argparse.Namespace) -> None:
 
     known, code = latest(args.cache), code_state()
     args.cache.parent.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
+    start, globs = time.monotonic(), args.only.split(",")
     wanted = []
     for suite in args.suite.split(","):
         for library in LIBRARIES.get(suite, (suite,)):
             import_module(library)
         for name in SUITES[suite]():
             old = known.get(f"{suite}:{name}")
-            if fnmatch(name, args.only) and (args.again or urgency(old, code) < args.urgent):
-                large = (old or {}).get("parameters") or size(suite, name)
-                wanted.append((urgency(old, code), large, suite, name))
+            chosen = any(fnmatch(name, glob) for glob in globs)
+            if chosen and (args.again or urgency(old, code) < args.urgent):
+                wanted.append((urgency(old, code), len(wanted), suite, name))
     for place, (_, _, suite, name) in enumerate(sorted(wanted), 1):
         if time.monotonic() - start > args.budget:
             return
@@ -78,19 +77,6 @@ def urgency(row: dict[str, Any] | None, code: str) -> int:
         return DONE
     done = outcome(row)
     return 3 if done == "recovered" else 2 if done == "sound" and "error" not in row else 1
-
-
-def size(suite: str, name: str) -> int:
-    """Parameters, counted without making them."""
-    import torch
-    from zoo_others import SUITES
-
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return sum(p.numel() for p in SUITES[suite]()[name]()[0].parameters())
-    except Exception:
-        return 0  # needs values to be built
 
 
 def code_state() -> str:
@@ -138,7 +124,7 @@ def _process(suite: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="torchvision,timm,transformers,toys")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="names of models")
+    parser.add_argument("--only", default="*", metavar="GLOBS", help="names of models: a,b*")
     parser.add_argument("--limit", type=int, default=600, help="seconds of processor time per model (600)")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where COVERAGE.md and coverage.json go")
