@@ -1,12 +1,8 @@
-"""The models of coverage.py in torch-pruning's dependency graph and in rebasin: docs/coverage_peers.json.
+"""The models of coverage.py in torch-pruning's dependency graph and in rebasin: docs/coverage_peers.json, and from
+there a section of docs/COVERAGE.md.
 
 Both are used through what they export, in an environment of their own (pip install torch-pruning==1.6.1
-rebasin==0.0.47 torchview graphviz, beside torch and fxzip). The test is fxzip's own: what the tool says may be
-permuted is permuted, and the output in float64, with perturbed parameters, must stay.
-
-torch-pruning: every group of coupled channels that some layer reads is permuted at random (num_heads not given).
-rebasin: a model with other random weights is aligned to the model, which permutes it. *analysed*: no error, and
-something was permuted.
+rebasin==0.0.47 torchview graphviz, beside torch and fxzip).
 """
 
 from __future__ import annotations
@@ -24,19 +20,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import coverage
 import torch
+from coverage import CACHE as OURS
+from coverage import ROOT
+from coverage_model import TimeUp, jitter, limit
+from coverage_table import write
 from torch import nn
 
 TOLERANCE = 1e-6  # as fxzip.verify: relative, in float64
-CACHE = coverage.CACHE.with_name("coverage_peers.jsonl")
+CACHE = OURS.with_name("coverage_peers.jsonl")
+HOW = """Made by `python benchmarks/coverage_peers.py`. The test is the first part of fxzip's proof: what the tool says
+may be permuted is permuted, and the output in float64, with perturbed parameters, must stay to {tolerance:.0e}.
+torch-pruning: every group of coupled channels that some layer reads is permuted at random (num_heads not given).
+rebasin: a model with other random weights is aligned to the model, which permutes it. *analysed*: no error in {limit} s
+of processor time, and something was permuted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="torchvision,timm,transformers,toys")
     parser.add_argument("--only", default="*", metavar="GLOB")
-    parser.add_argument("--limit", type=int, default=60, help="seconds per model and tool (60)")
+    parser.add_argument("--limit", type=int, default=60, help="seconds of processor time per model and tool (60)")
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args(argv)
     from zoo_others import SUITES
@@ -52,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     with args.cache.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     print(row, flush=True)
-    write(known)
+    publish(known, args.limit)
     return 0
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """Counts per tool and suite, and all rows."""
+def publish(rows: list[dict[str, Any]], seconds: int) -> None:
+    """Counts per tool and suite, and all rows; and the page that shows the counts."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for row in rows:
         count = counts.setdefault(row["tool"], {}).setdefault(row["suite"], {"tried": 0, "analysed": 0, "passed": 0})
@@ -65,18 +69,27 @@ def write(rows: list[dict[str, Any]]) -> None:
         count["analysed"] += row.get("moved", 0) > 0
         count["passed"] += row.get("moved", 0) > 0 and row["error"] < TOLERANCE
     versions = {tool: version(tool) for tool in TOOLS}
-    path = coverage.ROOT / "docs" / "coverage_peers.json"
-    path.write_text(json.dumps({"versions": versions, "counts": counts, "rows": rows}, indent=1) + "\n")
+    how = HOW.format(tolerance=TOLERANCE, limit=seconds)
+    found = {"how": how, "versions": versions, "counts": counts, "rows": rows}
+    (ROOT / "docs" / "coverage_peers.json").write_text(json.dumps(found, indent=1) + "\n")
+    table = json.loads((ROOT / "docs" / "coverage.json").read_text())
+    write({f"{r['suite']}:{r['name']}": r for r in table}, ROOT / "docs")
     print(json.dumps(counts, indent=1))
 
 
-def _process(tool: str, suite: str, name: str, limit: int) -> dict[str, Any]:
-    mine, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
-    worker = multiprocessing.get_context("fork").Process(target=lambda: theirs.send(measure(tool, suite, name)))
+def _process(tool: str, suite: str, name: str, seconds: int) -> dict[str, Any]:
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe(duplex=False)
+
+    def work() -> None:
+        limit(seconds)
+        theirs.send(measure(tool, suite, name))
+
+    worker = context.Process(target=work)
     worker.start()
     theirs.close()
     try:
-        return mine.recv() if mine.poll(limit) else {"refused": f"more than {limit} s"}
+        return mine.recv()
     except EOFError:
         return {"refused": "the process ended"}
     finally:
@@ -94,13 +107,13 @@ def measure(tool: str, suite: str, name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model, batch = SUITES[suite]()[name]()
     model = model.eval().double()
-    coverage.jitter(model)
+    jitter(model)
     x = batch(2)
     x = {k: _double(v) for k, v in x.items()} if isinstance(x, dict) else _double(x)
     with torch.no_grad():
         try:
             mine, before, after = TOOLS[tool](model, x)
-        except Exception as error:
+        except (Exception, TimeUp) as error:
             return {"refused": f"{type(error).__name__}: {error}"[:200]}
         wanted, given = _outputs(mine, x, before), _outputs(mine, x, after)
         change = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(wanted, given, strict=True))

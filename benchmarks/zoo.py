@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,21 +29,27 @@ def images(size: int, channels: int = 3) -> Callable[[int], Tensor]:
 _SIZES = {"inception_v3": 128, "googlenet": 96, "maxvit_t": 224, "alexnet": 96}
 
 
+def torchvision_kinds() -> dict[str, str]:
+    """Name in the suite -> what it is for; of a detector, which part."""
+    from torchvision import models
+
+    kinds = {"classification": models, "segmentation": models.segmentation, "video": models.video,
+             "optical flow": models.optical_flow, "detection": models.detection}  # fmt: skip
+    parts = {"detection": ("backbone", "dense", "whole")}
+    return {
+        f"{name}.{part}" if part else name: f"{kind} {part}".strip()
+        for kind, module in kinds.items()
+        for name in models.list_models(module=module)
+        for part in parts.get(kind, ("",))
+    }
+
+
 @suite
 def torchvision() -> dict[str, Callable[[], Made]]:
     """Every model that torchvision registers. A detector three times: its backbone with its neck; that with the dense
     heads ("dense"), before boxes are chosen; and whole, which takes lists of images and suppresses boxes."""
-    from torchvision import models
-
-    found: dict[str, Callable[[], Made]] = {}
-    kinds = {"": models, "segmentation": models.segmentation, "video": models.video,
-             "optical_flow": models.optical_flow, "detection": models.detection}  # fmt: skip
-    for kind, module in kinds.items():
-        for name in models.list_models(module=module):
-            for part in ("backbone", "dense", "whole") if kind == "detection" else ("",):
-                key = f"{name}.{part}" if part else name
-                found[key] = lambda name=name, kind=kind, part=part: _torchvision(name, kind, part)
-    return found
+    found = torchvision_kinds()
+    return {key: lambda key=key, kind=kind: _torchvision(key, *kind.split()) for key, kind in found.items()}
 
 
 class _Dense(nn.Module):
@@ -57,19 +64,34 @@ class _Dense(nn.Module):
         return self.head(list(self.backbone(x).values()))
 
 
-def _torchvision(name: str, kind: str, part: str) -> Made:
+@contextmanager
+def _small_mvit() -> Iterator[None]:
+    """Its builders fix 16 frames of 224 pixels."""
+    from torchvision.models.video import mvit
+
+    own = mvit._mvit
+    mvit._mvit = lambda **options: own(**{**options, "spatial_size": (64, 64), "temporal_size": 8})
+    try:
+        yield
+    finally:
+        mvit._mvit = own
+
+
+def _torchvision(key: str, kind: str, part: str = "") -> Made:
     from torchvision import models
 
+    name = key.partition(".")[0]
     options: dict[str, Any] = {"weights": None}
     if kind in ("segmentation", "detection"):
         options["weights_backbone"] = None
     if name.startswith("vit_"):
         options["image_size"] = 112 if name == "vit_h_14" else 64
-    model = models.get_model(name, **options)
+    with _small_mvit():
+        model = models.get_model(name, **options)
     if kind == "video":
-        side, frames = (224, 16) if name.startswith("mvit") else (64, 16 if name == "s3d" else 8)
-        return model, lambda n: torch.randn(n, 3, frames, side, side)
-    if kind == "optical_flow":
+        frames = 16 if name == "s3d" else 8
+        return model, lambda n: torch.randn(n, 3, frames, 64, 64)
+    if kind == "optical":
         return model, lambda n: tuple(torch.randn(n, 3, 128, 128) for _ in range(2))
     if kind == "detection":
         batch = images(300 if name.startswith("ssd300") else 96)
@@ -113,16 +135,23 @@ def _timm(name: str) -> Made:
     own = library.get_pretrained_cfg(name)
     full = own.input_size[-1] if own else 224
     head = {} if own and own.num_classes else {"num_classes": 10}
-    for side in (64, 96, 128, full):
-        for options in ({"img_size": side}, {}):
-            try:
-                model = library.create_model(name, **options, **head).eval()
-                with torch.no_grad():
-                    model(torch.randn(2, 3, side, side))
-                return model, images(side)
-            except Exception as error:
-                last = error
-    raise last
+
+    def made(side: int, options: dict[str, int], device: str) -> nn.Module:
+        with torch.device(device), torch.no_grad():
+            model = library.create_model(name, **options, **head).eval()
+            model(torch.randn(2, 3, side, side))
+        return model
+
+    last = None
+    for device in ("meta", "cpu"):  # shapes tell quickly what a model takes, where it needs no values
+        for side in (64, 96, 128, full):
+            for options in ({"img_size": side}, {}):
+                try:
+                    model = made(side, options, device)
+                    return model if torch.empty(0).is_meta else made(side, options, "cpu"), images(side)
+                except Exception as error:
+                    last = error
+    raise last or ValueError(name)
 
 
 # ----------------------------------------------------------------------------------------- transformers

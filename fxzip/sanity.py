@@ -14,13 +14,14 @@ from .errors import InputError, VerificationError
 from .match import Matching
 from .measure import Moments
 from .rewrite import batch_norms, extract
-from .trace import rows
+from .trace import batch_size, rows
 from .verify import Verification
 
 FEW = 16  # samples below which correlations say little
 LOW = 0.1  # a mean correlation that no useful match has
 SHARED = 0.05  # share of the result's parameters below which merging saved next to nothing
 SHIFT, SPREAD = 1.0, 4.0  # of data against norm statistics: in deviations, and as a factor of the variance
+LOOK = 256  # samples that are compared with norm statistics
 LOSS = 0.1  # of a model's own figure, that a merge may lose without a word
 
 
@@ -106,17 +107,18 @@ def _other_data(name: str, module: fx.GraphModule, batches: Sequence[tuple]) -> 
     norms = [n for n in batch_norms(module) if not _untouched(n)]
     if not norms or not batches:
         return []
-    found = _distances(module, norms, rows(batches[0], 256))
+    first = batches[0]
+    found = _distances(module, norms, rows(first, min(batch_size(first), LOOK)))
     if not found:
         return []
     shifts, spreads = (sorted(column) for column in zip(*found, strict=True))
-    middle, first = len(found) // 2, found[0]
-    if max(first[0], shifts[middle]) < SHIFT and max(first[1], spreads[middle]) < log(SPREAD):
+    middle, shallow = len(found) // 2, found[0]
+    if max(shallow[0], shifts[middle]) < SHIFT and max(shallow[1], spreads[middle]) < log(SPREAD):
         return []
     return [
         f"the calibration data do not look like what {name} was trained on: at its first batch norm means are off by"
-        f" {first[0]:.1f} deviations and variances by a factor of {torch.tensor(first[1]).exp():.1f} (medians): check"
-        " the normalisation of the inputs"
+        f" {shallow[0]:.1f} deviations and variances by a factor of {torch.tensor(shallow[1]).exp():.1f} (medians):"
+        " check the normalisation of the inputs"
     ]
 
 

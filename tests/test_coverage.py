@@ -2,25 +2,47 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
-import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import coverage as table
+import coverage
+import coverage_model
+import coverage_table as table
 import zoo
 import zoo_others
 
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("name", ["gru", "nn.TransformerEncoder"])
-def test_toys_are_recovered(name):
-    row = table.measure("toys", name)
+def test_a_toy_is_recovered():
+    row = coverage_model.measure("toys", "nn.TransformerEncoder")
     assert row["sound"] and row["recovered"] and row["scrambled"] and not row["frozen"], row
-    assert row["exports"] and row["compiles"] == (name != "gru"), row  # dynamo has no recurrent layers
+    assert row["exports"] and row["compiles"], row
     assert row["rung"] == "symbolic" and row["free"] > 0.98 and row["proof_error"] < 1e-9
+
+
+def test_large_graphs_are_not_compiled():
+    row = coverage_model.measure("toys", "gru", nodes=0)
+    assert row["recovered"] and "compiles" not in row
+
+
+def test_processor_time_ends(monkeypatch):
+    def endless():
+        while True:
+            pass
+
+    monkeypatch.setitem(zoo.SUITES, "endless", lambda: {"a": endless})
+    row = coverage._process("endless", "a", Namespace(limit=1, nodes=0, analysis=False))
+    assert row["error"] == "more than 1 s of processor time"
+
+
+def test_urgent_is_what_teaches_most():
+    good = {"sound": True, "recovered": True, "code": "now"}
+    rows = [None, {"error": "x"}, {"sound": True}, {**good, "code": "then"}, good]
+    assert [coverage.urgency(row, "now") for row in rows] == [0, 1, 2, 3, coverage.DONE]
 
 
 def test_documents_count_and_say_why(tmp_path):
@@ -38,6 +60,6 @@ def test_documents_count_and_say_why(tmp_path):
 
 
 def test_every_suite_has_models():
-    suites = {*table.LIBRARIES, "torchvision", "timm", "transformers"}
+    suites = {*coverage.LIBRARIES, "torchvision", "timm", "transformers"}
     assert len(zoo.ARCHITECTURES) == 30 and set(zoo_others.SUITES) == suites
-    assert len(zoo.timm()) == 98
+    assert suites == set(table.SUITES) and len(zoo.timm()) == 98

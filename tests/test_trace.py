@@ -240,6 +240,31 @@ def test_functional_dropout_is_noticed():
     assert trace(nn.Sequential(nn.Dropout(0.5)), X).notices == ()
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm that calls the function in a forward of its own, with what follows it inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        statistics = self.running_mean, self.running_var
+        x = F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps)
+        return self.act(x)
+
+
+def test_a_functional_batch_norm_is_a_module_again():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4), nn.Conv2d(4, 2, 1)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    traced = trace(model, x)
+    assert traced.rung == "symbolic" and not traced.notices
+    assert list(traced.graph_module.state_dict()) == list(model.state_dict())
+    assert torch.equal(traced.graph_module.train()(x), model.train()(x))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in traced.graph_module.state_dict().items())
+
+
 def test_nan_outputs_are_compared_as_such():
     class Log(nn.Module):
         def forward(self, x):

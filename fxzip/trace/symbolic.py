@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from ..errors import TraceError
 from .call import Call
+from .norm import norms_as_modules
 
 
 class _Tracer(fx.Tracer):
@@ -43,6 +44,7 @@ def symbolic(model: nn.Module, call: Call) -> fx.GraphModule:
         if name not in buffers:  # a plain tensor attribute, which fx registers as a buffer
             path, _, last = name.rpartition(".")
             graph_module.get_submodule(path)._non_persistent_buffers_set.add(last)
+    norms_as_modules(graph_module, model)
     return graph_module
 
 

@@ -1,0 +1,231 @@
+"""Everything that coverage.py asks about one model. It is traced and analysed once; the proof, the merge with its own
+scrambled copy, and the checks of the result all start from that."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import resource
+import signal
+import time
+import warnings
+from dataclasses import replace
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+BATCH, SAMPLES = 4, 8
+MEMORY = 14 << 30  # bytes a process may allocate
+MOMENTS = 5 << 30  # bytes of second moments above which the models are matched by their weights
+RECOVERED = 1e-3  # relative error of a model recovered from its scrambled copy
+GRACE = 30  # seconds of processor time from the polite signal to the end of the process
+
+
+class TimeUp(BaseException):
+    """The processor time is used up. No Exception: the front ends try the next way after one."""
+
+
+def measure(suite: str, name: str, nodes: int = 10**6, merge: bool = True) -> dict[str, Any]:
+    """The row of one model, as far as it goes. nodes: merged networks with more are not compiled and exported.
+    Seconds are of the processor, so that other work beside this one does not count."""
+    from zoo_others import SUITES
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    row: dict[str, Any] = {}
+    start = time.process_time()
+    try:
+        model, batch = SUITES[suite]()[name]()
+        start = time.process_time()
+        _fill(row, model.eval(), batch, nodes, merge)
+    except TimeUp as up:
+        row["error"] = str(up)
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"
+    row["seconds"] = round(time.process_time() - start, 2)
+    row["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return row
+
+
+def _fill(row: dict[str, Any], model: nn.Module, batch: Any, nodes: int, merge: bool) -> None:
+    from fxzip.trace import plain
+
+    data = [batch(BATCH) for _ in range(SAMPLES // BATCH)]
+    own = plain(model)[0]
+    jitter(own)
+    settle(own, data)
+    traced, spaces, args = analysis(row, model, batch(2))
+    if merge:
+        zipped = recovery(row, own, traced, spaces, args, data)
+        del traced, spaces
+        if len(zipped.graph.nodes) <= nodes:
+            runnable(row, zipped, data[0])
+
+
+def limit(seconds: int) -> None:
+    """For this process, which is one model's: TimeUp after so much processor time, and GRACE later the end; MEMORY."""
+
+    def up(*_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds + GRACE, seconds + GRACE))  # or it comes again every second
+        raise TimeUp(f"more than {seconds} s of processor time")
+
+    signal.signal(signal.SIGXCPU, up)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + GRACE))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # No mmap, no trim below 2 GiB: large tensors come and go, and the first touch of a page costs more than most
+    # operators.
+    for parameter, value in ((-4, 0), (-1, 2**31 - 1)) if mallopt else ():
+        mallopt(parameter, value)
+
+
+# ----------------------------------------------------------------------------------------- analysis and proof
+
+
+def analysis(row: dict[str, Any], model: nn.Module, example: Any) -> tuple[Any, Any, tuple]:
+    """Rung, graph, spaces, proof; and what was traced, the spaces, the arguments."""
+    from fxzip.infer import analyse
+    from fxzip.infer.show import free_parameters
+    from fxzip.trace import bind, trace
+    from fxzip.verify import verify_spaces
+
+    start = time.process_time()
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    traced = trace(model, example)
+    row |= {"rung": traced.rung, "notices": list(traced.notices), "nodes": len(traced.graph_module.graph.nodes)}
+    args = bind(example, signature(traced.graph_module.forward))
+    spaces = analyse(traced.graph_module, args)
+    free, total = free_parameters(spaces)
+    row |= {
+        "operators": len(spaces.lowered.graph.nodes),
+        "spaces": sum(bool(s.segments) for s in spaces),
+        "block_spaces": sum(not s.segments for s in spaces),
+        "free": round(free / max(total, 1), 4),
+        "untouched": len(spaces.untouched),
+        "frozen": sorted({f"{f.op}: {f.reason}" for f in spaces.frozen}),
+        "inspect_seconds": round(time.process_time() - start, 2),
+    }
+    proof = verify_spaces(traced, spaces, args)
+    row |= {
+        "sound": proof.ok,
+        "inconclusive": proof.inconclusive,
+        "proof_error": proof.error,
+        "sensitivity": proof.sensitivity,
+        "verification": str(proof),
+        "analysis_seconds": round(time.process_time() - start, 2),
+    }
+    return traced, spaces, args
+
+
+# -------------------------------------------------------------------------------------------------- merge
+
+
+def recovery(
+    row: dict[str, Any], model: nn.Module, traced: Any, spaces: Any, args: tuple, data: list
+) -> fx.GraphModule:
+    """Merge with a scrambled copy: the result, which is returned, must compute what the model computes."""
+    import fxzip
+
+    row["matched_by"] = "permute" if sum(32 * s.size**2 for s in spaces) < MOMENTS else "rebasin"
+    twin = scrambled(traced, spaces)
+    pairs = zip(traced.graph_module.parameters(), twin.graph_module.parameters(), strict=True)
+    moved = any(not torch.equal(a, b) for a, b in pairs)
+    zipped = merged(model, traced, twin, spaces, args, data, row["matched_by"])
+    error = far(zipped, model, data[0])
+    shared = round(fxzip.report(zipped).shared, 4)
+    row |= {"recovery_error": error, "recovered": error < RECOVERED, "scrambled": moved, "shared": shared}
+    return zipped
+
+
+def scrambled(traced: Any, spaces: Any) -> Any:
+    """As fxzip.scramble, with a trace and spaces that are known already."""
+    from fxzip.infer.group import axis_indices, permuted
+    from fxzip.infer.sampling import sample
+    from fxzip.trace import state_of
+
+    other = copy.deepcopy(traced.graph_module)
+    state = state_of(other)
+    indices = axis_indices(spaces, sample(spaces, np.random.default_rng(0)), state)
+    for name, value in permuted(state, indices).items():
+        if value is not state[name]:
+            state[name].copy_(value)
+    return replace(traced, graph_module=other)
+
+
+def merged(
+    model: nn.Module, traced: Any, twin: Any, spaces: Any, args: tuple, data: list, method: str
+) -> fx.GraphModule:
+    """The stages of fxzip.merge, from the second on: models are traced and analysed."""
+    from fxzip import passes
+    from fxzip.passes.job import Job, give, node_names
+    from fxzip.prepare import Clock, Prepared
+
+    graph = traced.graph_module
+    prepared = Prepared(
+        "coverage", ("0", "1"), False, (traced, twin), args, torch.device("cpu"), data, spaces, models=(model, model)
+    )
+    graph = give(graph, Job(prepared, prepared.models, Clock(), False, nodes=node_names(graph)))
+    stages = [passes.Cut(), passes.Read(), *([passes.Measure()] if method == "permute" else []), passes.Match(method)]
+    for stage in (*stages, passes.Average(), passes.Build(), passes.Calibrate(), passes.Describe()):
+        graph = stage(graph).graph_module
+    return graph
+
+
+@torch.no_grad()
+def jitter(model: nn.Module) -> None:
+    """Freshly initialised biases, scales and statistics are all alike: make features tell themselves apart.
+
+    Buffers that no checkpoint holds are constants of the code, and stay."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() > 1 and tensor.dim() <= 1 and "running_var" not in name:
+            tensor.add_(0.1 * torch.randn_like(tensor))
+
+
+def settle(model: nn.Module, data: list) -> None:
+    """Norm statistics of these inputs, as the merge recomputes them."""
+    from fxzip.rewrite import batch_norms, recompute_statistics
+    from fxzip.trace import bind
+
+    if batch_norms(model):
+        run = copy.deepcopy(model)  # a transformers model that has run carries hooks
+        recompute_statistics(run, data, lambda b: bind(b, signature(model.forward)))
+        model.load_state_dict(run.state_dict())
+
+
+@torch.no_grad()
+def far(zipped: nn.Module, model: nn.Module, example: Any) -> float:
+    """Largest deviation of either head from the model, relative to the largest output."""
+    from fxzip.trace import bind, counted, tensors_of
+
+    outputs = zipped(*bind(example, signature(zipped.forward)))
+    wanted = tensors_of(counted(model(*bind(example, signature(model.forward)))))
+    floating = [t for t in wanted if t.is_floating_point()]
+    worst = 0.0
+    for output in outputs:
+        given = [t for t in tensors_of(output) if t.is_floating_point()]
+        for a, b in zip(given, floating, strict=True):
+            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)))
+    return worst
+
+
+@torch.no_grad()
+def runnable(row: dict[str, Any], zipped: nn.Module, batch: Any) -> None:
+    """Whether the result goes through torch.compile (aot_eager, one graph) and torch.export."""
+    from fxzip.trace import bind
+
+    args = bind(batch, signature(zipped.forward))
+    ways = {
+        "compiles": lambda: torch.compile(zipped, backend="aot_eager", fullgraph=True)(*args),
+        "exports": lambda: torch.export.export(zipped, args, strict=False),
+    }
+    for name, way in ways.items():
+        try:
+            way()
+            row[name] = True
+        except Exception as error:
+            row[name] = False
+            row[f"{name}_error"] = f"{type(error).__name__}: {error}"[:300]
