@@ -61,3 +61,13 @@ def test_import_leaves_the_slow_libraries_for_later():
     code = f"import sys, torch; before = set(sys.modules); import fxzip; print(set({slow}) & set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_tracing_a_small_network_leaves_the_compiler_for_later():
+    """torch.fx and dispatch modes import torch._dynamo for what fxzip does not need: two seconds at the first call."""
+    code = (
+        "import sys, torch, fxzip; net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU());"
+        "print(len(fxzip.inspect(net, torch.ones(2, 3, 8, 8))), {'torch._dynamo', 'sympy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "set()"]
