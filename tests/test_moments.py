@@ -129,3 +129,18 @@ def test_load_refuses_other_files(tmp_path):
     save_file({"a": torch.zeros(1)}, str(tmp_path / "other"))
     with pytest.raises(InputError, match=r"not written by Moments\.save"):
         Moments.load(tmp_path / "other")
+
+
+def test_products_in_single_precision_keep_deviations_and_constants():
+    """Features far from zero, a constant one, one that never fires, tiny and huge ones."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4096, 600, generator=generator).relu() + 1000 * torch.arange(600).remainder(2)
+    rows[:, 3], rows[:, 5] = 0.1, 0
+    for scale in (1.0, 1e-12, 1e20):  # the last in float64
+        a = Accumulator((300, 300))
+        for part in (rows * scale).split(512):
+            a.add(part, weight=0.5)
+        m = a.moments()
+        exact = torch.cov((rows * scale).double().T, correction=0)
+        assert m.count == 2048 and m.dead.nonzero().flatten().tolist() == [3, 5]
+        assert (m.covariance() - exact).abs().max() < 1e-5 * exact.diagonal().max()

@@ -89,6 +89,15 @@ def test_import_leaves_the_slow_libraries_for_later():
     assert run(sys.executable, "-c", code).strip() == "set()"
 
 
+def test_tracing_a_small_network_leaves_the_compiler_for_later():
+    """torch.fx and dispatch modes import torch._dynamo for what fxzip does not need: two seconds at the first call."""
+    code = (
+        "import sys, torch, fxzip; net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU());"
+        "print(len(fxzip.inspect(net, torch.ones(2, 3, 8, 8))), {'torch._dynamo', 'sympy'} & set(sys.modules))"
+    )
+    assert run(sys.executable, "-c", code).split() == ["0", "set()"]
+
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORTED_AS = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
 BY_NAME = {"timm", "transformers"}  # asked for by `timm:NAME` and `hf:NAME`, with an error that says what to install

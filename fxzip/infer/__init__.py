@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from ..errors import TraceError
-from ..trace import rows
+from ..trace import rows, shapes_only, to_meta
 from ..trace.lower import Lowered, corresponding, lower
 from .annotate import annotate, readable, resize
 from .engine import Inference, tensor_nodes
@@ -19,6 +19,8 @@ __all__ = [
     "Anchor", "FeatureSpace", "Frozen", "Layout", "Parent", "Segment", "Spaces", "analyse", "annotate",
     "counted_outputs", "infer", "readable", "resize",
 ]  # fmt: skip
+
+_LARGE = 5_000_000  # parameters, from which on running three samples takes longer than importing what shapes need
 
 
 def infer(lowered: Lowered, outputs: Callable[[Any], Any] | None = None) -> Spaces:
@@ -41,14 +43,23 @@ def analyse(graph_module: fx.GraphModule, args: tuple) -> Spaces:
     """`infer` at the smallest batch that is typical: one sample, or two where the graph at one is another.
 
     Some ops take a short cut at batch size 1 (recurrent layers drop an axis); calibration then could not be
-    matched with the analysed graph node by node.
+    matched with the analysed graph node by node. Of large models the graph at three is made from shapes alone;
+    where that fails (values are read) or gives another graph, three samples are run.
     """
     one = lower(graph_module, rows(args, 1))
+    three = rows(args, 3)
+    large = sum(p.numel() for p in graph_module.parameters()) > _LARGE
+    typical = large and _same_graph(one, shapes_only(graph_module), to_meta(three))
+    typical = typical or _same_graph(one, graph_module, three)
+    return infer(one if typical else lower(graph_module, rows(args, 2)))
+
+
+def _same_graph(one: Lowered, graph_module: fx.GraphModule, args: tuple) -> bool:
     try:
-        corresponding(one, lower(graph_module, rows(args, 3)))
+        corresponding(one, lower(graph_module, args))
     except TraceError:
-        one = lower(graph_module, rows(args, 2))
-    return infer(one)
+        return False
+    return True
 
 
 def counted_outputs(outputs: Any) -> Any:

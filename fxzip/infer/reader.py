@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .engine import Inference
+from .hashing import U64, pair
 from .labels import label_of, tag_of
 from .solver import Solution
 
@@ -40,9 +41,7 @@ class Reader:
         atoms, colours = solution.atom[bare], solution.colour[bare]
         families = solution.family[atoms]
         found = []
-        keys = np.stack([families.astype(np.uint64), colours], 1)
-        _, inverse = np.unique(keys, axis=0, return_inverse=True)
-        for run in _by_value(inverse.reshape(-1)):
+        for run in _by_value(pair(families.astype(U64), colours)):
             family = int(families[run[0]])
             if self.size[family] < 2:
                 continue
@@ -78,7 +77,10 @@ def roles_of(bits: np.ndarray) -> frozenset[str]:
     return frozenset(r for r, b in _BITS.items() if total & b) or frozenset({"vector"})
 
 
-def _by_value(inverse: np.ndarray) -> list[np.ndarray]:
-    order = np.argsort(inverse, kind="stable")
-    ordered = inverse[order]
+def _by_value(keys: np.ndarray) -> list[np.ndarray]:
+    """Positions of equal keys, ascending."""
+    if len(keys) and (keys == keys[0]).all():  # of most axes
+        return [np.arange(len(keys))]
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
     return np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)

@@ -11,14 +11,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import FxzipError, InputError
-from ..infer import FeatureSpace
+from ..infer import Anchor, FeatureSpace
 from ..processes import ALONE, Processes
 from ..trace import batch_size, describe
 from .moments import Accumulator, Moments
 from .programs import Programs, rows_in, rows_of
 from .resume import Checkpoint
 
-ROWS = 16_384  # per anchor and pass; at least 16 per feature (see `_quota`)
+ROWS = 16_384  # per space: of that many independent rows a correlation is known to 0.8 % (standard error, at most)
+PER_FEATURE = 16  # rows, at least
 
 
 def collect_moments(
@@ -92,7 +93,7 @@ def _pass_over(programs: Programs, spaces, args, index: int, share: float, gener
         for space, i in at.get(back.get(node.name, ""), ()):
             anchor = anchors[space.name][i]
             rows = rows_in(anchor, tuple(node.meta["shape"]))
-            _subsample(rows, _quota(space.size * len(programs.states), share, anchor.weight), generator)
+            _subsample(rows, _quota(space, anchors[space.name], i, len(programs.states), share), generator)
 
 
 def _summed(sums: dict[str, Accumulator], processes: Processes, device: torch.device) -> dict[str, Accumulator]:
@@ -126,13 +127,11 @@ def _one_batch(programs: Programs, spaces, args, share: float, generator: torch.
     def sink(name: str, value: Tensor) -> None:
         for space, i in at[name]:
             anchor = anchors[space.name][i]
-            rows = rows_of(anchor, value)
             key = (space.name, i)
             if key not in chosen:
-                quota = _quota(space.size * models, share, anchor.weight)
-                chosen[key] = _subsample(len(rows), quota, generator)
-            index = chosen[key]
-            rows = rows if index is None else rows[index.to(rows.device)]
+                quota = _quota(space, anchors[space.name], i, models, share)
+                chosen[key] = _subsample(rows_in(anchor, tuple(value.shape)), quota, generator)
+            rows = rows_of(anchor, value, chosen[key])
             _check_finite(programs, name, current, rows)
             held[key].append(rows)
             if current == models - 1:
@@ -160,9 +159,12 @@ def _accumulator(space: FeatureSpace, sizes: list[int], device: torch.device) ->
         ) from error
 
 
-def _quota(features: int, share: float, weight: float) -> int:
-    quota = max(64, int(share * max(ROWS, 16 * features)))
-    return quota if weight == 1 else quota // 4
+def _quota(space: FeatureSpace, anchors: Sequence[Anchor], i: int, models: int, share: float) -> int:
+    """How many rows of a batch, which is `share` of the data, the i-th anchor of a space gives: the space's are dealt
+    out evenly to the anchors that count; one that hardly does gives a quarter."""
+    rows = max(ROWS, PER_FEATURE * space.size * models) / max(sum(a.weight == 1 for a in anchors), 1)
+    quota = max(64, int(share * rows))
+    return quota if anchors[i].weight == 1 else quota // 4
 
 
 def _subsample(rows: int, quota: int, generator: torch.Generator) -> Tensor | None:

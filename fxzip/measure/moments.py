@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from .example import Form
+from .gram import add_gram, mirrored
 
 DEAD = 1e-12  # a feature whose variance is below this share of its power is constant in float32
-ROWS = 1 << 15  # rows converted to float64 at once
+ROWS = 1 << 15  # rows multiplied at once
 FORMAT = "fxzip moments 1"
 
 
@@ -104,8 +105,8 @@ def _symmetrise(matrix: Tensor, tile: int = 256) -> None:
 class Accumulator:
     """Streams rows of features into a SpaceMoments: float64 sums, updated in place.
 
-    `total` [Sn] and `gram` [Sn, Sn] are plain sums over `count` rows, so that a distributed run may
-    all-reduce the three of them before calling `moments`.
+    `total` [Sn] and `gram` [Sn, Sn] (see `add_gram`: not all of it is filled) are plain sums over `count` rows, so
+    that a distributed run may all-reduce the three of them before calling `moments`.
 
     >>> a = Accumulator((1, 1)); a.add(torch.tensor([[1.0, 2.0], [3.0, 4.0]])); a.moments().mean
     tensor([2., 3.], dtype=torch.float64)
@@ -135,17 +136,16 @@ class Accumulator:
                 f"moments{where}: NaN or Inf in model {model}; its activations overflow on this data, "
                 "check the model and the loader (dtype, normalisation)"
             )
-        for part in rows.split(ROWS):
-            x = part.to(self.total)  # [r, Sn]
-            self.total.add_(x.sum(0), alpha=weight)
-            self.gram.addmm_(x.T, x, alpha=weight)
+        for part in rows.to(self.total.device).split(ROWS):
+            self.total.add_(part.sum(0, dtype=torch.float64), alpha=weight)
+            add_gram(self.gram, part, weight)
         self.count += weight * len(rows)
 
     def moments(self) -> SpaceMoments:
         """The moments so far, copied. Raises InputError when no row was seen."""
         if not self.count:
             raise InputError("moments: no rows were seen; is the loader empty?")
-        return SpaceMoments(self.sizes, self.count, self.total / self.count, self.gram / self.count)
+        return SpaceMoments(self.sizes, self.count, self.total / self.count, mirrored(self.gram / self.count))
 
 
 def balanced(parts: Sequence[SpaceMoments]) -> SpaceMoments:

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten
 
@@ -94,19 +95,22 @@ def rows_in(anchor: Anchor, shape: tuple[int, ...]) -> int:
     return prod(shape) // features * (t if n else 1) if features else 0
 
 
-def rows_of(anchor: Anchor, value: Tensor) -> Tensor:
+def rows_of(anchor: Anchor, value: Tensor, chosen: Tensor | None = None) -> Tensor:
     """[samples, n]: the features of `anchor` in `value`, one row per sample (batch item, pixel or token; along axes
-    in an order of the model's own, per rank)."""
+    in an order of the model's own, per rank). chosen: int64, only these rows; the others are not even copied."""
+    if chosen is None:
+        chosen = torch.arange(rows_in(anchor, tuple(value.shape)))
+    chosen = chosen.to(value.device)
     rest = [i for i in range(value.dim()) if i not in anchor.axes and i not in anchor.unordered]
-    flat = value.permute(*rest, *anchor.unordered, *anchor.axes)
-    flat = flat.flatten(len(rest) + len(anchor.unordered))  # [..., features and what is flattened in]
+    value = value.permute(*rest, *anchor.unordered, *anchor.axes)
     if anchor.unordered:
-        flat = flat.reshape(*flat.shape[: len(rest)], -1, flat.shape[-1]).sort(-2).values
-    flat = flat.reshape(-1, flat.shape[-1])
-    n, t = anchor.positions.shape
+        flat = value.flatten(len(rest) + len(anchor.unordered))  # [..., ranks, features and what is flattened in]
+        flat = flat.reshape(*flat.shape[: len(rest)], -1, flat.shape[-1])
+        value, rest = flat.sort(-2).values, [*rest, -1]
+    n, t = anchor.positions.shape  # t samples lie side by side along the features
+    place = torch.unravel_index(chosen // t, value.shape[: len(rest)]) if rest else ()
+    flat = (value[place] if rest else value.unsqueeze(0).expand(len(chosen), *value.shape)).flatten(1)
     if t == 1 and np.array_equal(anchor.positions[:, 0], np.arange(flat.shape[1])):
         return flat
-    from torch import from_numpy
-
-    index = from_numpy(anchor.positions.T.copy()).to(flat.device)  # [t, n]
-    return flat[:, index].reshape(-1, n)
+    index = torch.from_numpy(anchor.positions.T.copy()).to(flat.device)  # [t, n]
+    return flat.gather(1, index[chosen % t])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..measure.gram import gram
 from ..processes import Processes
 
 
@@ -28,7 +29,7 @@ class Gram:
     def add(self, x: Tensor, t: Tensor) -> None:
         """Products in the data's precision, sums in float64 (float64 throughout where the device lacks speed)."""
         x, t = x.transpose(0, 1), t.transpose(0, 1)  # [g, r, p], [g, r, o]
-        second, cross = (x.mT @ x).double(), (t.mT @ x).double()
+        second, cross = gram(x).double(), (t.mT @ x).double()
         energy = (t.double() ** 2).sum(1)
         if self.second is None or self.cross is None or self.energy is None:
             self.second, self.cross, self.energy = second, cross, energy

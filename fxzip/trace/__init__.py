@@ -6,7 +6,7 @@ from .call import call_signature, counted, tensors_of
 from .compare import compare_graphs, compare_shapes
 from .execute import run, state_of
 from .guards import unwrap
-from .inputs import batch_size, bind, describe, first_rows, on_meta, plain_batch, rows, to_meta
+from .inputs import batch_size, bind, describe, first_rows, on_meta, plain_batch, rows, shapes_only, to_meta
 from .ladder import Traced, trace
 from .lower import Lowered, corresponding, lower
 from .plain import duplicate, make_plain, plain
@@ -31,6 +31,7 @@ __all__ = [
     "plain_batch",
     "rows",
     "run",
+    "shapes_only",
     "state_of",
     "tensors_of",
     "to_meta",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import InputError
 
+M = TypeVar("M", bound=nn.Module)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _KEYWORD_ONLY = (
     "forward takes {!r} by keyword only: {}. Wrap the model in a module whose forward takes it by position"
@@ -55,6 +57,17 @@ def on_meta(module: nn.Module) -> bool:
 def to_meta(args: tuple) -> tuple:
     """Arguments for such a model."""
     return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args)
+
+
+def shapes_only(module: M) -> M:
+    """A copy of a model on the meta device; its values are not copied.
+
+    >>> shapes_only(nn.Linear(2, 1)).weight.device
+    device(type='meta')
+    """
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    memo |= {id(b): b.detach().to("meta") for b in module.buffers()}
+    return copy.deepcopy(module, memo)
 
 
 def describe(batch: Any) -> str:

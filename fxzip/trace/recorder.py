@@ -46,6 +46,11 @@ SYNONYMS = {
 class Recorder(TorchDispatchMode):
     """Writes the ATen calls made beneath it into `graph`; knows tensors by identity, so all stay alive."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not through `torch._dynamo.disable`, whose import takes two seconds: nothing is compiled beneath us."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.graph = fx.Graph()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
+from itertools import dropwhile
+from traceback import FrameSummary, StackSummary, walk_stack
 from typing import Any
 
 from torch import fx, nn
@@ -14,8 +17,6 @@ from .norm import norms_as_modules
 
 
 class _Tracer(fx.Tracer):
-    record_stack_traces = True  # node.stack_trace carries the user's line
-
     def __init__(self, fixed: Mapping[str, Any], leaf_modules: tuple[str | type, ...]):
         super().__init__()
         self.fixed = fixed
@@ -26,11 +27,23 @@ class _Tracer(fx.Tracer):
         named = module_qualified_name in self.leaf_names or isinstance(m, self.leaf_types)
         return named or super().is_leaf_module(m, module_qualified_name)
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        # the user's line; fx would record it, too (record_stack_traces), but imports the compiler for it: 2 seconds
+        frames = reversed(StackSummary.extract(walk_stack(sys._getframe(1))))
+        node.stack_trace = "".join(StackSummary.from_list(list(dropwhile(_outside, frames))).format()).strip() or None
+        return node
+
     def _proxy_placeholder(self, name: str, concrete_args, sig, fn_for_analysis) -> Any:
         # fx keeps a placeholder and an assertion for a concrete argument; ours leaves the signature.
         if name in self.fixed:
             return self.fixed[name]
         return super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
+
+
+def _outside(frame: FrameSummary) -> bool:
+    """Before the model's own code."""
+    return frame.name != "forward"
 
 
 def symbolic(model: nn.Module, call: Call) -> fx.GraphModule:

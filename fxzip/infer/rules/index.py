@@ -118,7 +118,7 @@ def index(ctx: Context, out: Sequence[OutSpec], self: Value, indices: Sequence[V
     if len(given) == 1:
         ((axis, only),) = given.items()
         return index_one(ctx, self.type, axis, only, out[0].shape)
-    picked = torch.broadcast_shapes(*(i.shape for i in given.values()))
+    picked = np.broadcast_shapes(*(tuple(i.shape) for i in given.values()))
     axes = list(given)
     adjacent = axes == list(range(axes[0], axes[0] + len(axes)))
     return _indexed(ctx, self.type, axes, list(given.values()), axes[0] if adjacent else 0, picked, out[0].shape)

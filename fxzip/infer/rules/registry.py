@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..labels import LabelledType, inert
@@ -133,7 +134,7 @@ def values_in(arguments: Iterable[Any]) -> list[Value]:
 
 def elementwise(ctx: Context, kind: str, values: Sequence[Value], out: Sequence[OutSpec]) -> list[LabelledType]:
     """Entry by entry under broadcasting: aligned axes are related, an inert one pins a labelled one."""
-    shape = torch.broadcast_shapes(*(v.shape for v in values))
+    shape = np.broadcast_shapes(*(tuple(v.shape) for v in values))  # torch.broadcast_shapes imports sympy
     if any(tuple(o.shape) != tuple(shape) and 0 not in o.shape for o in out):
         raise Refuse(f"{kind} does not broadcast {[v.shape for v in values]} to {[o.shape for o in out]}")
     labelled = ctx.pointwise([v.type for v in values], shape)

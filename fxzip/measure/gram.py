@@ -1,0 +1,72 @@
+"""Products of tall matrices with themselves: half of the arithmetic, in single precision where that is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+TILE = 512  # columns of a block: of a matrix of k blocks (k + 1) / 2k is computed
+FEW = 128  # rows, below which float64 costs nothing
+_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+_SMALLEST, _LARGEST = 1e-17, 1e15  # whose products float32 holds, and sums of them
+
+
+def gram(x: Tensor) -> Tensor:
+    """x.mT @ x in the precision of x: [..., r, p] -> [..., p, p].
+
+    >>> x = torch.randn(3, 700, dtype=torch.float64); torch.allclose(gram(x), x.T @ x)
+    True
+    """
+    if x.shape[-1] <= TILE:
+        return x.mT @ x
+    found = x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1])
+    for i, j in tiles(x.shape[-1]):
+        found[..., i:j, :j] = x[..., i:j].mT @ x[..., :j]
+    return mirrored(found)
+
+
+def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
+    """total += weight * rows.T @ rows, in blocks on and below the diagonal; `mirrored` fills in the rest.
+
+    total: float64 [p, p]; rows: [r, p]. Rows of float32 and less are centred, so that a mean far from zero costs no
+    digits, and multiplied in float32: the error is about 1e-6 of the features' deviations. Float64 throughout for few
+    rows, for rows of float64, where float32 might overflow, and where torch is told to multiply float32 as TF32.
+    """
+    centred = _centred(rows)
+    if centred is None:
+        x = rows.to(total)
+        for i, j in tiles(len(total)):
+            total[i:j, :j].addmm_(x[:, i:j].T, x[:, :j], alpha=weight)
+        return
+    y, centre = centred
+    c = centre.double()
+    u = y.sum(0, dtype=torch.float64) + len(rows) / 2 * c  # sum x x' = sum y y' + c u' + u c'
+    left, right = weight * torch.stack([c, u], 1), torch.stack([u, c])  # [p, 2], [2, p]
+    for i, j in tiles(len(total)):
+        total[i:j, :j].add_(y[:, i:j].T @ y[:, :j], alpha=weight).addmm_(left[i:j], right[:, :j])
+
+
+def tiles(columns: int) -> Iterator[tuple[int, int]]:
+    """Start and end of every block."""
+    return ((i, min(i + TILE, columns)) for i in range(0, columns, TILE))
+
+
+def mirrored(matrix: Tensor) -> Tensor:
+    """`matrix` itself, its blocks above the diagonal taken from below."""
+    for i, j in tiles(matrix.shape[-1]):
+        matrix[..., :i, i:j] = matrix[..., i:j, :i].mT
+    return matrix
+
+
+def _centred(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(rows - centre, centre) in float32; None where float64 is needed."""
+    if rows.dtype not in _SINGLE or len(rows) < FEW or torch.get_float32_matmul_precision() != "highest":
+        return None
+    rows = rows.float()
+    centre = rows.mean(0)
+    y = rows - centre
+    peak = y.abs().amax(0)
+    fits = ((peak == 0) | (peak > _SMALLEST)) & (peak < _LARGEST) & (centre.abs() < _LARGEST)
+    return (y, centre) if bool(fits.all()) else None
