@@ -3,7 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/speed.py --out speed.json
 
 Each section is a process of its own (so that its peak memory is its own), and both sides of a ratio are timed in
-it in turn. Networks are untrained, inputs random: neither changes the work. --full adds the long ones.
+it in turn, in CPU seconds of the process where one process does the work (run it with one thread), by the clock where
+several do or where starting counts. Networks are untrained, inputs random: neither changes the work. --full adds the
+long ones, --quick makes all of them so small that they only show that they run.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from common import machine
 from matching_speed import ZIP, compare, growth, timed, two_models
 from nets import ResNet20
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 import fxzip
 from fxzip import passes
@@ -48,13 +51,13 @@ def row(what: str, value: float, unit: str, aim: str = "", **more: Any) -> Row:
     return {"what": what, "value": value, "unit": unit, "aim": aim, "met": met, **more}
 
 
-def seconds(run: Callable[[], Any], repeat: int = 1) -> float:
+def seconds(run: Callable[[], Any], repeat: int = 1, clock: Callable[[], float] = time.process_time) -> float:
     """The best of `repeat` runs."""
     best = float("inf")
     for _ in range(repeat):
-        start = time.perf_counter()
+        start = clock()
         run()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return best
 
 
@@ -108,9 +111,8 @@ def matching(args: argparse.Namespace) -> Iterator[Row]:
 
 def measuring(args: argparse.Namespace) -> Iterator[Row]:
     few, many = (64, 1024) if args.full else (8, 64)
-    for name, size, count, batch in (
-        ("resnet20x4", 32, many, 32), ("resnet50", 224, few, 8), ("vit_b_16", 224, few, 8),
-    ):  # fmt: skip
+    plan = (("resnet20x4", 32, many, 32), ("resnet50", 224, few, 8), ("vit_b_16", 224, few, 8))
+    for name, size, count, batch in (("resnet20x1", 32, 8, 4), ("resnet50", 64, 2, 1)) if args.quick else plan:
         models, data = pair(name), batches(size, count, batch)
         graph = passes.start(models, data, progress=False)
         for stage in (passes.Infer(), passes.Cut(), passes.Read(WHOLE)):
@@ -127,9 +129,9 @@ def merging(args: argparse.Namespace, name: str, size: int, count: int, batch: i
     weights = sum(t.numel() * t.element_size() for m in models for t in m.state_dict().values())
     plain = seconds(lambda: forwards(models, data), 2)
     for method, aim in (("zip", "<= 1.6"), ("solve", "<= 6")):
-        start = time.perf_counter()
+        start = time.process_time()
         zipped = fxzip.merge(models, data, method=method, progress=False, calibration=WHOLE, verify=False)
-        took = time.perf_counter() - start
+        took = time.process_time() - start
         stages = {k: round(v, 2) for k, v in fxzip.report(zipped).seconds.items()}
         yield row(f"merge by {method} of two {name}, {count} inputs of {size} px / their forwards", took / plain, "x",
                   aim, seconds=took, forwards=plain, stages=stages)  # fmt: skip
@@ -139,47 +141,73 @@ def merging(args: argparse.Namespace, name: str, size: int, count: int, batch: i
 
 
 def merging_small(args: argparse.Namespace) -> Iterator[Row]:
-    yield from merging(args, "resnet20x2", 32, 1024 if args.full else 256, 64)
+    count = 1024 if args.full else 256
+    yield from merging(args, *(("resnet20x1", 32, 16, 8) if args.quick else ("resnet20x2", 32, count, 64)))
 
 
 def merging_large(args: argparse.Namespace) -> Iterator[Row]:
-    yield from merging(args, "resnet50", 224, 512, 16)
+    yield from merging(args, *(("resnet18", 64, 4, 2) if args.quick else ("resnet50", 224, 512, 16)))
 
 
 def throughput(args: argparse.Namespace) -> Iterator[Row]:
-    models, data = pair("resnet20x4"), batches(32, 32, 32)
+    name = "resnet20x1" if args.quick else "resnet20x4"
+    models, data = pair(name), batches(32, 32, 32)
     zipped = fxzip.merge(models, data, method="average", progress=False, verify=False)
-    times = {"parent": [], "merged": [], "both": []}
-    for _ in range(5):  # in turn, so that a busy machine is busy for all of them
-        for key, nets in (("parent", models[:1]), ("merged", [zipped]), ("both", models)):
-            times[key].append(seconds(lambda n=nets: forwards(n, data)))
+    nets = {"parent": models[:1], "merged": [zipped], "fused": [fuse(zipped)], "both": models}
+    times: dict[str, list[float]] = {key: [] for key in nets}
+    order = np.random.default_rng(args.seed)
+    for _ in range(2 if args.quick else 7):  # in turn, so that a busy machine is busy for all of them
+        for key in order.permutation(list(nets)):
+            times[key].append(seconds(lambda n=nets[key]: forwards(n, data)))
     middle = {k: float(np.median(v)) for k, v in times.items()}
-    yield row("merged resnet20x4, throughput / one parent's", middle["parent"] / middle["merged"], "x", ">= 0.98")
-    yield row("merged resnet20x4, throughput / the ensemble's", middle["both"] / middle["merged"], "x", ">= 1.9")
+    how = ", memory kept by the allocator" if "MALLOC_TRIM_THRESHOLD_" in os.environ else ""
+    yield row(f"merged {name}, throughput / one parent's{how}", middle["parent"] / middle["merged"], "x", ">= 0.98")
+    yield row(f"merged {name}, throughput / the ensemble's{how}", middle["both"] / middle["merged"], "x", ">= 1.9")
+    yield row(f"the same, batch norms folded by torch.fx, / one parent's{how}", middle["parent"] / middle["fused"], "x")
+
+
+def throughput_steady(args: argparse.Namespace) -> Iterator[Row]:
+    """With glibc told not to give memory back (see ENVIRONMENT): else page faults of whichever graph happens to free
+    the last block of the heap, more than the graph, decide."""
+    yield from throughput(args)
 
 
 def starting(args: argparse.Namespace) -> Iterator[Row]:
+    """Compiled to bytecode before, as pip leaves a package."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     code = "import torch, time; a = time.perf_counter(); import fxzip; print(time.perf_counter() - a)"
-    times = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(5)]
+    runs = 1 if args.quick else 5
+    times = [float(subprocess.check_output([sys.executable, "-c", code], env=env)) for _ in range(1 + runs)][1:]
     yield row("import fxzip, beyond import torch (median of 5)", float(np.median(times)), "s", "<= 0.3",
               best=min(times))  # fmt: skip
     command = [sys.executable, "-m", "fxzip", "inspect", "torchvision:resnet50"]
-    times = [seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(3)]
-    yield row("fxzip inspect torchvision:resnet50, all in all (median of 3)", float(np.median(times)), "s", "<= 6",
-              best=min(times))  # fmt: skip
+    for what, run, aim in (
+        ("fxzip inspect torchvision:resnet50, all in all", command, "<= 6"),
+        ("of which import torch, torchvision", [sys.executable, "-c", "import torch, torchvision"], ""),
+    ):
+        before, times = resource.getrusage(resource.RUSAGE_CHILDREN), []
+        for _ in range(1 if args.quick else 3):
+            times.append(
+                seconds(lambda r=run: subprocess.run(r, check=True, capture_output=True, env=env), 1, time.perf_counter)
+            )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / len(times)
+        yield row(f"{what} (median of {len(times)}; {cpu:.1f} s of CPU)", float(np.median(times)), "s", aim,
+                  best=min(times), cpu=cpu)  # fmt: skip
 
 
 def sharing(args: argparse.Namespace) -> Iterator[Row]:
-    """One process against two (and four), each on a core of its own where the machine has that many."""
+    """One process against two and four, each on a core of its own where the machine has that many."""
     alone: dict[str, float]
     first: dict[str, Tensor]
     alone, first = {}, {}
-    for world in (1, 2, *([4] if args.full else [])):
+    count = 64 if args.quick else 512
+    for world in (1, 2, 4):
         with tempfile.TemporaryDirectory() as folder:
             if world == 1:
-                _rank(0, 1, folder)
+                _rank(0, 1, folder, count)
             else:
-                torch.multiprocessing.spawn(_rank, (world, folder), nprocs=world)  # type: ignore[attr-defined]
+                torch.multiprocessing.spawn(_rank, (world, folder, count), nprocs=world)  # type: ignore[attr-defined]
             took, moments = torch.load(f"{folder}/0.pt")
         if world == 1:
             alone, first = took, moments
@@ -191,7 +219,7 @@ def sharing(args: argparse.Namespace) -> Iterator[Row]:
                           one=alone[what], several=took[what])  # fmt: skip
 
 
-def _rank(rank: int, world: int, folder: str) -> None:
+def _rank(rank: int, world: int, folder: str, count: int) -> None:
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity") and world > 1:
         cores = sorted(os.sched_getaffinity(0))
@@ -199,7 +227,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     if world > 1:
         dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     warnings.simplefilter("ignore")
-    models, data = pair("resnet20x1"), batches(32, 512, 64)
+    models, data = pair("resnet20x1"), batches(32, count, count // 8)
     graph = passes.start(models, data, progress=False, distributed=world > 1)
     took: dict[str, float] = {}
     plan = [passes.Infer(), passes.Cut(), passes.Read(WHOLE), passes.Measure(), passes.Match("zip"), passes.Average(),
@@ -218,7 +246,8 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 def kernels(args: argparse.Namespace) -> Iterator[Row]:
     """Where the time of a solve goes, operator by operator."""
-    models, data = pair("resnet20x1"), batches(32, 256, 64)
+    count = 16 if args.quick else 256
+    models, data = pair("resnet20x1"), batches(32, count, count // 4)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fxzip.merge(models, data, progress=False, verify=False)
     found = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
@@ -228,7 +257,11 @@ def kernels(args: argparse.Namespace) -> Iterator[Row]:
                   calls=event.count)  # fmt: skip
 
 
-SECTIONS = {f.__name__: f for f in (matching, measuring, merging_small, throughput, starting, sharing, kernels)}
+SECTIONS = {
+    f.__name__: f
+    for f in (matching, measuring, merging_small, throughput, throughput_steady, starting, sharing, kernels)
+}
+ENVIRONMENT = {"throughput_steady": {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}}
 LONG = {"merging_large": merging_large}
 
 
@@ -238,8 +271,9 @@ LONG = {"merging_large": merging_large}
 def main(argv: Sequence[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    longer = "also n = 8,192, ResNet-50 with 512 images, four processes; more inputs"
+    longer = "also n = 8,192, ResNet-50 with 512 images; more inputs"
     parser.add_argument("--full", action="store_true", help=longer)
+    parser.add_argument("--quick", action="store_true", help="toy sizes: its figures mean nothing")
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS, *LONG], help="these sections")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", metavar="FILE", help="also write the rows as JSON")
@@ -268,8 +302,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _section(name: str, args: argparse.Namespace) -> list[Row]:
     """The rows of one section, run in a process of its own; a failed one is a row that says so."""
     command = [sys.executable, str(HERE), "--section", name, "--seed", str(args.seed), *(["--full"] * args.full)]
+    command += ["--quick"] * args.quick
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT.get(name, {}))
     if done.returncode:
         return [row(f"failed: {done.stderr.strip().splitlines()[-1]}", float("nan"), "")]
     print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)

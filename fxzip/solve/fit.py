@@ -20,6 +20,7 @@ from .refine import refine
 from .ridge import Gram, ridge
 from .slots import Slot, argument, arguments
 
+_BENT = 8_192  # rows that re-targeting looks at, at least: it has to find a small correction only
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -97,7 +98,9 @@ def solve_point(
         return {n: _value(v, point.lane, j, dynamic) for n, v in arguments(node).items()}
 
     operand = _value(arguments(node)[design.weight], point.lane, 0, dynamic)
-    count = _rows(settings, design.matrix(operand, groups), chunks.total)
+    matrix = design.matrix(operand, groups)
+    count = _rows(settings, matrix, chunks.total)
+    few = max(settings.rows * matrix.shape[-1], min(settings.least, _BENT)) // chunks.total + 1
     others = design.rows(values(0), 1, torch.Generator()).of if chunks.own < chunks.total else 0
     for j in chunks:
         if j is None:  # draw as the rank that has it does: all chunks have one shape
@@ -110,7 +113,8 @@ def solve_point(
         x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], -1) if intercept else x
         gram.add(x, target)
         if bend is not None:
-            kept.append((x, target, _single(rows.y(full))))
+            some = _some(len(x), few, x.device)
+            kept.append((x[some], target[some], _single(rows.y(full))[some]))
     gram.reduce(chunks.processes)
     start = _start(point, design, weight, bias, groups, intercept)
     if bend is None:
@@ -134,6 +138,13 @@ def _rows(settings: Settings, matrix: Tensor, chunks: int) -> int:
     columns = matrix.shape[0] * matrix.shape[-1]
     most = max(int(settings.memory / 8 / columns), matrix.shape[-1])  # their float32 take half of the cap at most
     return min(max(settings.rows * matrix.shape[-1], settings.least), most) // chunks + 1
+
+
+def _some(rows: int, count: int, device: torch.device) -> Tensor | slice:
+    """`count` of `rows` rows at random, always the same."""
+    if rows <= count:
+        return slice(None)
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:count].to(device)
 
 
 # -- targets ----------------------------------------------------------------------------------------

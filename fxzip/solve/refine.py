@@ -7,6 +7,9 @@ non-linearity, minimise E |f(t) - f(W x)|^2 by majorisation: replace the target 
 
 and solve again with the same factored Gram matrix. For ReLU t' projects y on {y: f(y) = f(t)}, so this is
 alternating projection, over-relaxed: four sweeps do what eight plain ones do. Closed form.
+
+E[t' x^T] = W S + E[(t' - y) x^T]: the first term is known from all rows, the second one is small, and some of the
+rows tell it.
 """
 
 from __future__ import annotations
@@ -35,17 +38,19 @@ def refine(
 ) -> Fit:
     """The fit after `sweeps` re-targetings; errors are of f(t) against f(W x), relative to E f(t)^2.
 
-    gram: of all ranks; kept: the rows of this one."""
+    gram: of all rows of all ranks; kept: some or all rows of this one."""
     problem = Ridge(gram, start, lam)
     before = _error(start, kept, bend, processes)
     weights = problem.solve()
+    count = torch.tensor([sum(len(x) for x, _, _ in kept)], device=problem.c.device)
+    processes.sum(count)
     for _ in range(sweeps):
-        cross = torch.zeros_like(problem.c)
+        moved = torch.zeros_like(problem.c)
         for x, t, full in kept:
-            y = _predict(x, weights)
-            cross += (_retarget(y, t, full - t, bend).permute(1, 2, 0) @ x.transpose(0, 1)).double()
-        processes.sum(cross)
-        weights = weights + RELAX * (problem.solve(cross / gram.rows) - weights)
+            step = _retargeting(_predict(x, weights), t, full - t, bend)
+            moved += (step.permute(1, 2, 0) @ x.transpose(0, 1)).double()
+        processes.sum(moved)
+        weights = weights + RELAX * (problem.solve(weights @ problem.s + moved / int(count)) - weights)
     return Fit(weights, before, _error(weights, kept, bend, processes))
 
 
@@ -53,13 +58,14 @@ def _predict(x: Tensor, weights: Tensor) -> Tensor:
     return (x.transpose(0, 1) @ weights.to(x.dtype).mT).transpose(0, 1)  # [r, g, o]
 
 
-def _retarget(y: Tensor, t: Tensor, offset: Tensor, bend: Callable[[Tensor], Tensor]) -> Tensor:
+def _retargeting(y: Tensor, t: Tensor, offset: Tensor, bend: Callable[[Tensor], Tensor]) -> Tensor:
+    """t' - y."""
     a, b = y + offset, t + offset  # where f is applied
     gap = b - a
     step = 1e-3 * b.std().clamp(min=1e-6)
     slope = (bend(b + step) - bend(b - step)).abs() / (2 * step)
     secant = (bend(b) - bend(a)).abs() / gap.abs().clamp(min=1e-9)
-    return y + torch.maximum(slope, secant).clamp(max=1) * gap
+    return torch.maximum(slope, secant).clamp(max=1) * gap
 
 
 def _error(
