@@ -57,17 +57,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with sync_playwright() as play, tempfile.TemporaryDirectory() as folder:
-        browser = play.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
         for name in args.only:
             make, size, count, method, scheme, script = SHOTS[name]
             file = fxzip.html.write(merged(make, size, count, method), Path(folder) / f"{name}.html")
+            browser = play.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page(viewport={"width": 1280, "height": 880}, color_scheme=scheme)  # type: ignore[arg-type]
             page.goto(f"file://{file}")
             page.wait_for_function("document.documentElement.dataset.ready")
             page.evaluate(f"{{ {SECTION} {script} }}")
             page.wait_for_timeout(800)
             page.screenshot(path=args.out / f"report-{name}.png")
-        browser.close()
+            browser.close()
 
 
 if __name__ == "__main__":

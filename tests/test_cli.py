@@ -122,6 +122,12 @@ def test_merge_by_recipe_then_everything_that_reads_its_folder(capsys, place):
     assert run(capsys, "verify", "out", "--trust-code", "-q") == (0, "", "")
     code, out, _ = run(capsys, "inspect", "out", "--trust-code")
     assert code == 0 and "s0" in out
+    assert run(capsys, "push", "out", "./hub", "-q") == (0, "", "")
+    (place / "mine").mkdir()
+    (place / "mine" / "README.md").write_text("mine")
+    code, _, err = run(capsys, "pull", "./hub", "mine")
+    assert code == 2 and "'mine' has a README.md that fxzip did not write: choose another folder" in err
+    assert run(capsys, "pull", "./hub", "mine", "--force", "-q") == (0, "", "")
     (place / "a.pt").unlink()  # weights are not needed to open a folder
     assert run(capsys, "eval", "out", "--data", "x.npz", "--trust-code", "--no-parents")[0] == 0
     code, _, err = run(capsys, "merge", "out", "again", "--trust-code")

@@ -141,6 +141,9 @@ def _graph(plan: _Plan, names: Sequence[str], as_dict: bool, heads: str) -> fx.G
         graph.output(_joined(graph, outputs, heads, plan.shares))
     else:
         graph.output(dict(zip(names, outputs, strict=True)) if as_dict else tuple(outputs))
+    for node in graph.nodes:
+        if isinstance(node.type, str):  # of `from __future__ import annotations`: torch 2.13 cannot pickle such a graph
+            node.type = None
     return graph
 
 

@@ -52,9 +52,13 @@ def symbolic(model: nn.Module, call: Call) -> fx.GraphModule:
         raise TraceError("forward_fn: only torch.export traces a function of a model")
     graph = _Tracer(call.fixed, call.leaves).trace(model)
     graph_module = fx.GraphModule(model, graph, type(model).__name__)
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    saved = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }
     for name, _ in graph_module.named_buffers(remove_duplicate=False):
-        if name not in buffers:  # a plain tensor attribute, which fx registers as a buffer
+        if name not in saved:  # fx registers plain tensor attributes, and torch 2.13 forgets what is not persistent
             path, _, last = name.rpartition(".")
             graph_module.get_submodule(path)._non_persistent_buffers_set.add(last)
     norms_as_modules(graph_module, model)
