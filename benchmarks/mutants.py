@@ -118,8 +118,9 @@ def _changes(tree: ast.Module) -> Iterator[tuple[int, str, str, Any]]:
 
 
 def _said(part: ast.AST) -> set[ast.AST]:
-    """What is raised or asserted: texts for people, mostly."""
-    spoken = (n for n in ast.walk(part) if isinstance(n, (ast.Raise, ast.JoinedStr)))
+    """What is raised: texts for people, mostly; and `strict=`, a check of the code by itself."""
+    spoken = [n for n in ast.walk(part) if isinstance(n, (ast.Raise, ast.JoinedStr))]
+    spoken += [n for n in ast.walk(part) if isinstance(n, ast.keyword) and n.arg == "strict"]
     return {inner for n in spoken for inner in ast.walk(n)}
 
 
