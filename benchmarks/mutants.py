@@ -240,8 +240,8 @@ class Experiment:
         leave = self.options.without
         skipped = [i for i in session.items if i.get_closest_marker("skip") or i.originalname in leave]  # type: ignore[attr-defined]
         self.items = {i.nodeid: i for i in session.items if i not in skipped}
-        self.functions = _function_objects({str(p) for p in self.paths})
         _warm(list(self.items.values()))
+        self.functions = _function_objects({str(p) for p in self.paths})
         gc.collect()
         gc.freeze()  # forks share what they do not touch
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; what was found out is kept"))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxzip.infer.labels import Group, LabelledType, label_of
+from fxzip.infer.labels import Group, LabelledType, label_of, tag_of
 from fxzip.infer.relations import Relations
 from fxzip.infer.rules import OutSpec, Refusal, Value, apply
 
@@ -263,6 +263,10 @@ MOVES: list[Callable[[Draw], Call]] = [
     index_select, index, index_mask, gather, embedding, cat, stack, pad, slice_scatter, select_scatter, squeeze,
     unsqueeze, unfold, triangle, pixel_shuffle, pixel_unshuffle, channel_shuffle,
 ]  # fmt: skip
+FREE = [  # nothing here gives an order to features
+    reshape, permute, transpose, expand, repeat, split, split_with_sizes, unbind, slice_, select, flip, roll,
+    index_select, pad, squeeze, unsqueeze, pixel_shuffle, pixel_unshuffle, channel_shuffle,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("make", MOVES, ids=lambda f: f.__name__)
@@ -278,16 +282,27 @@ def test_labels_go_where_their_entries_go(make):
         found = apply(notes, op, _values(args, notes, draw, types), kwargs, out)
         if isinstance(found, Refusal):
             continue
-        taken += 1
+        taken, said = taken + 1, Said(notes)
         for group in [g for t in types for g in t.groups]:
             queue = iter(types)
             moved = _results(op, args, kwargs, lambda _, q=queue, g=group: _entries(next(q), g))
             for labelled, entries in zip(found, moved, strict=True):
-                problem = _disagrees(notes, labelled, entries.numpy())
+                problem = _disagrees(said, labelled, entries.numpy())
                 assert not problem, f"seed {seed}: {op} of {args}, {[_axes(t) for t in types]}: {problem}"
+        for labelled in found:
+            axes = [a for g in labelled.groups for a in g.axes]
+            assert len(set(axes)) == len(axes), f"seed {seed}: {op} of {args}: groups {_axes(labelled)} overlap"
+        inert = [(k, a) for k, t in enumerate(types) for a in range(len(t.shape)) if t.group_of(a) is None]
+        for k, axis in inert:
+            numbers = iter(range(len(types)))
+            moved = _results(op, args, kwargs, lambda s, n=numbers, k=k, a=axis: _places(s, a, next(n) == k))
+            for labelled, entries in zip(found, moved, strict=True):
+                problem = _reorders(said, labelled, entries.numpy())
+                assert not problem, f"seed {seed}: {op} of {args}, {[_axes(t) for t in types]}: {problem}"
+        assert make not in FREE or not said.pinned, f"seed {seed}: {op} of {args} pins features"
         for labelled in types:
             for group in labelled.groups:
-                own = {_class(notes, int(x)) for x in group.labels.ravel()}
+                own = {said.one(int(x)) for x in group.labels.ravel()}
                 assert len(own) == group.labels.size, f"seed {seed}: {op} of {args} makes two features of a tensor one"
     assert taken > DRAWS // 2
 
@@ -326,55 +341,80 @@ def _entries(labelled: LabelledType, group: Group) -> Tensor:
     return torch.from_numpy(np.broadcast_to(spread, labelled.shape).copy())
 
 
-def _disagrees(notes: Notes, labelled: LabelledType, entries: np.ndarray) -> str:
+def _places(shape: list[int], axis: int, mine: bool) -> Tensor:
+    """A tensor whose entries say where along `axis` they are, from 1 on."""
+    index = torch.arange(1, shape[axis] + 1) if mine else torch.tensor([NOTHING])
+    sizes = [shape[axis] if mine and a == axis else 1 for a in range(len(shape))]
+    return index.reshape(sizes).expand(list(shape)).clone()
+
+
+def _reorders(told: Said, labelled: LabelledType, places: np.ndarray) -> str:
+    """Whether features of one result may change places with one another where the operand's axis had no labels: then
+    entries at different places must carry different tags, or labels of their own that say so."""
+    still = told.pinned | told.derived
+    for group in labelled.groups:
+        front = [np.moveaxis(x, group.axes, range(len(group.axes))) for x in (places, *_spread(group, places))]
+        along = [x.reshape(int(np.prod(x.shape[: len(group.axes)])), -1).T.tolist() for x in front]
+        for rows in zip(*along, strict=True):  # the other axes stand still
+            at: dict[int, int] = {}
+            for place, label, tag in zip(*rows, strict=True):
+                if place != NOTHING and label not in still and at.setdefault(tag, place) != place:
+                    return f"axes {group.axes} have labels that may change places {at[tag]} and {place}"
+    return ""
+
+
+def _spread(group: Group, like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and tags of a group for every entry of an array."""
+    whole = np.broadcast_to(group.aligned(range(like.ndim)), like.shape)
+    return label_of(whole), tag_of(whole)
+
+
+def _disagrees(said: Said, labelled: LabelledType, entries: np.ndarray) -> str:
     """How the type of a result contradicts the entries that the operator put there; "" if it does not."""
     if not entries.size:
         return ""
-    related = {int(x): _related(notes, int(x)) for x in np.unique(entries) if x != NOTHING}
-    pinned = set(chain.from_iterable(p.tolist() for p in notes.relations.pinned))
+    related = {int(x): said.related(int(x)) for x in np.unique(entries) if x != NOTHING}
 
     def apart(x: int, y: int) -> bool:
         """Two features that may not lie along an axis without labels."""
-        return x != y and NOTHING not in (x, y) and not {x, y} & pinned and not related[x] & related[y]
+        return x != y and NOTHING not in (x, y) and not {x, y} & said.pinned and not related[x] & related[y]
 
     for axis in (a for a in range(entries.ndim) if labelled.group_of(a) is None):
         first = np.broadcast_to(np.take(entries, [0], axis), entries.shape)
         if any(apart(*pair) for pair in {*zip(first.ravel().tolist(), entries.ravel().tolist(), strict=True)}):
             return f"axis {axis} has no labels, but its entries differ"
     for group in labelled.groups:
-        spread = np.broadcast_to(label_of(group.aligned(range(entries.ndim))), entries.shape)
-        for said, is_ in {*zip(spread.ravel().tolist(), entries.ravel().tolist(), strict=True)}:
-            about = _related(notes, said) & related.keys()
+        spread, _ = _spread(group, entries)
+        for label, is_ in {*zip(spread.ravel().tolist(), entries.ravel().tolist(), strict=True)}:
+            about = said.related(label) & related.keys()
             if is_ != NOTHING and about and not about & related[is_]:
-                return f"label {said} stands for {sorted(about)} where the operator puts {is_}"
+                return f"label {label} stands for {sorted(about)} where the operator puts {is_}"
     return ""
 
 
-def _edges(notes: Notes) -> dict[int, set[int]]:
-    """label -> what it is the same as, or part of, by what the rule said."""
-    r = notes.relations
-    found: dict[int, set[int]] = defaultdict(set)
-    for u, v, _ in r.one:
-        for a, b in zip(u.tolist(), v.tolist(), strict=True):
-            found[a].add(b)
-            found[b].add(a)
-    return found
+class Said:
+    """What the rule said about labels."""
 
+    def __init__(self, notes: Notes) -> None:
+        r = notes.relations
+        self.pinned = set(chain.from_iterable(p.tolist() for p in r.pinned))
+        self.derived = set(chain.from_iterable(new.tolist() for new, _ in r.derived))
+        self.same: dict[int, set[int]] = defaultdict(set)
+        up, down = defaultdict(set), defaultdict(set)
+        for edges, there, back in ((r.one, self.same, self.same), (r.many, up, down)):
+            for u, v, _ in edges:
+                for a, b in zip(label_of(u).ravel().tolist(), label_of(v).ravel().tolist(), strict=True):
+                    there[a].add(b)
+                    back[b].add(a)
+        self.ways = [{k: self.same.get(k, set()) | w.get(k, set()) for k in {*self.same, *w}} for w in (up, down)]
 
-def _class(notes: Notes, label: int) -> int:
-    return min(_closure({label}, _edges(notes)))
+    def one(self, label: int) -> int:
+        """One number for all labels that are one-to-one."""
+        return min(_closure({label}, self.same))
 
-
-def _related(notes: Notes, label: int) -> set[int]:
-    """The label, what is one-to-one with it, what it belongs to, and what belongs to it."""
-    same = _edges(notes)
-    up, down = defaultdict(set), defaultdict(set)
-    for u, v, _ in notes.relations.many:
-        for a, b in zip(label_of(u).ravel().tolist(), label_of(v).ravel().tolist(), strict=True):
-            up[a].add(b)
-            down[b].add(a)
-    both = [{k: same.get(k, set()) | way.get(k, set()) for k in {*same, *way}} for way in (up, down)]
-    return _closure({label}, both[0]) | _closure({label}, both[1])
+    def related(self, label: int) -> set[int]:
+        """The label, what is one-to-one with it, what it belongs to, and what belongs to it."""
+        return _closure({label}, self.ways[0]) | _closure({label}, self.ways[1])
 
 
 def _closure(start: set[int], edges: dict[int, set[int]]) -> set[int]:
@@ -385,3 +425,37 @@ def _closure(start: set[int], edges: dict[int, set[int]]) -> set[int]:
                 found.add(other)
                 todo.append(other)
     return found
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (3, 2), (2, 8)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_inert_axis_that_was_flattened_in_comes_out_again(shape, axis):
+    notes = Notes()
+    before = LabelledType(shape, (Group((axis,), notes.relations.fresh([shape[axis]])),))
+    flat = notes.relations.reshape(before, (shape[0] * shape[1],))
+    back = notes.relations.reshape(flat, shape)
+    assert _axes(flat) == [(0,)] and tag_of(flat.groups[0].labels).max() == shape[1 - axis] - 1
+    assert _axes(back) == [(axis,)] and np.array_equal(back.groups[0].labels, before.groups[0].labels)
+
+
+X, INDEX = Shape([4, 6]), torch.zeros(2, 3, dtype=torch.int64)
+SIXTH = [Shape([1, 2, 3, 3, 3, 3]), Shape([2, 2, 1, 1, 1, 1]), None, [1], [0], [1], False, [0], 1]
+REFUSED = {
+    "an index of (2, 3) covers part of a tensor of (4, 6)": (aten.gather.default, [X, 1, INDEX]),
+    "indexing with a mask and other indices at once": (aten.index.Tensor, [X, [INDEX[0] > 0, INDEX[0]]]),
+    "dropout is active": (aten.native_dropout.default, [X, 0.5, True]),
+    "rrelu is random in training mode": (aten.rrelu_with_noise_functional.default, [X, X, 0.1, 0.3, True]),
+    "unfold of a scalar": (aten.unfold.default, [Shape([]), 0, 1, 1]),
+    "no rule for aten.diagonal.default": (aten.diagonal.default, [X]),
+    "no rule for aten.bernoulli.default": (aten.bernoulli.default, [X]),
+    "convolution of (1, 2, 3, 3, 3, 3) with a weight of (2, 2, 1, 1, 1, 1)": (aten.convolution.default, SIXTH),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_no_rule_covers_is_refused_with_the_reason(reason):
+    op, args = REFUSED[reason]
+    notes = Notes()
+    values = _values(args, notes, Draw(0), [])
+    found = apply(notes, op, values, {}, [OutSpec((4, 6), torch.float32)])
+    assert isinstance(found, Refusal) and reason in found.reason
