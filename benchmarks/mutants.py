@@ -109,7 +109,7 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
 def _changes(tree: ast.Module) -> Iterator[tuple[int, str, str, Any]]:
     """(line, function, what, change) of every possible change; calling `change` makes it, in `tree`."""
     for name, function in _functions(tree):
-        for part in [function.args, *function.body]:
+        for part in [*function.args.defaults, *function.body]:
             said = _said(part)
             for node in ast.walk(part):
                 if node not in said:

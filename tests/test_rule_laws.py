@@ -299,6 +299,10 @@ def test_labels_go_where_their_entries_go(make):
             for labelled, entries in zip(found, moved, strict=True):
                 problem = _reorders(said, labelled, entries.numpy())
                 assert not problem, f"seed {seed}: {op} of {args}, {[_axes(t) for t in types]}: {problem}"
+        homes = {kind for _, _, kind in notes.relations.homes}
+        kinds = {int(k) for edges in (notes.relations.one, notes.relations.many) for e in edges for k in e[2]}
+        own = {k for k in kinds if k < 1 << 32}  # others are hashes
+        assert own <= set(range(1, notes.relations.types())) - homes, f"seed {seed}: {op} of {args}: kinds not its own"
         assert make not in FREE or not said.pinned, f"seed {seed}: {op} of {args} pins features"
         for labelled in types:
             for group in labelled.groups:
@@ -436,6 +440,13 @@ def test_an_inert_axis_that_was_flattened_in_comes_out_again(shape, axis):
     back = notes.relations.reshape(flat, shape)
     assert _axes(flat) == [(0,)] and tag_of(flat.groups[0].labels).max() == shape[1 - axis] - 1
     assert _axes(back) == [(axis,)] and np.array_equal(back.groups[0].labels, before.groups[0].labels)
+
+
+def test_an_axis_that_only_lends_a_factor_stays_inert():
+    """(4, f) -> (2, 2 f): the first axis of the result is no feature."""
+    notes = Notes()
+    before = LabelledType((4, 6), (Group((1,), notes.relations.fresh([6])),))
+    assert _axes(notes.relations.reshape(before, (2, 12))) == [(1,)]
 
 
 X, INDEX = Shape([4, 6]), torch.zeros(2, 3, dtype=torch.int64)
