@@ -109,7 +109,7 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
 def _changes(tree: ast.Module) -> Iterator[tuple[int, str, str, Any]]:
     """(line, function, what, change) of every possible change; calling `change` makes it, in `tree`."""
     for name, function in _functions(tree):
-        for part in [function.args, *function.body]:
+        for part in [*function.args.defaults, *function.body]:
             said = _said(part)
             for node in ast.walk(part):
                 if node not in said:
@@ -118,8 +118,9 @@ def _changes(tree: ast.Module) -> Iterator[tuple[int, str, str, Any]]:
 
 
 def _said(part: ast.AST) -> set[ast.AST]:
-    """What is raised or asserted: texts for people, mostly."""
-    spoken = (n for n in ast.walk(part) if isinstance(n, (ast.Raise, ast.JoinedStr)))
+    """What is raised: texts for people, mostly; and `strict=`, a check of the code by itself."""
+    spoken = [n for n in ast.walk(part) if isinstance(n, (ast.Raise, ast.JoinedStr))]
+    spoken += [n for n in ast.walk(part) if isinstance(n, ast.keyword) and n.arg == "strict"]
     return {inner for n in spoken for inner in ast.walk(n)}
 
 
@@ -239,8 +240,8 @@ class Experiment:
         leave = self.options.without
         skipped = [i for i in session.items if i.get_closest_marker("skip") or i.originalname in leave]  # type: ignore[attr-defined]
         self.items = {i.nodeid: i for i in session.items if i not in skipped}
-        self.functions = _function_objects({str(p) for p in self.paths})
         _warm(list(self.items.values()))
+        self.functions = _function_objects({str(p) for p in self.paths})
         gc.collect()
         gc.freeze()  # forks share what they do not touch
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; what was found out is kept"))
