@@ -17,10 +17,15 @@ TITLE = "Which models fxzip traces, proves and merges."
 
 
 def latest(cache: Path) -> dict[str, Row]:
-    """The last row of every model."""
-    lines = cache.read_text(encoding="utf-8").splitlines() if cache.is_file() else []
-    rows = [json.loads(line) for line in lines]
-    return {f"{r['suite']}:{r['name']}": r for r in rows}
+    """The last row of every model; one that was only analysed is no news where the same code has merged the model."""
+    found: dict[str, Row] = {}
+    for line in cache.read_text(encoding="utf-8").splitlines() if cache.is_file() else ():
+        row = json.loads(line)
+        key = f"{row['suite']}:{row['name']}"
+        old = found.get(key, {})
+        if not ("recovered" in old and "recovered" not in row and old.get("code") == row.get("code")):
+            found[key] = row
+    return found
 
 
 def outcome(row: Row) -> str:

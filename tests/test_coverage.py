@@ -45,6 +45,13 @@ def test_urgent_is_what_teaches_most():
     assert [coverage.urgency(row, "now") for row in rows] == [0, 1, 2, 3, coverage.DONE]
 
 
+def test_an_analysis_does_not_replace_a_merge(tmp_path):
+    row = {"suite": "toys", "name": "a", "code": "1"}
+    lines = [{**row, "recovered": True}, row, {**row, "name": "b"}, {**row, "name": "b", "code": "2"}]
+    (tmp_path / "c").write_text("\n".join(map(json.dumps, lines)))
+    assert [r.get("recovered") or r["code"] for r in table.latest(tmp_path / "c").values()] == [True, "2"]
+
+
 def test_documents_count_and_say_why(tmp_path):
     good = {"suite": "toys", "name": "a", "rung": "exported", "sound": True, "recovered": True, "spaces": 2}
     good |= {"block_spaces": 1, "free": 0.5, "frozen": ["aten.x: no rule for aten.x"], "proof_error": 1e-16}
