@@ -5,7 +5,8 @@
 Line: two networks trained on the same images from different initialisations, interpolated as they are and aligned by
 Git Re-Basin (weights) or by activations, with and without REPAIR: a plain MLP, which has no norms, and a ResNet-8 with
 batch norm, whose statistics are recomputed at every step. Plane: the mean loss over two tasks, own images and own
-heads, through the pair `--pair` of pairs.py and its merge, with the second network as it is and in the first's order.
+heads, through a pair (of `fxzip demo`, which is quick, or --pair of pairs.py) and its merge; the second network as it
+is and in the first one's order.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxzip
-from fxzip import landscape
+from fxzip import demo, landscape
 from fxzip.drawing import drawing
 
 NETWORKS: dict[str, tuple[Callable[[int], nn.Module], Recipe]] = {
-    "mlp": (lambda channels: MLP(10, channels * 28 * 28), Recipe("adamw", 1e-3, 4, 20_000)),
+    "mlp": (lambda channels: MLP(10, channels * 28 * 28), Recipe("adamw", 1e-3, 4, 12_000)),
     "resnet8": (lambda channels: ResNet20(10, channels, blocks=1), Recipe("sgd", 0.2, 3, 8000)),
 }
 METHODS = ("rebasin", "permute", "rebasin+repair", "permute+repair")
@@ -54,10 +55,10 @@ class Measured:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--network", choices=NETWORKS, nargs="+", default=list(NETWORKS))
-    parser.add_argument("--pair", choices=PAIRS, default="resnet20-gn")
+    parser.add_argument("--pair", choices=["digits", *PAIRS], default="digits")
     parser.add_argument("--merge", default="solve", help="method of the merge on the plane")
     parser.add_argument("--steps", type=int, default=9, help="points on the line")
-    parser.add_argument("--grid", type=int, default=13, help="points along each side of the plane")
+    parser.add_argument("--grid", type=int, default=9, help="points along each side of the plane")
     parser.add_argument("--only", choices=["line", "plane"])
     parser.add_argument("--figures", metavar="DIR", help="write barrier.svg and plane.svg there")
     args = parse(parser, argv)
@@ -126,12 +127,7 @@ def draw_lines(lines: dict[str, dict[str, tuple[landscape.Line, list[float]]]]):
 
 def planes(args: argparse.Namespace, data: Data) -> dict[str, landscape.Plane]:
     """The plane through both networks and their merge; once with the second in the first one's order."""
-    (build, recipe), (channels, size) = PAIRS[args.pair], data.shape
-    halves = split_classes(0)
-    a, b = (train(args.pair, lambda: build(5, channels, size), data, own, recipe, k + 1, args)[0]
-            for k, own in enumerate(halves))  # fmt: skip
-    loader = data.calibration(args.calibration, args.seed).split(256)
-    test = [Measured(*own_images(data, own)) for own in halves]
+    (a, b), loader, test = digits_pair(args) if args.pair == "digits" else image_pair(args, data)
 
     def loss(network: nn.Module) -> float:
         return sum(m(_Output(network, k)) for k, m in enumerate(test)) / len(test)
@@ -152,6 +148,30 @@ def planes(args: argparse.Namespace, data: Data) -> dict[str, landscape.Plane]:
         low = min(v for row in plane.values for v in row)
         print(f"| {name} | {at['a']:.2f} | {at['b']:.2f} | {loss(zipped):.2f} | {low:.2f} |", flush=True)
     return found
+
+
+Pair = tuple[list[nn.Module], list[Tensor], list[Measured]]  # networks, calibration batches, a measure per task
+
+
+def digits_pair(args: argparse.Namespace) -> Pair:
+    """The two networks of `fxzip demo`."""
+    data = demo.digits(args.seed)
+    pair: list[nn.Module] = [
+        demo.train(data, c, args.seed + k, 8, 30, False, "ab"[k]) for k, c in enumerate(demo.CLASSES)
+    ]
+    images, labels = data.test
+    own = [(labels >= 5 * k) & (labels < 5 * k + 5) for k in (0, 1)]
+    return pair, list(data.calibration.split(256)), [Measured(images[o], labels[o] - 5 * k) for k, o in enumerate(own)]
+
+
+def image_pair(args: argparse.Namespace, data: Data) -> Pair:
+    """A pair of pairs.py, split 0."""
+    (build, recipe), (channels, size) = PAIRS[args.pair], data.shape
+    halves = split_classes(0)
+    pair = [train(args.pair, lambda: build(5, channels, size), data, own, recipe, k + 1, args)[0]
+            for k, own in enumerate(halves)]  # fmt: skip
+    loader = data.calibration(args.calibration, args.seed).split(256)
+    return pair, list(loader), [Measured(*own_images(data, own)) for own in halves]
 
 
 class _Output(nn.Module):

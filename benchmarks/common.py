@@ -11,8 +11,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +162,17 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 @dataclass(frozen=True)
 class Recipe:
     """How to train one family of networks: optimiser "sgd" or "adamw", peak learning rate, epochs, and how many
-    images of its classes at most (None: all)."""
+    images of its classes at most (None: all). batch; share of the steps in which the rate rises; whether it does so,
+    and falls, in a straight line or by a cosine."""
 
     optimiser: str
     rate: float
     epochs: int
     images: int | None = None
+    # not in repr, which names cached parents
+    batch: int = field(default=BATCH, repr=False)
+    rising: float = field(default=0.3, repr=False)
+    straight: bool = field(default=False, repr=False)
 
     def adjusted(self, args: argparse.Namespace) -> Recipe:
         """With --epochs and --train, where they are given."""
@@ -215,14 +220,23 @@ def _fit(model: nn.Module, data: Data, classes: Sequence[int], recipe: Recipe, n
     images, target = data.normalise(images[mine]), torch.full((int(own.max()) + 1,), -1)
     target[own] = torch.arange(len(own))
     labels = target[labels[mine]]
-    batches = list(_batches(len(images), recipe.epochs))
+    picks = list(_batches(len(images), recipe))
+    fit(model, ((augment(images[pick], data.flip), labels[pick]) for pick in picks), len(picks), recipe, name)
+
+
+def fit(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int, recipe: Recipe, name: str) -> None:
+    """Train on `steps` batches of images [b, c, h, w] and labels [b], by cross-entropy, where the model is."""
     optimiser = recipe.build(model)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.rate, total_steps=len(batches))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, recipe.rate, total_steps=steps, pct_start=recipe.rising,
+        anneal_strategy="linear" if recipe.straight else "cos",
+    )  # fmt: skip
+    where = next(model.parameters()).device
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster
-    bar = tqdm(batches, desc=name, leave=False, disable=None)
-    for step, pick in enumerate(bar):
-        x = augment(images[pick], data.flip).contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(model(x), labels[pick])
+    bar = tqdm(batches, total=steps, desc=name, leave=False, disable=None)
+    for step, (images, labels) in enumerate(bar):
+        x = images.to(where).contiguous(memory_format=torch.channels_last)
+        loss = F.cross_entropy(model(x), labels.to(where))
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -243,9 +257,9 @@ def augment(images: Tensor, flip: bool, pixels: int = 2) -> Tensor:
     return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
 
 
-def _batches(count: int, epochs: int) -> Iterator[Tensor]:
-    size = min(BATCH, count)
-    for _ in range(epochs):
+def _batches(count: int, recipe: Recipe) -> Iterator[Tensor]:
+    size = min(recipe.batch, count)
+    for _ in range(recipe.epochs):
         yield from torch.randperm(count)[: count // size * size].split(size)
 
 

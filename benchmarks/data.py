@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets
@@ -26,12 +27,14 @@ CACHE = Path.home() / ".cache" / "fxzip-bench"
 HELD_OUT = 0.2  # of an image set that has one part only
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "mnist": ((0.1307,), (0.3081,)),
     "fashion-mnist": ((0.2860,), (0.3530,)),
     "kmnist": ((0.1918,), (0.3483,)),
 }
 DOWNLOADS = {
     "cifar10": datasets.CIFAR10,
+    "cifar100": datasets.CIFAR100,
     "mnist": datasets.MNIST,
     "fashion-mnist": datasets.FashionMNIST,
     "kmnist": datasets.KMNIST,
@@ -76,6 +79,12 @@ class Data:
         train, test = parts
         return replace(self, train=train, test=test)
 
+    def halved(self) -> Data:
+        """Images of half the height and width, by the mean of four pixels."""
+        parts = ((F.avg_pool2d(x.float(), 2).round().byte(), y) for x, y in (self.train, self.test))
+        train, test = parts
+        return replace(self, name=f"{self.name}-half", train=train, test=test)
+
     def with_test(self, count: int | None, seed: int = 0) -> Data:
         """The same with `count` random test images."""
         if count is None or count >= len(self.test[0]):
@@ -88,7 +97,7 @@ def load(name: str, root: str | None, seed: int = 0) -> Data:
     """One of `STATISTICS`, from `root`, or downloaded into the cache if root is None."""
     train, test, source = _download(name) if root is None else _find(name, Path(root), seed)
     mean, std = STATISTICS[name]
-    return Data(name, train, test, mean, std, name in ("cifar10", "fashion-mnist"), source)
+    return Data(name, train, test, mean, std, name in ("cifar10", "cifar100", "fashion-mnist"), source)
 
 
 def concatenate(parts: list[Data]) -> Data:

@@ -3,13 +3,16 @@
     python benchmarks/many_models.py --data ../shared/data --figure docs/figures/many-models.svg
 
 Six ResNet-8 of different initialisations, five classes each: the first and the second half of MNIST, KMNIST and
-Fashion-MNIST. With N networks the first N tasks count, joint accuracy over their classes.
+Fashion-MNIST, at 14 pixels. With N networks the first N tasks count, joint accuracy over their classes. A run of one
+number at a time (--counts 2 --out two.json) can be put together later: --rows two.json three.json --figure FILE.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from common import Bench, Recipe, Row, announce, draw, machine, options, parse, save, show, train
 from data import concatenate, load
@@ -29,9 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=1, help="times 16, 32, 64 channels")
     parser.add_argument("--counts", type=int, nargs="+", choices=range(2, 7), default=COUNTS, metavar="N")
     parser.add_argument("--figure", metavar="FILE", help="draw accuracy by number and by cost")
+    parser.add_argument("--rows", nargs="+", metavar="FILE", help="what earlier runs wrote with --out, instead")
     args = parse(parser, argv)
     args.calibration = args.calibration or CALIBRATION
-    tables = {count: rows for count, rows in run(args)}
+    tables = read(args.rows) if args.rows else dict(run(args))
+    if args.rows:
+        print(summary(tables))
+        return draw(figure(tables), args.figure) if args.figure else None
     notes = machine(args, **{
         "calibration per task": args.calibration,
         "test images per set": args.test or TEST,
@@ -47,9 +54,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(figure(tables), args.figure)
 
 
+def read(paths: Sequence[str]) -> dict[int, list[Row]]:
+    """count -> its rows, from files."""
+    found: dict[int, list[Row]] = {}
+    for path in paths:
+        for title, rows in json.loads(Path(path).read_text())["tables"].items():
+            found.setdefault(int(title.split()[0]), []).extend(Row(**row) for row in rows)
+    return dict(sorted(found.items()))
+
+
 def run(args: argparse.Namespace):
     """(count, its rows) for every count; parents' own rows are left out."""
-    data = concatenate([load(name, args.data, args.seed).with_test(args.test or TEST, args.seed) for name in SETS])
+    parts = [load(name, args.data, args.seed).halved().with_test(args.test or TEST, args.seed) for name in SETS]
+    data = concatenate(parts)
     tasks = [[10 * s + 5 * half + k for k in range(5)] for half in (0, 1) for s in range(len(SETS))]
     parents = [
         train(f"resnet8x{args.width}", lambda: ResNet20(5, 1, args.width, 1), data, own, RECIPE, args.seed + k, args)[0]

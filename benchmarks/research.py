@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fxzip
-from fxzip import Average, MuDSC, Pair, Permute, Select, Solve, Unmerge, Zip
+from fxzip import CCA, Average, MuDSC, Pair, Permute, Select, Solve, Unmerge, Zip
 from fxzip.solve import Settings
 
 OTHER = {"fashion-mnist": "kmnist", "cifar10": "fashion-mnist"}
@@ -68,6 +68,7 @@ VARIANTS = (
     Variant("matcher", "zip (0.3, 1), best unmerge", Solve(Unmerge())),
     *(Variant("calibration", f"{n} images", count=n) for n in COUNTS),
     Variant("calibration", "other images", other=True),
+    *(Variant("cca", f"cca, ridge {r:g}", CCA(r)) for r in (1e-4, 1e-2, 0.1, 0.3, 1.0, 3.0)),
     *(Variant("budget", f"{b:g}x", options={"budget": b}) for b in (1.15, 1.33, 1.5)),
 )
 
