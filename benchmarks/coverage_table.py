@@ -57,7 +57,7 @@ def write(rows: dict[str, Row], folder: Path) -> None:
     there = Counter(family({"suite": s, "name": n}, kinds) for s in {r["suite"] for r in order} for n in MODELS[s]())
     lines = ["# Coverage", "", TITLE, "", _HOW, "", *_origin(order), "", _COUNTS, "|---|" + "--:|" * 10]
     lines += [_counts(name, own, there[name]) for name, own in families.items()]
-    lines += [_counts("all", order, there.total()), "", *_seconds(families), *_peers(folder / "coverage_peers.json")]
+    lines += [_counts("all", order, there.total()), "", *_seconds(families), *_other_classes(order), *_peers(folder / "coverage_peers.json")]
     for name, own in families.items():
         lines += ["", f"## {name}", "", _HEADER, "|" + "---|" * _HEADER.count(" | ") + "---|"]
         lines += [_line(r) for r in own]
@@ -126,6 +126,17 @@ def _seconds(families: dict[str, list[Row]]) -> Iterable[str]:
                 f"{what}, {len(found)} models of torchvision and timm: median {middle:.1f} s, worst {worst[key]:.1f} s"
                 f" ({worst['name']}).\n"
             )
+
+
+def _other_classes(rows: list[Row]) -> Iterable[str]:
+    tried = [r for r in rows if "other_classes" in r]
+    if tried:
+        found = ", ".join(f"{r['name']} {'yes' if r['other_classes'] else 'no'}" for r in tried)
+        worst = max(r["other_classes_error"] for r in tried)
+        yield (
+            f"Merged with a scrambled model for other classes, each head as its model (error at most {worst:.1e}):"
+            f" {found}.\n"
+        )
 
 
 def _peers(path: Path) -> Iterable[str]:
