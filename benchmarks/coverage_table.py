@@ -57,7 +57,8 @@ def write(rows: dict[str, Row], folder: Path) -> None:
     there = Counter(family({"suite": s, "name": n}, kinds) for s in {r["suite"] for r in order} for n in MODELS[s]())
     lines = ["# Coverage", "", TITLE, "", _HOW, "", *_origin(order), "", _COUNTS, "|---|" + "--:|" * 10]
     lines += [_counts(name, own, there[name]) for name, own in families.items()]
-    lines += [_counts("all", order, there.total()), "", *_seconds(families), *_other_classes(order), *_peers(folder / "coverage_peers.json")]
+    lines += [_counts("all", order, there.total()), "", *_seconds(families), *_other_classes(order)]
+    lines += _peers(folder / "coverage_peers.json")
     for name, own in families.items():
         lines += ["", f"## {name}", "", _HEADER, "|" + "---|" * _HEADER.count(" | ") + "---|"]
         lines += [_line(r) for r in own]
