@@ -9,6 +9,7 @@ import resource
 import signal
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -31,7 +32,7 @@ class TimeUp(BaseException):
 def measure(suite: str, name: str, nodes: int = 10**6, merge: bool = True) -> dict[str, Any]:
     """The row of one model, as far as it goes. nodes: merged networks with more are not compiled and exported.
     Seconds are of the processor, so that other work beside this one does not count."""
-    from zoo_others import SUITES
+    from zoo_others import RELATIVES, SUITES
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -41,7 +42,7 @@ def measure(suite: str, name: str, nodes: int = 10**6, merge: bool = True) -> di
     try:
         model, batch = SUITES[suite]()[name]()
         start = time.process_time()
-        _fill(row, model.eval(), batch, nodes, merge)
+        _fill(row, model.eval(), batch, nodes, merge, RELATIVES.get(f"{suite}:{name}"))
     except TimeUp as up:
         row["error"] = str(up)
     except Exception as error:
@@ -51,7 +52,7 @@ def measure(suite: str, name: str, nodes: int = 10**6, merge: bool = True) -> di
     return row
 
 
-def _fill(row: dict[str, Any], model: nn.Module, batch: Any, nodes: int, merge: bool) -> None:
+def _fill(row: dict[str, Any], model: nn.Module, batch: Any, nodes: int, merge: bool, relative: Any = None) -> None:
     from fxzip.trace import plain
 
     data = [batch(BATCH) for _ in range(SAMPLES // BATCH)]
@@ -62,6 +63,8 @@ def _fill(row: dict[str, Any], model: nn.Module, batch: Any, nodes: int, merge: 
     if merge:
         zipped = recovery(row, own, traced, spaces, args, data)
         del traced, spaces
+        if relative is not None:
+            related(row, own, relative(), data)
         if len(zipped.graph.nodes) <= nodes:
             runnable(row, zipped, data[0])
 
@@ -135,7 +138,7 @@ def recovery(
     pairs = zip(traced.graph_module.parameters(), twin.graph_module.parameters(), strict=True)
     moved = any(not torch.equal(a, b) for a, b in pairs)
     zipped = merged(model, traced, twin, spaces, args, data, row["matched_by"])
-    error = far(zipped, model, data[0])
+    error = far(zipped, [model, model], data[0])
     shared = round(fxzip.report(zipped).shared, 4)
     row |= {"recovery_error": error, "recovered": error < RECOVERED, "scrambled": moved, "shared": shared}
     return zipped
@@ -196,19 +199,30 @@ def settle(model: nn.Module, data: list) -> None:
         model.load_state_dict(run.state_dict())
 
 
+def related(row: dict[str, Any], model: nn.Module, other: nn.Module, data: list) -> None:
+    """Merge with a scrambled model for other classes, which has `model`'s weights but its own heads: each head must
+    compute what its model computes."""
+    import fxzip
+
+    own, theirs = model.state_dict(), other.state_dict()
+    other.load_state_dict({k: own[k] if own[k].shape == x.shape else x for k, x in theirs.items()})
+    other = fxzip.scramble(other.eval(), data[0][:2])
+    zipped = fxzip.merge([model, other], data, method="permute", verify=False, progress=False)
+    row["other_classes_error"] = far(zipped, [model, other], data[0])
+    row["other_classes"] = row["other_classes_error"] < RECOVERED
+
+
 @torch.no_grad()
-def far(zipped: nn.Module, model: nn.Module, example: Any) -> float:
-    """Largest deviation of either head from the model, relative to the largest output."""
+def far(zipped: nn.Module, models: Sequence[nn.Module], example: Any) -> float:
+    """Largest deviation of an output from its model's, relative to the largest there."""
     from fxzip.trace import bind, counted, tensors_of
 
-    outputs = zipped(*bind(example, signature(zipped.forward)))
-    wanted = tensors_of(counted(model(*bind(example, signature(model.forward)))))
-    floating = [t for t in wanted if t.is_floating_point()]
     worst = 0.0
-    for output in outputs:
-        given = [t for t in tensors_of(output) if t.is_floating_point()]
-        for a, b in zip(given, floating, strict=True):
-            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)))
+    for output, model in zip(zipped(*bind(example, signature(zipped.forward))), models, strict=True):
+        wanted = tensors_of(counted(model(*bind(example, signature(model.forward)))))
+        for a, b in zip(tensors_of(output), wanted, strict=True):
+            if b.is_floating_point():
+                worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)))
     return worst
 
 

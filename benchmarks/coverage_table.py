@@ -29,6 +29,8 @@ def latest(cache: Path) -> dict[str, Row]:
 
 
 def outcome(row: Row) -> str:
+    if str(row.get("error")).startswith("more than") and "sound" not in row:
+        return "unfinished"
     if row.get("sound") is False:
         return "no proof" if row.get("inconclusive") else "UNSOUND"
     if "recovered" in row:
@@ -45,15 +47,18 @@ def family(row: Row, kinds: dict[str, str]) -> str:
 def write(rows: dict[str, Row], folder: Path) -> None:
     """The table, with a count per family, and all numbers as JSON."""
     from zoo import torchvision_kinds
+    from zoo_others import SUITES as MODELS
 
     kinds = torchvision_kinds() if any(r["suite"] == "torchvision" for r in rows.values()) else {}
     order = sorted(rows.values(), key=lambda r: (SUITES.index(r["suite"]), family(r, kinds), r["name"]))
     families: dict[str, list[Row]] = {}
     for row in order:
         families.setdefault(family(row, kinds), []).append(row)
-    lines = ["# Coverage", "", TITLE, "", _HOW, "", *_origin(order), "", _COUNTS, "|---|" + "--:|" * 9]
-    lines += [_counts(name, own) for name, own in families.items()]
-    lines += [_counts("all", order), "", *_seconds(families), *_peers(folder / "coverage_peers.json")]
+    there = Counter(family({"suite": s, "name": n}, kinds) for s in {r["suite"] for r in order} for n in MODELS[s]())
+    lines = ["# Coverage", "", TITLE, "", _HOW, "", *_origin(order), "", _COUNTS, "|---|" + "--:|" * 10]
+    lines += [_counts(name, own, there[name]) for name, own in families.items()]
+    lines += [_counts("all", order, there.total()), "", *_seconds(families), *_other_classes(order)]
+    lines += _peers(folder / "coverage_peers.json")
     for name, own in families.items():
         lines += ["", f"## {name}", "", _HEADER, "|" + "---|" * _HEADER.count(" | ") + "---|"]
         lines += [_line(r) for r in own]
@@ -71,10 +76,12 @@ models use. *compiles*: torch.compile with aot_eager and fullgraph; *exports*: t
 not tried where it says -. Seconds are of one core's processor time: for `fxzip.inspect`, with the proof, with the
 merge and all else; in brackets wall-clock seconds of a busy machine. MB: peak of the process. *no proof*: nothing was
 wrong, but the output hardly moves, so nothing is proven and fxzip refuses. *sound* as an outcome: analysed and proven,
-not merged here. A detector is here three times: its backbone with the neck; that with the heads which every pixel has
-(dense); and whole, with boxes chosen from data, which no front end can trace."""
+not merged here. *unfinished*: processor time was up. *models*: of the family, also those not tried yet. A detector is
+here three times: its backbone with the neck; that with the heads which every pixel has (dense); and whole, with boxes
+chosen from data, which no front end can trace."""
 _COUNTS = (
-    "| family | tried | traced | sound | unsound | recovered | of those merged | compile | export | of those run |"
+    "| family | models | tried | traced | sound | unsound | recovered | of those merged | compile | export"
+    " | of those run |"
 )
 _HEADER = (
     "| model | outcome | rung | nodes | spaces | free | proof error | sensitivity | recovery error | shared | compiles"
@@ -99,8 +106,8 @@ def _origin(rows: list[Row]) -> list[str]:
     return [f"{text} {', '.join(distinct('versions'))}."]
 
 
-def _counts(name: str, own: list[Row]) -> str:
-    counts = [len(own), sum("rung" in r for r in own), sum(r.get("sound") is True for r in own)]
+def _counts(name: str, own: list[Row], there: int) -> str:
+    counts = [there, len(own), sum("rung" in r for r in own), sum(r.get("sound") is True for r in own)]
     counts += [sum(outcome(r) == "UNSOUND" for r in own), sum(r.get("recovered") is True for r in own)]
     counts += [sum("recovered" in r for r in own)]
     counts += [sum(r.get(way) is True for r in own) for way in ("compiles", "exports")]
@@ -120,6 +127,17 @@ def _seconds(families: dict[str, list[Row]]) -> Iterable[str]:
                 f"{what}, {len(found)} models of torchvision and timm: median {middle:.1f} s, worst {worst[key]:.1f} s"
                 f" ({worst['name']}).\n"
             )
+
+
+def _other_classes(rows: list[Row]) -> Iterable[str]:
+    tried = [r for r in rows if "other_classes" in r]
+    if tried:
+        found = ", ".join(f"{r['name']} {'yes' if r['other_classes'] else 'no'}" for r in tried)
+        worst = max(r["other_classes_error"] for r in tried)
+        yield (
+            f"Merged with a scrambled model for other classes, each head as its model (error at most {worst:.1e}):"
+            f" {found}.\n"
+        )
 
 
 def _peers(path: Path) -> Iterable[str]:
