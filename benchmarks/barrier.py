@@ -157,7 +157,7 @@ def digits_pair(args: argparse.Namespace) -> Pair:
     """The two networks of `fxzip demo`."""
     data = demo.digits(args.seed)
     pair: list[nn.Module] = [
-        demo.train(data, c, args.seed + k, 8, 30, False, "ab"[k]) for k, c in enumerate(demo.CLASSES)
+        demo.train(data, c, args.seed + k, 8, 15, False, "ab"[k]) for k, c in enumerate(demo.CLASSES)
     ]
     images, labels = data.test
     own = [(labels >= 5 * k) & (labels < 5 * k + 5) for k in (0, 1)]

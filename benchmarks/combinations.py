@@ -9,7 +9,10 @@ order, solve. The default of fxzip.merge is 1, zip-beta1, solve. Features are me
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
 
 from common import Bench, Row, announce, machine, options, parse, save, show, train
 from data import load
@@ -29,9 +32,13 @@ DEFAULT = (1.0, "zip-beta1", "solve")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--pair", choices=PAIRS, required=True)
-    parser.add_argument("--dataset", choices=["fashion-mnist", "cifar10"], default="fashion-mnist")
+    parser.add_argument("--dataset", choices=["fashion-mnist", "cifar10", "digits"], default="fashion-mnist")
     parser.add_argument("--split", type=int, default=0, metavar="SEED")
+    parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"], help='some rows, such as "* solve"')
+    parser.add_argument("--rows", nargs="+", metavar="FILE", help="what earlier runs wrote with --out, instead")
     args = parse(parser, argv)
+    if args.rows:
+        return put_together(args.rows)
     args.calibration = args.calibration or 1024
     data = load(args.dataset, args.data).with_test(args.test, args.seed)
     (build, recipe), (channels, size) = PAIRS[args.pair], data.shape
@@ -46,12 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     moments = fxzip.collect(parents, bench.calibration.split(256), calibration=args.calibration, seed=args.seed,
                             progress=False)  # fmt: skip
     found = {}
-    for balance, name, solver in tqdm(list(combinations()), desc="merge", leave=False, disable=None):
+    wanted = [c for c in combinations() if any(fnmatch(label(c), p) for p in args.only)]
+    for balance, name, solver in tqdm(wanted, desc="merge", leave=False, disable=None):
         found[balance, name, solver] = announce(row(bench, moments, balance, name, solver))
     notes = machine(args, calibration=args.calibration, **{"test images": len(bench.images)})
     title = f"combinations: {args.pair}, {args.dataset}, split {args.split}"
     show(title, [*rows, *found.values()], ["a", "b"], notes)
-    print("\n" + grid(found) + "\n\n" + verdict(found, len(bench.images)))
+    print("\n" + grid(found))
+    if DEFAULT in found:
+        print("\n" + verdict(found, len(bench.images)))
     save(args.out, [(title, [*rows, *found.values()])], notes)
 
 
@@ -69,7 +79,25 @@ def row(bench: Bench, moments: fxzip.Moments, balance: float, name: str, solver:
     method = {"zipped": lambda: matcher, "unmerge": lambda: Unmerge(matcher), "solve": lambda: Solve(matcher)}[solver]()
     zipped = fxzip.merge(bench.parents, bench.calibration.split(256), method=method, seed=bench.seed, verify=False,
                          calibration=len(bench.calibration), moments=moments, progress=False)  # fmt: skip
-    return bench.row(f"{balance:g} {name} {solver}", zipped)
+    return bench.row(label((balance, name, solver)), zipped)
+
+
+def label(combination: tuple[float, str, str]) -> str:
+    return "{:g} {} {}".format(*combination)
+
+
+def put_together(paths: Sequence[str]) -> None:
+    """The tables of runs that were divided by --only."""
+    names = {label(c): c for c in combinations()}
+    titles: dict[str, dict[tuple[float, str, str], Row]] = {}
+    tests: dict[str, int] = {}
+    for path in paths:
+        content = json.loads(Path(path).read_text())
+        for title, rows in content["tables"].items():
+            tests[title] = int(content["notes"].partition("test images ")[2].split()[0])
+            titles.setdefault(title, {}).update({names[r["name"]]: Row(**r) for r in rows if r["name"] in names})
+    for title, found in titles.items():
+        print(f"\n## {title}\n\n{grid(found)}\n\n{verdict(found, tests[title]) if DEFAULT in found else ''}")
 
 
 def verdict(found: dict[tuple[float, str, str], Row], tests: int) -> str:

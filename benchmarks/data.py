@@ -94,10 +94,23 @@ class Data:
 
 
 def load(name: str, root: str | None, seed: int = 0) -> Data:
-    """One of `STATISTICS`, from `root`, or downloaded into the cache if root is None."""
+    """One of `STATISTICS`, from `root`, or downloaded into the cache if root is None; or scikit-learn's "digits"."""
+    if name == "digits":
+        return _digits(seed)
     train, test, source = _download(name) if root is None else _find(name, Path(root), seed)
     mean, std = STATISTICS[name]
     return Data(name, train, test, mean, std, name in ("cifar10", "cifar100", "fashion-mnist"), source)
+
+
+def _digits(seed: int) -> Data:
+    """1,797 images of 8 pixels, a fifth of them for tests."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.from_numpy(found.images * 15).byte().unsqueeze(1)  # 0 to 16 in the set
+    train, test = _split((images, torch.from_numpy(found.target).long()), seed)
+    mean, std = (float(f(found.images) / 17) for f in (np.mean, np.std))
+    return Data("digits", train, test, (mean,), (std,), False, "scikit-learn")
 
 
 def concatenate(parts: list[Data]) -> Data:

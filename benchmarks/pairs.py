@@ -35,7 +35,7 @@ CALIBRATION = 2048
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--pair", choices=PAIRS, required=True)
-    parser.add_argument("--dataset", choices=["fashion-mnist", "cifar10"], default="fashion-mnist")
+    parser.add_argument("--dataset", choices=["fashion-mnist", "cifar10", "digits"], default="fashion-mnist")
     parser.add_argument("--split", type=int, nargs="+", default=[0], metavar="SEED", help="one run per seed")
     args = parse(parser, argv)
     data = load(args.dataset, args.data).with_test(args.test, args.seed)
