@@ -8,7 +8,8 @@ imported once; each mutant is a fork in which the function gets other code. It r
 line, those that killed its neighbours first, then the cheapest, until one fails, `--cpu` seconds are spent (it
 survives) or ten times as much within one test (it does not end: killed). Survivors are printed with their line;
 those of mutants.txt, where the reason is written why nothing can or need notice, apart. `--keep` names a file for
-which tests reach which lines, valid as long as the sources stay as they are, and which mutants were killed.
+which tests reach which lines, valid as long as the sources stay as they are, and which mutants were killed. SIGTERM
+ends it after the mutant at hand.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ class Experiment:
         self.functions = _function_objects({str(p) for p in self.paths})
         gc.collect()
         gc.freeze()  # forks share what they do not touch
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated; what was found out is kept"))
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self.options, "seconds", 0.0))  # ends with its summary
         try:
             self.survey()
             self.mutate()

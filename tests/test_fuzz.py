@@ -107,6 +107,7 @@ def files(tmp_path_factory):
         killing.job(folder)
         zipped = fxzip.merge(killing.nets(), killing.BATCHES[:2], method="average", progress=False)
         fxzip.save(zipped, folder / "saved")
+        fxzip.collect(killing.nets(), killing.BATCHES[:2], progress=False).save(folder / "moments.safetensors")
     return folder
 
 
@@ -118,6 +119,7 @@ READERS = {
     "saved/plan.json": lambda path: read_plan(path),
     "saved/model.safetensors": lambda path: fxzip.load(path.parent, lambda: killing.nets()[0]),
     resume.FILE: lambda path: killing.refused(path.parent),
+    "moments.safetensors": lambda path: fxzip.Moments.load(path),
 }
 
 

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fxzip.errors import InputError
-from fxzip.measure.moments import Accumulator, Moments, SpaceMoments, balanced
+from fxzip.measure.collect import _accumulator
+from fxzip.measure.moments import FORMAT, Accumulator, Moments, SpaceMoments, balanced
 
 
 @pytest.fixture
@@ -144,3 +149,19 @@ def test_products_in_single_precision_keep_deviations_and_constants():
         exact = torch.cov((rows * scale).double().T, correction=0)
         assert m.count == 2048 and m.dead.nonzero().flatten().tolist() == [3, 5]
         assert (m.covariance() - exact).abs().max() < 1e-5 * exact.diagonal().max()
+
+
+def test_out_of_memory_names_the_space():
+    """More than any address space holds, so that no machine tries."""
+    space: Any = SimpleNamespace(name="s7")
+    message = r"out of memory: the second moments of s7 \(3000000 \+ 3000000 features\) take 288000.0 GB. Smaller batch"
+    with pytest.raises(InputError, match=message):
+        _accumulator(space, [3_000_000, 3_000_000], torch.device("cpu"))
+
+
+def test_a_file_of_other_moments_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    for facts in ({}, {"spaces": "{"}, {"spaces": '{"s0": {}}'}, {"spaces": '{"s0": {"sizes": [2], "count": 1}}'}):
+        save_file({"mean/s1": torch.ones(2)}, path, {"format": FORMAT, **facts})
+        with pytest.raises(InputError, match="m.safetensors"):
+            Moments.load(path)

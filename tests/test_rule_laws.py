@@ -449,6 +449,25 @@ def test_an_axis_that_only_lends_a_factor_stays_inert():
     assert _axes(notes.relations.reshape(before, (2, 12))) == [(1,)]
 
 
+SCALARS = [
+    (aten.sum.dim_IntList, [[0]]), (aten.amax.default, [[-1]]), (aten.cumsum.default, [0]), (aten.sort.default, [0]),
+    (aten._softmax.default, [0, False]), (aten.argmax.default, [0]), (aten.squeeze.default, []), (aten.t.default, []),
+    (aten.index_select.default, [0, torch.zeros(1, dtype=torch.int64)]), (aten.flip.default, [[]]),
+    (aten.gather.default, [0, torch.zeros((), dtype=torch.int64)]), (aten.expand.default, [[2]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op, more", SCALARS, ids=lambda x: str(x) if not isinstance(x, list) else "")
+def test_scalars_are_taken(op, more):
+    """PyTorch lets them pass for tensors of one axis."""
+    results = _results(op, [Shape([]), *more], {}, lambda s: torch.ones(list(s)))
+    out = [OutSpec(tuple(r.shape), r.dtype) for r in results]
+    found = apply(Notes(), op, _values([Shape([]), *more], Notes(), Draw(0), []), {}, out)
+    assert not isinstance(found, Refusal)
+    free = [(0,)] if op is aten.expand.default else []
+    assert [_axes(t) for t in found] == [free for _ in out]
+
+
 X, INDEX = Shape([4, 6]), torch.zeros(2, 3, dtype=torch.int64)
 SIXTH = [Shape([1, 2, 3, 3, 3, 3]), Shape([2, 2, 1, 1, 1, 1]), None, [1], [0], [1], False, [0], 1]
 REFUSED = {

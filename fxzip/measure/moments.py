@@ -217,5 +217,10 @@ class Moments(Mapping[str, SpaceMoments]):
                     },
                     form if (form := json.loads(facts.get("form", "null"))) is None else tuple(form),
                 )
+        except InputError:
+            raise
         except SafetensorError as error:
             raise InputError(f"Moments.load: {str(path)!r} is not a safetensors file ({error})") from error
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"Moments.load: {str(path)!r} holds no moments ({reason})") from error
