@@ -29,6 +29,14 @@ def test_large_graphs_are_not_compiled():
     assert row["recovered"] and "compiles" not in row
 
 
+def test_a_relative_for_other_classes_keeps_its_own_head():
+    three, five = (torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, k)) for k in (3, 5))
+    row: dict = {}
+    coverage_model.related(row, three, five, [torch.randn(8, 6), torch.randn(8, 6)])
+    assert row["other_classes"] and row["other_classes_error"] < 1e-5
+    assert torch.equal(three[0].weight, five[0].weight)
+
+
 def test_processor_time_ends(monkeypatch):
     def endless():
         while True:
