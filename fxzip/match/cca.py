@@ -28,7 +28,7 @@ class CCA:
     Raises InputError for ridge < 0 or any width but the widest model's.
     """
 
-    ridge: float = 1e-2
+    ridge: float = 0.3
 
     name: ClassVar[str] = "cca"
     paper: ClassVar[str] = "Horoi et al., Harmony in Diversity: CCA Merge, ICML 2024"
