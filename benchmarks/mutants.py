@@ -39,8 +39,8 @@ from mutations import REACHED, ROOT, Mutant, become, function_objects, mutants, 
 TESTS = ROOT / "tests"
 EXPLAINED = Path(__file__).with_name("mutants.txt")
 SETS = {  # name -> files, tests
-    "rules": (["fxzip/infer/rules"], ["test_soundness", "test_random_graphs"]),
-    "inference": (["fxzip/infer"], ["test_soundness", "test_random_graphs"]),
+    "rules": (["fxzip/infer/rules"], ["test_rule_laws", "test_soundness", "test_random_graphs"]),
+    "inference": (["fxzip/infer"], ["test_rule_laws", "test_soundness", "test_random_graphs"]),
     "solve": (["fxzip/solve"], ["test_solve", "test_determinism"]),
 }
 
