@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--network", choices=NETWORKS, nargs="+", default=list(NETWORKS))
     parser.add_argument("--pair", choices=["digits", *PAIRS], default="digits")
-    parser.add_argument("--merge", default="solve", help="method of the merge on the plane")
+    parser.add_argument("--merge", default="pair", help="method of the merge on the plane")
     parser.add_argument("--steps", type=int, default=9, help="points on the line")
     parser.add_argument("--grid", type=int, default=9, help="points along each side of the plane")
     parser.add_argument("--only", choices=["line", "plane"])
