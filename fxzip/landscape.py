@@ -200,8 +200,8 @@ def plane(
 
     models: the two that were merged. zipped: the merge, at the models' widths. A point has all parameters of the
     merged network, heads included; at a model's own corner they are that model's body and every model's own head.
-    margin: how far the grid reaches beyond the three points, as a share of their extent. batches: positional inputs; batch-norm statistics are
-    recomputed on them at every point, otherwise they are interpolated.
+    margin: how far the grid reaches beyond the three points, as a share of their extent. batches: positional inputs;
+    batch-norm statistics are recomputed on them at every point, otherwise they are interpolated.
     Raises InputError unless there are two models, and where the merge has other shapes or parameters than they have.
     """
     given = list(models.values()) if isinstance(models, Mapping) else list(models)
