@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--network", choices=NETWORKS, nargs="+", default=list(NETWORKS))
     parser.add_argument("--pair", choices=["digits", *PAIRS], default="digits")
-    parser.add_argument("--merge", default="solve", help="method of the merge on the plane")
+    parser.add_argument("--merge", default="pair", help="method of the merge on the plane")
     parser.add_argument("--steps", type=int, default=9, help="points on the line")
     parser.add_argument("--grid", type=int, default=9, help="points along each side of the plane")
     parser.add_argument("--only", choices=["line", "plane"])
@@ -135,7 +135,7 @@ def planes(args: argparse.Namespace, data: Data) -> dict[str, landscape.Plane]:
     norms = any(n.endswith("running_var") for n, _ in a.named_buffers())
     options = {"seed": args.seed, "progress": False, "calibration": args.calibration}
     aligned = fxzip.merge([a, b], loader, method="permute", model_weights=[1e-9, 1], **options)
-    second = {"as they are": b, "aligned": fxzip.extract(aligned, 1).eval()}
+    second = {"as it is": b, "in the order of the first": fxzip.extract(aligned, 1).eval()}
     found = {}
     print(f"\n## {args.pair}: mean loss of two tasks, at the networks and their merge\n")
     print("| second network | first | second | merged | least on the plane |\n| :-- | --: | --: | --: | --: |")
@@ -204,7 +204,7 @@ def draw_planes(found: dict[str, landscape.Plane]):
     figure, axes = drawing("plane", 5.2 * len(found), 4.4, columns=len(found))
     for one, (name, plane) in zip(axes, found.items(), strict=True):
         plane.draw(figure, one, "mean loss of two tasks")
-        one.set_title(f"second network {name}", fontsize=10)
+        one.set_title(f"b {name}", fontsize=10)
     return figure
 
 

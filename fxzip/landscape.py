@@ -93,7 +93,9 @@ class Plane:
             axes.plot([x], [y], marker="o", color="white", markeredgecolor="black")
             axes.annotate(name, (x, y), (0, 8), textcoords="offset points", ha="center", color="white")
         axes.set_xlabel("distance in weights")
-        axes.set_aspect("equal")
+        longer = max(self.x[-1] - self.x[0], self.y[-1] - self.y[0])
+        if longer < 2.5 * min(self.x[-1] - self.x[0], self.y[-1] - self.y[0]):  # a merge may lie far from both
+            axes.set_aspect("equal")
 
 
 def line(
@@ -198,8 +200,8 @@ def plane(
 
     models: the two that were merged. zipped: the merge, at the models' widths. A point has all parameters of the
     merged network, heads included; at a model's own corner they are that model's body and every model's own head.
-    margin: how far the grid reaches beyond the three points. batches: positional inputs; batch-norm statistics are
-    recomputed on them at every point, otherwise they are interpolated.
+    margin: how far the grid reaches beyond the three points, as a share of their extent. batches: positional inputs;
+    batch-norm statistics are recomputed on them at every point, otherwise they are interpolated.
     Raises InputError unless there are two models, and where the merge has other shapes or parameters than they have.
     """
     given = list(models.values()) if isinstance(models, Mapping) else list(models)
@@ -259,5 +261,6 @@ def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _grid(values: Sequence[float], steps: int, margin: float, scale: float) -> tuple[float, ...]:
-    low, high = min(values) - margin * scale, max(values) + margin * scale
+    margin *= max(scale, max(values) - min(values))
+    low, high = min(values) - margin, max(values) + margin
     return tuple(low + (high - low) * k / (steps - 1) for k in range(steps))

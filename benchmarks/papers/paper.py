@@ -48,7 +48,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Merge:
-    """A row: what fxzip.merge is called with. published: the paper's figures."""
+    """A row: what fxzip.merge is called with. published: the paper's figures, mean / joint."""
 
     name: str
     options: Mapping[str, Any]
@@ -276,7 +276,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Row]:
         return announce(Row(name, found.per_task, found.mean, found.joint, size.parameters, size.flops / base.flops,
                             took, published=published))  # fmt: skip
 
-    rows = [row("ensemble", Ensemble(models).eval(), setting.published, sum(seconds))]
+    rows = [row("ensemble", Ensemble(models).eval(), "" if args.reduced else setting.published, sum(seconds))]
     for merge in setting.merges:
         count = int(merge.options.get("calibration", args.calibration or setting.calibration))
         start = time.perf_counter()
@@ -286,7 +286,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Row]:
         except fxzip.FxzipError as error:
             rows.append(Row(merge.name, (None,) * len(tasks), None, None, note=f"{type(error).__name__}: {error}"))
             continue
-        rows.append(row(merge.name, zipped, merge.published, time.perf_counter() - start))
+        rows.append(row(merge.name, zipped, "" if args.reduced else merge.published, time.perf_counter() - start))
     return rows
 
 

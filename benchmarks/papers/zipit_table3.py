@@ -39,7 +39,9 @@ def of(members: Sequence[int]):
 
     def made(args: argparse.Namespace) -> Setting:
         published = PUBLISHED[len(members)]
-        merges = [Merge(name, options, published.get(name, "")) for name, options in ROWS.items()]
+        merges = [
+            Merge(n, options, f"{published[n]} / -" if n in published else "") for n, options in ROWS.items()
+        ]
         starts = iter([args.pretrained[k] for k in members] if args.pretrained else [])
 
         def make(classes: int) -> nn.Module:
@@ -56,7 +58,7 @@ def of(members: Sequence[int]):
         names = [(SMALL if args.reduced else SETS)[k] for k in members]
         return Setting(" + ".join(names) + ", ResNet-50", lambda a: [images(a, n) for n in names], make, recipe, merges,
                        "resnet50-" + "-".join(names), 256 * len(members) if args.reduced else 4000,
-                       published=published["ensemble"])  # fmt: skip
+                       published=f"{published['ensemble']} / -")  # fmt: skip
 
     return made
 
