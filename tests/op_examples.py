@@ -150,6 +150,19 @@ _INDEX = [
     case("tokens", "index by data", lambda m, h: h[:, h.mean((0, 2)).argsort()]),
     case("tokens", "index two", lambda m, h: h[:, m.i, m.i], 3, i=torch.tensor([0, 2, 4])),
     case(
+        "image",
+        "index two adjacent",
+        lambda m, h: h * h[:, :, m.i, m.i].sum(2)[:, :, None, None],
+        i=torch.tensor([0, 2, 4]),
+    ),
+    case(
+        "image",
+        "index two apart",
+        lambda m, h: h * h.transpose(1, 2)[:, m.i, :, m.i].sum(0)[:, :, None, None],
+        i=torch.tensor([0, 2, 4]),
+    ),
+    case("features", "argmax of votes", lambda m, h: h * h.reshape(-1, 4, 2).mean(2).argmax(1, keepdim=True)),
+    case(
         "features", "index mask", lambda m, h: h[:, m.k], 3, k=torch.tensor([1, 0, 0, 1, 0, 1, 0, 0]).bool()
     ),
     case(
