@@ -217,6 +217,13 @@ _JOIN = [
         lambda m, h: torch.cat([h.unflatten(2, (4, 2)), h.unflatten(2, (4, 2)).relu()], 3).flatten(2),
         16,
     ),
+    case(
+        "features",
+        "cat heads of two",
+        lambda m, h: torch.cat([h.unflatten(1, (4, 2)), m.other(h).unflatten(1, (4, 2))], 2).flatten(1),
+        16,
+        other=nn.Linear(8, 8),
+    ),
     case("features", "cat constant", lambda m, h: torch.cat([h, torch.zeros_like(h)[:, :3]], 1), 11),
     case(
         "features",
