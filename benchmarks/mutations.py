@@ -56,10 +56,11 @@ def mutants(path: Path) -> list[Mutant]:
     found: list[Mutant] = []
     seen: Counter[tuple[str, str, str]] = Counter()
     tree = ast.parse(text)
-    spans = [(n.lineno, n.end_lineno or n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt)]
+    spans = [(n.lineno, n.end_lineno or n.lineno, n.lineno) for n in ast.walk(tree) if isinstance(n, ast.stmt)]
+    spans += [(f.lineno, f.body[0].lineno, f.body[0].lineno) for _, f in _functions(tree)]  # defaults count when called
     for k, (line, inside, what, _) in enumerate(_changes(tree)):
         source = lines[line - 1].strip()
-        statement = max(first for first, last in spans if first <= line <= last)
+        statement = max(said for first, last, said in spans if first <= line <= last)
         found.append(Mutant(path, k, line, statement, inside, what, source, seen[inside, source, what]))
         seen[inside, source, what] += 1
     return found

@@ -150,6 +150,19 @@ _INDEX = [
     case("tokens", "index by data", lambda m, h: h[:, h.mean((0, 2)).argsort()]),
     case("tokens", "index two", lambda m, h: h[:, m.i, m.i], 3, i=torch.tensor([0, 2, 4])),
     case(
+        "image",
+        "index two adjacent",
+        lambda m, h: h * h[:, :, m.i, m.i].sum(2)[:, :, None, None],
+        i=torch.tensor([0, 2, 4]),
+    ),
+    case(
+        "image",
+        "index two apart",
+        lambda m, h: h * h.transpose(1, 2)[:, m.i, :, m.i].sum(0)[:, :, None, None],
+        i=torch.tensor([0, 2, 4]),
+    ),
+    case("features", "argmax of votes", lambda m, h: h * h.reshape(-1, 4, 2).mean(2).argmax(1, keepdim=True)),
+    case(
         "features", "index mask", lambda m, h: h[:, m.k], 3, k=torch.tensor([1, 0, 0, 1, 0, 1, 0, 0]).bool()
     ),
     case(
@@ -203,6 +216,13 @@ _JOIN = [
         "cat heads",
         lambda m, h: torch.cat([h.unflatten(2, (4, 2)), h.unflatten(2, (4, 2)).relu()], 3).flatten(2),
         16,
+    ),
+    case(
+        "features",
+        "cat heads of two",
+        lambda m, h: torch.cat([h.unflatten(1, (4, 2)), m.other(h).unflatten(1, (4, 2))], 2).flatten(1),
+        16,
+        other=nn.Linear(8, 8),
     ),
     case("features", "cat constant", lambda m, h: torch.cat([h, torch.zeros_like(h)[:, :3]], 1), 11),
     case(

@@ -23,7 +23,7 @@ def symbolic_lengths(model: nn.Module, forward_fn: Callable[..., Any] | None = N
     """
     classes = {c for m in model.modules() for c in type(m).__mro__}
     places = [vars(sys.modules[c.__module__]) for c in classes if c.__module__ in sys.modules]
-    functions: tuple[Any, ...] = (forward_fn, getattr(forward_fn, "__func__", None))
+    functions: list[Any] = [forward_fn, getattr(forward_fn, "__func__", None)]
     places += [f.__globals__ for f in functions if hasattr(f, "__globals__")]
     mine = {id(p): p for p in places if "len" not in p and p is not vars(sys.modules["builtins"])}.values()
     for place in mine:
