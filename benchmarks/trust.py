@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/trust.py --graphs 2000 --kills 50 --files 200
 
 Random networks and the rest are those of tests/. Prints one Markdown table, a row as soon as it is known; what got by
-goes to stderr with its seed. `--kills 0` and the like leave a row out; SIGTERM ends the row of random networks early. Exit code 1 if anything got by.
-Mutants: benchmarks/mutants.py.
+goes to stderr with its seed. `--kills 0` and the like leave a row out; SIGTERM ends the row of random networks early.
+Exit code 1 if anything got by. Mutants: benchmarks/mutants.py.
 """
 
 from __future__ import annotations

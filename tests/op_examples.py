@@ -44,6 +44,12 @@ def _flat(h: Tensor) -> Tensor:
     return h.flatten(1)
 
 
+def _mixed_twice(h: Tensor) -> Tensor:
+    """Of (2, 2, 2) features: partitions by the first and second, and by the first and third index."""
+    cube = h.reshape(-1, 2, 2, 2)
+    return (cube.softmax(3) + cube.softmax(2)).flatten(1)
+
+
 _POINTWISE = [
     case(
         "features", "tagged pointwise", lambda m, h: F.gelu(h) + torch.tanh(h) * h.clamp(min=-1).abs().sqrt()
@@ -94,6 +100,13 @@ _POINTWISE = [
 
 _SHAPE = [
     case("features", "reshape", lambda m, h: h.reshape(-1, 2, 4).softmax(-1).reshape(-1, 8)),
+    case("features", "mixed along two axes", lambda m, h: _mixed_twice(h)),
+    case("features", "mixed along two axes again", lambda m, h: _mixed_twice(m.f(_mixed_twice(h))), f=nn.Linear(8, 8)),
+    case(
+        "features",
+        "mixed along two axes and both",
+        lambda m, h: _mixed_twice(h) + h.reshape(-1, 2, 4).softmax(2).flatten(1),
+    ),
     case("features", "squeeze unsqueeze", lambda m, h: h.unsqueeze(1).tanh().squeeze(1)),
     case("tokens", "permute", lambda m, h: h.permute(0, 2, 1).relu().permute(0, 2, 1)),
     case("tokens", "transpose", lambda m, h: h.mT.relu().mT),
