@@ -34,7 +34,7 @@ from torch.fx.experimental.optimization import fuse
 
 import fxzip
 from fxzip import passes
-from fxzip.prepare import measure
+from fxzip.calibration import measure
 from fxzip.processes import ALONE, Processes
 
 Row = dict[str, Any]

@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm.auto import tqdm
 
 from . import markup
+from .calibration import calibration_batches
 from .drawing import drawing
 from .errors import InputError
 from .evaluate import Ensemble
 from .merge import collect, merge
-from .prepare import Clock, calibration_batches, prepare
+from .prepare import Clock, prepare
 from .report import report, table
 
 __all__ = ["Frontier", "Point", "frontier"]

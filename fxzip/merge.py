@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from . import passes
+from .calibration import calibration_batches, measure
 from .check import check_merge
 from .errors import InputError
 from .match import MATCHERS, Matcher, needs, resolve
@@ -17,7 +18,7 @@ from .measure import invent
 from .measure.moments import Moments
 from .nested import apart
 from .options import wrong_options, wrong_weights
-from .prepare import Clock, calibration_batches, measure, prepare
+from .prepare import Clock, prepare
 from .processes import Processes
 from .repair import Repair, split
 from .solve import Solve

@@ -119,6 +119,15 @@ def test_keeps_what_is_read():
     assert sorted(kept.tolist()) == [0, 1, 2, 3, 4, 6]
 
 
+def test_readers_of_a_narrower_model_are_those_of_its_own_features():
+    space = FeatureSpace("s0", 3, segments=(Segment("w", 1, np.arange(3), frozenset({"consume"})),))
+    seen = SpaceMoments((3, 2), 10.0, torch.zeros(5), torch.eye(5))
+    weights = [{"w": torch.diag(torch.tensor([1.0, 2.0, 3.0]))}, {"w": torch.diag(torch.tensor([4.0, 0.0, 5.0]))}]
+    found = read([space], {"s0": seen}, weights, {"s0": (np.arange(3), np.array([2, 0]))})["s0"]
+    assert isinstance(found, Read)
+    assert found.metric.tolist() == (torch.eye(5).double() / 3).tolist()
+
+
 def test_merge_hands_the_readers_over():
     """Heads of other widths read the last space, too: what no head reads is not kept."""
     torch.manual_seed(0)

@@ -224,7 +224,7 @@ def mean_correlation(slots: np.ndarray, sizes: Sequence[int], correlation: np.nd
 
 
 def lossless(matching: Matching, moments: SpaceMoments) -> bool:
-    """Whether U M f is f on the measured data, to 1e-4 of each space's root mean square: the models agree.
+    """Whether U M f is f on the measured data, to 1e-3 of each space's root mean square: the models agree.
 
     >>> m = SpaceMoments((1, 1), 1.0, torch.zeros(2), torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
     >>> lossless(from_slots(np.array([0, 0]), 1, (1, 1)), m)
@@ -237,7 +237,7 @@ def lossless(matching: Matching, moments: SpaceMoments) -> bool:
     cross = merge @ second  # E[z f^T]  [m, Sn]
     energy = merge @ cross.T  # E[z z^T]  [m, m]
     lost = second.trace() - 2 * (matching.unmerge * cross.T).sum() + ((unmerge @ energy) * matching.unmerge).sum()
-    return float(lost) <= 1e-8 * float(second.trace())
+    return float(lost) <= 1e-6 * float(second.trace())  # moments are known to some 1e-7
 
 
 def optimal_unmerge(

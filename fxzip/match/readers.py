@@ -32,11 +32,15 @@ class Read(SpaceMoments):
 
 
 def read(
-    spaces: Sequence[FeatureSpace], moments: Mapping[str, SpaceMoments], states: Sequence[Mapping[str, Tensor]]
+    spaces: Sequence[FeatureSpace],
+    moments: Mapping[str, SpaceMoments],
+    states: Sequence[Mapping[str, Tensor]],
+    real: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> dict[str, SpaceMoments]:
     """The moments, with what reads them where a parameter does. states: name -> parameter, one per model.
 
-    Parameters may have other shapes in other models, but for the space's axis: heads count, too.
+    Parameters may have other shapes in other models, but for the space's axis: heads count, too. real: as for `match`,
+    the features of a space that the moments are of, for every model.
 
     >>> from fxzip.infer.spaces import Segment
     >>> space = FeatureSpace("s0", 2, segments=(Segment("w", 1, np.arange(2), frozenset({"consume"})),))
@@ -54,20 +58,21 @@ def read(
         blocks = []
         for i, state in enumerate(states):
             own = slice(seen.offsets[i], seen.offsets[i + 1])
-            blocks.append(_metric(space, state, covariance[own, own]))
+            index = np.arange(space.size) if real is None or space.name not in real else real[space.name][i]
+            blocks.append(_metric(space, index, state, covariance[own, own]))
         if any(b.any() for b in blocks):
             found[space.name] = Read(seen.sizes, seen.count, seen.mean, seen.second, torch.block_diag(*blocks))
     return found
 
 
-def _metric(space: FeatureSpace, state: Mapping[str, Tensor], covariance: Tensor) -> Tensor:
-    """One model's block. [n, n]"""
+def _metric(space: FeatureSpace, index: np.ndarray, state: Mapping[str, Tensor], covariance: Tensor) -> Tensor:
+    """One model's block, of the features `index`. [n, n]"""
     metric = torch.zeros_like(covariance)
     readers: dict[tuple[str, int], list[Tensor]] = {}
     for s in space.segments:
         weight = state.get(s.parameter)
-        if "consume" in s.roles and weight is not None and weight.dim() > 1 and len(s.positions) == len(metric):
-            rows = weight.detach().movedim(s.axis, 0)[torch.from_numpy(s.positions).to(weight.device)]
+        if "consume" in s.roles and weight is not None and weight.dim() > 1:
+            rows = weight.detach().movedim(s.axis, 0)[torch.from_numpy(s.positions[index]).to(weight.device)]
             readers.setdefault((s.parameter, s.axis), []).append(
                 (rows.flatten(2) if rows.dim() > 2 else rows[:, :, None]).to(covariance)
             )

@@ -14,7 +14,7 @@ from .elimination import Elimination
 from .matching import Correspondence, Matching, mean_correlation, model_of, optimal_unmerge, similarity
 from .readers import Read
 
-SAME = 1e-4  # copies differ by less than this share of their root mean square
+SAME = 1e-3  # copies differ by less than this share of their root mean square; what float32 products can tell
 FILL, EXCHANGE = 64, 16  # of the width, one in so many is chosen at once, and exchanged at first
 
 

@@ -13,12 +13,13 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..assemble import agree, assemble, calibrate, choose_widths, merged_parameters
+from ..calibration import calibration_batches, measure
 from ..describe import describe
 from ..errors import InputError, MergeWarning
 from ..infer import resize
 from ..match import Matcher, match, needs, resolve
 from ..measure.moments import Moments
-from ..prepare import calibration_batches, compare, cut_graph, infer_spaces, measure, prove
+from ..prepare import compare, cut_graph, infer_spaces, prove
 from ..repair import Repair, repair_parameters
 from ..rewrite.zipped import KEY
 from ..sanity import doubts, measured, refuse_broken
