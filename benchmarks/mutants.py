@@ -40,7 +40,7 @@ TESTS = ROOT / "tests"
 EXPLAINED = Path(__file__).with_name("mutants.txt")
 SETS = {  # name -> files, tests
     "rules": (["fxzip/infer/rules"], ["test_rule_laws", "test_soundness", "test_random_graphs"]),
-    "inference": (["fxzip/infer"], ["test_rule_laws", "test_soundness", "test_random_graphs"]),
+    "inference": (["fxzip/infer"], ["test_rule_laws", "test_closure", "test_soundness", "test_random_graphs"]),
     "solve": (["fxzip/solve"], ["test_solve", "test_determinism"]),
 }
 
