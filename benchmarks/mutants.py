@@ -40,7 +40,7 @@ TESTS = ROOT / "tests"
 EXPLAINED = Path(__file__).with_name("mutants.txt")
 SETS = {  # name -> files, tests
     "rules": (["fxzip/infer/rules"], ["test_rule_laws", "test_soundness", "test_random_graphs"]),
-    "inference": (["fxzip/infer"], ["test_rule_laws", "test_soundness", "test_random_graphs"]),
+    "inference": (["fxzip/infer"], ["test_rule_laws", "test_closure", "test_soundness", "test_random_graphs"]),
     "solve": (["fxzip/solve"], ["test_solve", "test_determinism"]),
 }
 
@@ -128,7 +128,7 @@ class Experiment:
         count = sum(found.values())
         dead = found["killed"] + found["endless"]
         print(f"{count} of {len(every)} mutants: {dead} killed ({dead / max(count, 1):.1%}), ", end="")
-        print(", ".join(f"{n} {what}" for what, n in found.items() if what != "killed"), end="")
+        print(", ".join(f"{n} {what}" for what, n in found.items() if what not in ("killed", "endless")), end="")
         print(f"; {_cpu():.0f} CPU seconds, seed {self.options.seed}", flush=True)
 
     def outcome(self, mutant: Mutant) -> tuple[str, str]:

@@ -24,6 +24,7 @@ def closed(*columns: np.ndarray, **tables: np.ndarray) -> tuple[set, set, list]:
         made[family] = Table(np.arange(start, start + 4), [(U64(100 + k), parents)])
     closure = Closure(np.arange(20), FAMILY, made, 20)
     closure.run()
+    assert closure.changed == bool(closure.one or closure.many)  # a block comes with its edges
     one = {(int(min(x)), int(max(x))) for u, v, _ in closure.one for x in zip(u, v, strict=True)}
     many = {(int(a), int(b)) for u, v, _ in closure.many for a, b in zip(u, v, strict=True)}
     return one, many, closure.blocks
@@ -53,10 +54,12 @@ def test_crossing_partitions_have_one_block_above_both(columns, tables, wanted):
 
 @pytest.mark.parametrize("exchanged", [False, True])
 def test_nested_equal_and_independent_partitions(exchanged):
-    def found(a: np.ndarray, b: np.ndarray) -> tuple[set, set, list]:
-        return closed(*((b, a) if exchanged else (a, b)))
+    def found(a: np.ndarray, b: np.ndarray, **tables: np.ndarray) -> tuple[set, set, list]:
+        return closed(*((b, a) if exchanged else (a, b)), **tables)
 
     assert found(BY_A, 16 + G) == (set(), P_IN_BLOCK, [])
+    assert found(BY_A, 16 + G, p=BLOCK) == (set(), set(), [])
+    assert found(BY_A, 16 + G, p=OTHER) == ({(16, 18), (17, 19)}, set(), [])
     assert found(BY_A, BY_A + 4) == ({(8, 12), (9, 13), (10, 14), (11, 15)}, set(), [])
     assert found(16 + G, 18 + A) == (set(), set(), [])
 
