@@ -21,8 +21,8 @@ from fxzip.match.transport import sinkhorn
 
 
 def test_cca_undoes_any_invertible_map():
-    x = features(6, 1, relu=False)
-    turn = torch.randn(6, 6, generator=torch.Generator().manual_seed(2)) + 3 * torch.eye(6)
+    x = features(6, 1, relu=False).double()
+    turn = (torch.randn(6, 6, generator=torch.Generator().manual_seed(2)) + 3 * torch.eye(6)).double()
     found = CCA(ridge=0.0)(moments_of(x, x @ turn.T), 6)
     torch.testing.assert_close(found.blocks_merge(1) * 2, turn.double().inverse(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.blocks_unmerge(1), turn.double(), atol=1e-4, rtol=1e-4)
