@@ -114,7 +114,7 @@ def figure(tables: dict[int, list[Row]]):
     left.set_xticks(counts)
     left.set_xlabel("networks merged into one")
     left.set_ylabel("accuracy per task, %")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.68))
     for j, count in enumerate(counts):
         points = [r for r in tables[count] if r.name.startswith("solve") or r.name == "ensemble"]
         points.sort(key=lambda r: r.flops or 0)
