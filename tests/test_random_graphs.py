@@ -78,6 +78,34 @@ def test_features_are_compared_only_where_samples_correspond(method):
         assert all(far(y, model(data)) < 1e-3 for y in zipped(data))
 
 
+class Padded(nn.Module):
+    """Two features are zero until a norm's bias tells them apart; nothing before it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(6, 8), nn.LayerNorm(10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(F.pad(self.stem(x), (0, 2))))
+
+
+@pytest.mark.parametrize("method", ["permute", "zip", "select"])
+@pytest.mark.parametrize("seed", range(4))
+def test_features_that_are_one_constant_before_a_norm_are_told_apart_behind_it(method, seed):
+    model = randomise(Padded()).double().eval()
+    data = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).double()
+    other = fxzip.scramble(model, data[:2], seed=seed)
+    zipped = fxzip.merge([model, other], [data], method=method, progress=False)
+    with torch.no_grad():
+        assert all(far(y, model(data)) < 1e-3 for y in zipped(data))
+
+
+@pytest.mark.parametrize("seed", [682, 1410])
+def test_networks_that_were_once_merged_wrongly(seed):
+    """Of benchmarks/trust.py's: padding before norms and scales, as above."""
+    assert judge(seeded(seed)) == "sound"
+
+
 def test_a_space_of_one_use_needs_no_control():
     """Tied weights, once forward and once transposed: to leave out the only use is no change."""
 

@@ -16,21 +16,23 @@ QUIET = 1e-3  # weight of what producers write beside what consumers read
 
 
 def anchors_of(reader: Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
-    """Where features are measured: what consumers read, and with little weight what producers write, which
-    tells apart features that stay silent behind a non-linearity; without consumers, the latter in full. A space
-    that only parameters meet in (a table of coordinates) is measured in the parameter, where its entries correspond.
+    """Where features are measured: what consumers read; and with little weight what producers write, which tells apart
+    features that stay silent behind a non-linearity, and what scales and shifts make of it, which tells apart features
+    that are one constant before. Without consumers, the latter in full. A space that only parameters meet in (a table
+    of coordinates) is measured in the parameter, where its entries correspond.
 
     Where another axis carries features as well (channels beside hidden tokens), samples along it are in an order of
     each model's own: such a value counts only where there is no other, and then by rank along that axis.
     """
     read, written, stored = defaultdict(dict), defaultdict(dict), defaultdict(dict)
     for node, roles in reader.inference.notes.contractions.items():
-        if "consume" in roles:
-            for operand in node.all_input_nodes:
-                if operand in reader.inference.data:
-                    _collect(reader, _before_affine(reader, operand), wanted, read)
-                elif len(_families(reader, operand) & wanted) == 1:
-                    _collect(reader, operand, wanted, stored)
+        for operand in node.all_input_nodes if "consume" in roles else ():
+            if operand in reader.inference.data:
+                stream = _before_affine(reader, operand)
+                _collect(reader, stream, wanted, read)
+                _collect(reader, operand, wanted, written)
+            elif len(_families(reader, operand) & wanted) == 1:
+                _collect(reader, operand, wanted, stored)
         if "produce" in roles:
             _collect(reader, node, wanted, written)
     found = {}
