@@ -32,7 +32,7 @@ def assemble(
     originals = [m.state_dict() for m in models]
     return build(
         p.graph_modules, p.cut, shared, private, p.names, p.args, as_dict=p.as_dict, heads=heads, originals=originals,
-        shares=p.shares,
+        shares=p.shares, tails=p.tails,
     )  # fmt: skip
 
 

@@ -37,8 +37,7 @@ def describe(
     device = next((t.device for t in zipped.parameters()), torch.device("cpu"))
     args = tuple(x.to(device) if isinstance(x, Tensor) else x for x in p.args)
     one = rows(args, 1)
-    own = [t.graph_module for t in p.unpadded or p.traced]
-    sizes = [Size(n, *_cost(m.to(device), one)) for n, m in zip(p.names, own, strict=True)]
+    sizes = [Size(n, *_cost(m.to(device), one)) for n, m in zip(p.names, p.own, strict=True)]
     result = Size("merged", *_cost(zipped, one))
     owners = tuple(zipped.meta[KEY]["targets"])
     private = sum(t.numel() for n, t in zipped.named_parameters() if any(_inside(n, o) for o in owners))
@@ -54,7 +53,9 @@ def describe(
         str(p.verification) if p.verification is not None else "",
         nodes=node_rows(zipped),
         layers=tuple(
-            LayerRow(r.node, r.kind, r.before, r.after, "" if r.model is None else p.names[r.model]) for r in records
+            LayerRow(r.node, r.kind, r.before, r.after, "" if r.model is None else p.names[r.model])
+            for r in records
+            if not (p.tails and r.model is not None and r.node in p.tails.foreign(r.model))
         ),
         settings=settings,
         versions={"fxzip": installed(), "torch": torch.__version__, "python": platform.python_version()},

@@ -58,7 +58,8 @@ def merge(
         none, but recompute batch-norm statistics if there is one.
     method: a name of `METHODS` or a matcher object, such as `Zip(alpha=0.3, beta=1.0)`; "zip+repair" or
         `Repair(Zip())` also sets right the spread of merged features (REPAIR), "+rescale" that alone.
-    until: path of the first module that stays per model (`"layer3"`): only what is not downstream is merged.
+    until: path of the first module that stays per model (`"layer3"`): only what is not downstream is merged, and from
+        there on the models may differ (one segments, one classifies).
     budget: FLOPs of the result, times those of one model: widths are chosen to fit. Default: the models' widths.
     heads: "separate"; "concat", all outputs side by side along axis 1, as logits over all classes; or "average".
     model_weights: what each model counts wherever a mean over models is taken, by position or name (default: all
@@ -106,7 +107,7 @@ def merge(
     graph = passes.start(
         models, loader, call="fxzip.merge", clock=clock, progress=progress, example_inputs=example_inputs,
         device=device, calibration=calibration, needs_data=needs_data, forward_fn=forward_fn,
-        distributed=distributed, model_weights=model_weights,
+        distributed=distributed, model_weights=model_weights, until=until,
     )  # fmt: skip
     stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]
     stages += [passes.Prove(seed, strict=verify != "report")] if verify else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,13 +16,13 @@ from torch.utils._pytree import tree_map
 
 from .check import Checked, check_merge, compare_graphs, compare_shapes
 from .errors import InputError, SpaceError, TraceError
-from .infer import FeatureSpace, Spaces, analyse, annotate
+from .infer import Anchor, FeatureSpace, Spaces, analyse, annotate
 from .match import Weights, read
 from .measure.moments import Moments, SpaceMoments
 from .nested import apart
 from .options import shares, wrong_weights
 from .padding import Real, pad
-from .rewrite import Partition, owned, partition, unreadable
+from .rewrite import Partition, Tails, join, owned, partition, unreadable
 from .trace import Traced, bind, first_rows, state_of, trace
 from .verify import Verification, verify_spaces
 
@@ -50,7 +51,7 @@ class Prepared:
 
     args: example arguments, two samples. call: what the user called, for messages. models: the user's, see
     `Checked`; notices: what was done to them. shares: what each counts in the means, adding up to 1.
-    real, unpadded, widest: of models whose widths differ, see `padding`.
+    real, unpadded, widest: of models whose widths differ, see `padding`. tails: of models that end differently.
     """
 
     call: str
@@ -69,10 +70,16 @@ class Prepared:
     real: Real = field(default_factory=dict)
     unpadded: tuple[Traced, ...] = ()
     widest: int = 0
+    tails: Tails | None = None
 
     @property
     def graph_modules(self) -> list:
         return [t.graph_module for t in self.traced]
+
+    @property
+    def own(self) -> list:
+        """The models' graphs before they were made alike."""
+        return list(self.tails.own) if self.tails else [t.graph_module for t in self.unpadded or self.traced]
 
     def merged_spaces(self) -> list[FeatureSpace]:
         """Spaces that shared parameters lie on, with their parents; anchors in the shared part only."""
@@ -81,6 +88,10 @@ class Prepared:
     def read(self, moments: Moments) -> dict[str, SpaceMoments]:
         """The moments with what reads the features, in the shared part and in the heads (see `match.Read`)."""
         states = [dict(m.named_parameters()) for m in self.graph_modules]
+        if self.tails:
+            for i, state in enumerate(states):
+                for name in owned(self.graph_modules[i], self.tails.foreign(i)):
+                    state.pop(name, None)
         return read(self.merged_spaces(), moments, states, self.real)
 
     def weights(self) -> Weights:
@@ -103,7 +114,7 @@ def prepare(
 ) -> Prepared:
     """Check the call, trace every model, infer on model 0, cut, and prove. options: as for `begin`."""
     with clock.stage("trace"):
-        p = begin(models, loader, **options)
+        p = begin(models, loader, until=until, **options)
     with clock.stage("infer"):
         p = cut_graph(infer_spaces(p), until)
     if verify:
@@ -117,6 +128,7 @@ def begin(
     loader: Iterable | Mapping | None,
     *,
     call: str,
+    until: str | None = None,
     example_inputs: Any = None,
     device: str | torch.device = "auto",
     calibration: int = 2048,
@@ -124,7 +136,9 @@ def begin(
     forward_fn: Callable[..., Any] | None = None,
     model_weights: Any = None,
 ) -> Prepared:
-    """Check the call and trace every model. See `fxzip.merge` for arguments."""
+    """Check the call and trace every model. See `fxzip.merge` for arguments.
+
+    until: models that differ only there and behind it are joined, see `rewrite.join`."""
     models, loader, model_weights = apart(models, loader, model_weights)
     checked: Checked = check_merge(
         models,
@@ -139,15 +153,17 @@ def begin(
     where = _device(device, checked.models)
     few = first_rows(checked.example, 2)
     traced = tuple(_traced(t, m, few, forward_fn) for t, m in zip(checked.names, checked.models, strict=True))
-    compare(call, traced, checked.names)
     for t in traced:
-        _in_the_order_of(traced[0].graph_module, t.graph_module)
         t.graph_module.to(where)
     args = bind(few, signature(traced[0].graph_module.forward))
     args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
+    traced, tails = ends(call, traced, checked.names, args, until)
+    for t in traced:
+        _in_the_order_of(traced[0].graph_module, t.graph_module)
     return Prepared(
         call, tuple(checked.names), isinstance(models, Mapping), traced, args, where, checked.loader,
         models=checked.models, notices=checked.notices, shares=shares(model_weights, checked.names),
+        tails=tails,
     )  # fmt: skip
 
 
@@ -158,6 +174,16 @@ def compare(call: str, traced: Sequence[Traced], names: Sequence[str]) -> None:
         raise InputError.listing(call, problems)
 
 
+def ends(
+    call: str, traced: tuple[Traced, ...], names: Sequence[str], args: tuple, until: str | None
+) -> tuple[tuple[Traced, ...], Tails | None]:
+    """The graphs, joined where they differ from `until` on. Raises InputError unless all are alike then."""
+    joined = join(traced, args, until) if until is not None and compare_graphs(traced, names) else None
+    traced, tails = joined or (traced, None)
+    compare(call, traced, names)
+    return traced, tails
+
+
 def infer_spaces(p: Prepared, strict: bool = False) -> Prepared:
     """Infer the feature spaces on model 0, all models brought to the widths of the widest where that is possible.
     Raises InputError where strict and an operator has no rule."""
@@ -165,11 +191,13 @@ def infer_spaces(p: Prepared, strict: bool = False) -> Prepared:
     spaces = analyse(p.graph_modules[p.widest], p.args)
     if strict and spaces.frozen:
         raise InputError.listing(f"{p.call}(strict=True)", [str(f) for f in spaces.frozen])
+    if p.tails:
+        spaces = replace(spaces, opaque=spaces.opaque.union(*p.tails.nodes))
     return replace(p, spaces=spaces)
 
 
 def _of_one_width(p: Prepared) -> Prepared:
-    found = pad(p.graph_modules, p.args, p.names)
+    found = pad(p.graph_modules, p.args, p.names) if p.tails is None else None
     if found is None or found.reason:
         return replace(p, notices=(*p.notices, *([f"widths differ: {found.reason}"] if found else [])))
     traced = tuple(replace(t, graph_module=g) for t, g in zip(p.traced, found.graph_modules, strict=True))
@@ -253,11 +281,16 @@ def _traced(task: str, model: nn.Module, example: Any, forward_fn: Callable[...,
 
 
 def shared_spaces(spaces: Spaces, cut: Partition, parameters: Iterable[str]) -> list[FeatureSpace]:
-    """Spaces that a shared parameter holds, or a value that private parts read, and all their ancestors."""
+    """Spaces that a shared parameter holds, or a value that private parts read, and all their ancestors. Where their
+    features would be measured in a private part, they are measured in what that part reads."""
     shared = {spaces.lowered.tied.get(p, p) for p in parameters}
     wanted = {s.name for s in spaces if any(g.parameter in shared for g in s.segments)}
+    border: dict[str, list[Anchor]] = defaultdict(list)
     for node in (v for name in cut.boundary for v in spaces.lowered.values.get(name, ())):
-        wanted |= {name for layout in spaces.layouts(node.name) for name, _ in layout.runs}
+        layouts = spaces.layouts(node.name)
+        for name, positions in (run for layout in layouts for run in layout.runs):
+            wanted.add(name)
+            border[name] += [Anchor(node.name, layouts[0].axes, positions)] * (len(layouts) == 1)
     for space in reversed(spaces.spaces):
         if space.name in wanted:
             wanted |= {p.space for p in space.parents}
@@ -265,8 +298,10 @@ def shared_spaces(spaces: Spaces, cut: Partition, parameters: Iterable[str]) -> 
     found = []
     for space in spaces:
         if space.name in wanted:
-            inside = tuple(a for a in space.anchors if origin[a.node] in cut.shared)
-            found.append(replace(space, anchors=inside or space.anchors))
+            inside = [a for a in space.anchors if origin[a.node] in cut.shared]
+            if any(a.weight == 1 for a in space.anchors if origin[a.node] not in cut.shared):
+                inside += [a for a in border[space.name] if (a.node, a.axes) not in {(b.node, b.axes) for b in inside}]
+            found.append(replace(space, anchors=tuple(inside) or space.anchors))
     return found
 
 

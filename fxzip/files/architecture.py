@@ -94,7 +94,7 @@ def _usable(module: nn.Module, task: str) -> nn.Module:
 def traced(
     plan: Plan, task: str, module: nn.Module, forward_fn: Callable[..., Any] | None = None
 ) -> Traced:
-    """The module as a graph on invented inputs; its parameters and nodes are those of the merged model."""
+    """The module as a graph on invented inputs; its parameters are those of the merged model."""
     expected = plan.originals[plan.tasks.index(task)]
     here = _kinds(module)  # what the graph does not use is in neither, its constants only in `expected`
     both = [n for n in expected if n in here]
@@ -113,7 +113,6 @@ def traced(
             f"load: model_fn's module for {task!r} cannot be traced as the saved one was: {error}"
         ) from error
     _same_tensors(plan, task, expected, _kinds(found.graph_module))
-    _same_nodes(plan, task, found.graph_module)
     return found
 
 
@@ -140,7 +139,8 @@ def _hint(plan: Plan) -> str:
     return "" if same else "; these models differ in sizes, so model_fn needs the task's name as its argument"
 
 
-def _same_nodes(plan: Plan, task: str, graph_module: fx.GraphModule) -> None:
+def same_nodes(plan: Plan, task: str, graph_module: fx.GraphModule) -> None:
+    """Raises InputError unless these are the nodes that the merge knew."""
     nodes, known = [n.name for n in graph_module.graph.nodes], plan.cut.shared | plan.cut.private
     more = next((n for n in nodes if n not in known), None)
     if more is not None:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from ..errors import FxzipError, InputError
-from ..rewrite import Heads, Unmerge, build, difference, signature, state_of, versions
+from ..rewrite import Heads, Tails, Unmerge, build, difference, join, signature, state_of, versions
 from ..rewrite.zipped import KEY
 from ..trace import Traced, compare_graphs
 from ..trace.guards import kept_rng
-from .architecture import modules, traced, wrong
+from .architecture import modules, same_nodes, traced, wrong
 from .example import example_from_json
 from .plan import PLAN, TENSORS, Plan, Stored, dtype_name, dtype_of, read_plan
 from .save import sha256_of
@@ -48,10 +48,8 @@ def load(
     with kept_rng(()):
         made = modules(plan, model_fn)
         graphs = _traced_once(plan, made, forward_fn)
-        problems = compare_graphs(graphs, plan.tasks)
-        if problems:
-            raise InputError.listing("load", [f"model_fn: {p}" for p in problems])
-        zipped = _rebuilt(plan, [t.graph_module for t in graphs], tensors)
+        graphs, tails = _alike(plan, graphs)
+        zipped = _rebuilt(plan, [t.graph_module for t in graphs], tails, tensors)
     differs = difference(plan.signature, signature(zipped), "as saved", "from model_fn")
     if differs:
         raise wrong(plan, differs)
@@ -86,8 +84,27 @@ def _traced_once(
     return graphs
 
 
+def _alike(plan: Plan, graphs: Sequence[Traced]) -> tuple[Sequence[Traced], Tails | None]:
+    """The graphs, joined if they end differently."""
+    problems, tails = compare_graphs(graphs, plan.tasks), None
+    joined = join(graphs, _example(plan, graphs[0].graph_module)) if problems else None
+    if joined and {n.name for n in joined[0][0].graph_module.graph.nodes} == plan.cut.shared | plan.cut.private:
+        graphs, tails = joined
+        problems = compare_graphs(graphs, plan.tasks)
+    for task, found in zip(plan.tasks, graphs, strict=True):
+        same_nodes(plan, task, found.graph_module)
+    if problems:
+        raise InputError.listing("load", [f"model_fn: {p}" for p in problems])
+    return graphs, tails
+
+
+def _example(plan: Plan, graph_module: fx.GraphModule) -> tuple:
+    device = next((t.device for t in state_of(graph_module).values()), torch.device("cpu"))
+    return example_from_json(plan.example, device, torch.Generator().manual_seed(0))
+
+
 def _rebuilt(
-    plan: Plan, graph_modules: Sequence[fx.GraphModule], tensors: Mapping[str, Tensor]
+    plan: Plan, graph_modules: Sequence[fx.GraphModule], tails: Tails | None, tensors: Mapping[str, Tensor]
 ) -> fx.GraphModule:
     """The merged graph, made as `merge` made it, with tensors of the saved shapes."""
     own = {n: tensors[plan.tied.get(n, n)] for n in plan.signature.tensors}
@@ -103,14 +120,13 @@ def _rebuilt(
             held[target][name[len(target) + 1 :]] = tensor
         else:
             shared[name] = tensor
-    parameter = next(iter(state_of(graph_modules[0]).values()), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    device = next((t.device for t in state_of(graph_modules[0]).values()), torch.device("cpu"))
     try:
         heads = Heads(tuple(private), _unmerges(plan, held, device), frozenset(), plan.cloned)
-        args = example_from_json(plan.example, device, torch.Generator().manual_seed(0))
+        args = _example(plan, graph_modules[0])
         return build(
             graph_modules, plan.cut, shared, heads, plan.tasks, args, as_dict=plan.as_dict, heads=plan.heads,
-            shares=plan.shares,
+            shares=plan.shares, tails=tails,
         )  # fmt: skip
     except (FxzipError, LookupError, RuntimeError, TypeError) as error:
         raise InputError(f"load: {PLAN} and model_fn give no network that runs: {error}") from error

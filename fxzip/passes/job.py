@@ -153,6 +153,8 @@ class EveryModel(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         now = job(graph_module)
+        if now.prepared.tails:
+            raise InputError("passes.EveryModel: these models end differently, and their graphs are joined already")
         traced = tuple(replace(t, graph_module=self._on(t.graph_module)) for t in now.prepared.traced)
         compare(now.prepared.call, traced, now.prepared.names)
         first = traced[0].graph_module

@@ -245,7 +245,7 @@ class Describe(Stage):
             made = describe(p, graph_module, now.method, own, now.moments, now.records, now.notices, now.settings)
             given = list(now.models)
             figures, losses = measured(graph_module, p.names, given, self.evaluate) if self.evaluate else ([], [])
-            doubtful = doubts(p.verification, made.shared, own, now.moments, p.names, p.graph_modules,
+            doubtful = doubts(p.verification, made.shared, own, now.moments, p.names, p.own,
                               now.batches or [])  # fmt: skip
         for text in (*doubtful, *losses):
             warnings.warn(text, MergeWarning, stacklevel=4)

@@ -8,6 +8,7 @@ from .norms import batch_norms, recompute_statistics
 from .parameters import merge_parameters, state_of
 from .partition import Partition, cut_points, owned, partition
 from .signature import Signature, difference, signature
+from .tails import Tails, join
 from .unmerge import Unmerge
 from .zipped import Zipped
 
@@ -15,6 +16,7 @@ __all__ = [
     "Heads",
     "Partition",
     "Signature",
+    "Tails",
     "Unmerge",
     "Zipped",
     "batch_norms",
@@ -23,6 +25,7 @@ __all__ = [
     "difference",
     "extract",
     "head_parameters",
+    "join",
     "merge_parameters",
     "owned",
     "partition",

@@ -20,6 +20,7 @@ from .modules import Tensors, has_path, install, versions
 from .parameters import state_of
 from .partition import Partition
 from .signature import signature
+from .tails import Tails
 from .zipped import KEY, Zipped
 
 HEADS = ("separate", "concat", "average")
@@ -37,6 +38,7 @@ def build(
     heads: str = "separate",
     originals: Sequence[Mapping[str, Tensor]] | None = None,
     shares: Sequence[float] | None = None,
+    tails: Tails | None = None,
 ) -> fx.GraphModule:
     """The merged GraphModule, in eval mode.
 
@@ -46,19 +48,19 @@ def build(
     them the graph does not use is kept aside for extract. Shared nodes, modules and parameters keep their
     names, private ones end in _<task>. forward returns a tuple (as_dict: a dict by task name) of the models'
     outputs; with heads="concat" these along axis 1, with heads="average" their mean, in which model i counts shares[i]
-    (default: all alike). Nothing of the inputs is aliased.
+    (default: all alike). tails: of joined graphs; every model keeps its own. Nothing of the inputs is aliased.
     Raises InputError (names, heads, different graphs) and SpaceError (the result does not run).
     """
     suffixes = _check(graph_modules, names, heads)
     if heads != "separate":
-        _same_outputs(graph_modules, names, example_args, heads)
+        _same_outputs(tails.own if tails else graph_modules, names, example_args, heads)
     equal = not shares or len(set(shares)) == 1
-    plan = _Plan(graph_modules, cut, private, tuple(suffixes), () if equal else tuple(shares or ()))
+    plan = _Plan(graph_modules, cut, private, tuple(suffixes), () if equal else tuple(shares or ()), tails)
     graph = _graph(plan, names, as_dict, heads)
     root = _modules(plan, merged)
     zipped = Zipped(root, graph, class_name="Zipped")
     zipped.eval()
-    targets = {new: (names[i], old) for (i, old), new in plan.targets.items()}
+    targets = {new: (names[i], plan.original(old)) for (i, old), new in plan.targets.items()}
     zipped.meta[KEY] = {
         "tasks": tuple(names),
         "as_dict": as_dict,
@@ -66,7 +68,7 @@ def build(
         "shares": plan.shares,
         "targets": targets,
         "nodes": dict(plan.nodes),
-        **_leftovers(graph_modules[0], {*merged, *private.states[0]}, names, originals),
+        **_leftovers(plan, {*merged, *private.states[0]}, names, originals),
         **_recipe(plan, zipped, names, example_args),
     }
     graph.lint()
@@ -81,6 +83,7 @@ class _Plan:
     private: Heads
     suffixes: tuple[str, ...]
     shares: tuple[float, ...] = ()  # of each model in the mean of the outputs; (): all alike
+    tails: Tails | None = None
     targets: dict[tuple[int, str], str] = field(
         default_factory=dict
     )  # (model, original target) -> new target
@@ -90,11 +93,25 @@ class _Plan:
     def target(self, i: int, target: str) -> str:
         """The private target of model i: the original name and the task, made unique."""
         if (i, target) not in self.targets:
-            new = f"{target}_{self.suffixes[i]}"
+            new = f"{self.original(target)}_{self.suffixes[i]}"
             while new in self.targets.values() or has_path(self.graph_modules[0], new):
                 new += "_"
             self.targets[i, target] = new
         return self.targets[i, target]
+
+    def original(self, target: str) -> str:
+        """The name that the model itself has for it."""
+        return self.tails.targets.get(target, target) if self.tails else target
+
+    def owners(self, node: str) -> list[int]:
+        """The models that have this private node."""
+        everyone = range(len(self.suffixes))
+        return [i for i in everyone if self.tails is None or node not in self.tails.foreign(i)]
+
+    def output(self, i: int) -> Any:
+        """What model i returns, as nodes of its graph."""
+        found = next(n for n in self.graph_modules[i].graph.nodes if n.op == "output").args[0]
+        return cast(Any, found)[i] if self.tails else found
 
 
 def _check(graph_modules: Sequence[fx.GraphModule], names: Sequence[str], heads: str) -> list[str]:
@@ -131,12 +148,11 @@ def _graph(plan: _Plan, names: Sequence[str], as_dict: bool, heads: str) -> fx.G
         if node.name in plan.cut.shared:
             shared[node.name] = graph.node_copy(node, lambda n: shared[n.name])
         if node.name in plan.cut.private or node.name in plan.cut.copied:
-            for i, env in enumerate(own):
-                env[node.name] = _private_copy(plan, graph, by_name[i][node.name], i, shared, env)
+            for i in plan.owners(node.name):
+                own[i][node.name] = _private_copy(plan, graph, by_name[i][node.name], i, shared, own[i])
     outputs = []
     for i, env in enumerate(own):
-        source = next(n for n in plan.graph_modules[i].graph.nodes if n.op == "output")
-        outputs.append(map_arg(source.args[0], lambda n, i=i, env=env: _read(plan, graph, n, i, shared, env)))
+        outputs.append(map_arg(plan.output(i), lambda n, i=i, env=env: _read(plan, graph, n, i, shared, env)))
     if heads != "separate":
         graph.output(_joined(graph, outputs, heads, plan.shares))
     else:
@@ -240,31 +256,32 @@ def _modules(plan: _Plan, merged: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _leftovers(
-    graph_module: fx.GraphModule,
-    used: set[str],
-    names: Sequence[str],
-    originals: Sequence[Mapping[str, Tensor]] | None,
+    plan: _Plan, used: set[str], names: Sequence[str], originals: Sequence[Mapping[str, Tensor]] | None
 ) -> dict[str, Any]:
     """What extract needs to give back a complete state_dict.
 
-    untouched: per task, its entries that the graph does not use (auxiliary heads and the like). aliases:
-    entries of the user's state_dict that are other names of used ones. state_names: all its keys. versions:
-    of its modules' formats, see `versions`.
+    used: names that the graph uses, of models that do not end differently. untouched: per task, its entries that the
+    graph does not use (auxiliary heads and the like). aliases: entries of the user's state_dict that are other names of
+    used ones. state_names: all its keys. versions: of its modules' formats, see `versions`.
     """
     if originals is None:
         return {"untouched": {}, "aliases": {}, "state_names": None, "versions": {}}
-    first = {k: v for k, v in originals[0].items() if isinstance(v, Tensor)}
-    inside = set(state_of(graph_module))
-    place = {(v.data_ptr(), v.shape): k for k, v in first.items() if k in used and v.numel()}
-    same = {k: place[v.data_ptr(), v.shape] for k, v in first.items() if (v.data_ptr(), v.shape) in place}
-    aliases = {k: name for k, name in same.items() if k not in inside}
-    left = [k for k in first if k not in used and k not in aliases]
-    untouched = {n: {k: s[k].detach().clone() for k in left} for n, s in zip(names, originals, strict=True)}
+    untouched, aliases, formats = {}, {}, {}
+    for i, (name, state) in enumerate(zip(names, originals, strict=True)):
+        like = state if plan.tails else originals[0]
+        first = {k: v for k, v in like.items() if isinstance(v, Tensor)}
+        inside = set(state_of(plan.tails.own[i] if plan.tails else plan.graph_modules[0]))
+        here = inside if plan.tails else used
+        place = {(v.data_ptr(), v.shape): k for k, v in first.items() if k in here and v.numel()}
+        same = {k: place[v.data_ptr(), v.shape] for k, v in first.items() if (v.data_ptr(), v.shape) in place}
+        aliases |= {k: found for k, found in same.items() if k not in inside}
+        untouched[name] = {k: state[k].detach().clone() for k in first if k not in here and k not in aliases}
+        formats |= versions(like)
     return {
         "untouched": untouched,
         "aliases": aliases,
-        "state_names": tuple(originals[0]),
-        "versions": versions(originals[0]),
+        "state_names": tuple(dict.fromkeys(k for state in originals[: None if plan.tails else 1] for k in state)),
+        "versions": formats,
     }
 
 
@@ -283,7 +300,8 @@ def _recipe(plan: _Plan, zipped: fx.GraphModule, names: Sequence[str], args: tup
         "unmerges": unmerges,
         "example": tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args),
         "originals": tuple(
-            {n: (tuple(t.shape), t.dtype) for n, t in state_of(g).items()} for g in plan.graph_modules
+            {n: (tuple(t.shape), t.dtype) for n, t in state_of(g).items()}
+            for g in (plan.tails.own if plan.tails else plan.graph_modules)
         ),
         "signature": signature(zipped),
     }

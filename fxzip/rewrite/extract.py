@@ -127,6 +127,8 @@ def _restore(module: nn.Module, untouched: Mapping[str, Tensor], aliases: Mappin
             trainable, parameter = False, fresh.is_floating_point() or fresh.is_complex()
         set_path(module, name, nn.Parameter(fresh, requires_grad=trainable) if parameter else fresh)
     for name, first in aliases.items():
+        if not has_path(module, first):  # of another task's own end
+            continue
         found = attribute(module, first)
         assert isinstance(found, Tensor)
         set_path(module, name, found)

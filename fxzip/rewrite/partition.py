@@ -55,7 +55,7 @@ def partition(
     unknown = sorted(set(opaque) - {n.name for n in nodes})
     if unknown:
         raise SpaceError(f"partition: opaque names {unknown}, which are no nodes of this graph")
-    seeds = set(opaque) | (set() if until is None else _selected(graph_module, until)) | {"output"}
+    seeds = set(opaque) | (set() if until is None else _named(graph_module, until)) | {"output"}
     private: set[str] = set()
     for node in nodes:
         seeded = node.name in seeds and node.op != "placeholder"
@@ -130,15 +130,20 @@ def module_paths(node: fx.Node) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _selected(graph_module: fx.GraphModule, until: str) -> set[str]:
-    """Nodes of module path `until`; if there are none, the node of that name."""
+def selected(graph_module: fx.GraphModule, until: str) -> set[str]:
+    """Names of the nodes of module path `until`; if there are none, the layer's that is called so."""
     nodes = list(graph_module.graph.nodes)
     inside = {n.name for n in nodes if any(p == until or p.startswith(until + ".") for p in module_paths(n))}
-    if inside:
-        return inside
+    return inside or {n.name for n in nodes if n.name == until and n.op not in ("placeholder", "output")}
+
+
+def _named(graph_module: fx.GraphModule, until: str) -> set[str]:
+    """`selected`; raises InputError if that is nothing."""
+    found = selected(graph_module, until)
+    if found:
+        return found
+    nodes = list(graph_module.graph.nodes)
     named = [n for n in nodes if n.name == until]
-    if named and named[0].op not in ("placeholder", "output"):
-        return {until}
     if named:
         raise InputError(
             f'until="{until}" is an {named[0].op} of the graph, not a layer. {_legal(graph_module)}'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .call import call_signature, counted, tensors_of
-from .compare import compare_graphs, compare_shapes
+from .compare import alike, compare_graphs, compare_shapes
 from .execute import run, state_of
 from .guards import unwrap
 from .inputs import batch_size, bind, describe, first_rows, on_meta, plain_batch, rows, shapes_only, to_meta
@@ -14,6 +14,7 @@ from .plain import duplicate, make_plain, plain
 __all__ = [
     "Lowered",
     "Traced",
+    "alike",
     "batch_size",
     "bind",
     "call_signature",

@@ -62,6 +62,18 @@ def compare_shapes(
     return problems
 
 
+def alike(a: fx.GraphModule, b: fx.GraphModule, x: fx.Node, y: fx.Node) -> bool:
+    """Whether two nodes of one operator call modules of one kind with equal settings, and read tensors of one shape."""
+    kinds = [{k: (t.shape, t.dtype) for k, t in _state_of(m, n).items()} for m, n in ((a, x), (b, y))]
+    return kinds[0] == kinds[1] and not _modules_differ(a, b, x, y, "", "")
+
+
+def _state_of(module: nn.Module, node: fx.Node) -> dict[str, Tensor]:
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    own = (f"{node.target}.", str(node.target)) if node.op in ("call_module", "get_attr") else ()
+    return {k: t for k, t in tensors if k.startswith(own[:1]) or k in own} if own else {}
+
+
 def _number(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
@@ -78,7 +90,7 @@ def _difference(a: fx.GraphModule, b: fx.GraphModule, first: str, name: str) -> 
     if lacks or more:
         parts = [f"{name} lacks {_listed(lacks)}"] * bool(lacks) + [f"{first} lacks {_listed(more)}"] * bool(more)
         if lacks and more and len(lacks) < len(keys):
-            parts.append("if these are other heads on one trunk, give both networks both (docs, howto/mixed)")
+            parts.append("if these are other heads on one trunk, name the layer where they begin: until=")
         return "; ".join(parts)
     constant = _constant_differs(a, b, first, name)
     if constant:
