@@ -248,7 +248,7 @@ def _leftovers(
     """What extract needs to give back a complete state_dict.
 
     untouched: per task, its entries that the graph does not use (auxiliary heads and the like). aliases:
-    entries of the user's state_dict that are other names of used ones. state_names: all its keys. versions:
+    entries of the user's state_dict that are other names of used ones. state_names: all keys of any. versions:
     of its modules' formats, see `versions`.
     """
     if originals is None:
@@ -258,14 +258,18 @@ def _leftovers(
     place = {(v.data_ptr(), v.shape): k for k, v in first.items() if k in used and v.numel()}
     same = {k: place[v.data_ptr(), v.shape] for k, v in first.items() if (v.data_ptr(), v.shape) in place}
     aliases = {k: name for k, name in same.items() if k not in inside}
-    left = [k for k in first if k not in used and k not in aliases]
-    untouched = {n: {k: s[k].detach().clone() for k in left} for n, s in zip(names, originals, strict=True)}
+    known = {*used, *aliases}
     return {
-        "untouched": untouched,
+        "untouched": {n: _others(state, known) for n, state in zip(names, originals, strict=True)},
         "aliases": aliases,
-        "state_names": tuple(originals[0]),
+        "state_names": tuple(dict.fromkeys(k for state in originals for k in state)),
         "versions": versions(originals[0]),
     }
+
+
+def _others(state: Mapping[str, Any], known: set[str]) -> dict[str, Tensor]:
+    """Copies of the tensors that are not `known`; what a graph does not use may be in one model and not in another."""
+    return {k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor) and k not in known}
 
 
 def _recipe(plan: _Plan, zipped: fx.GraphModule, names: Sequence[str], args: tuple) -> dict[str, Any]:
