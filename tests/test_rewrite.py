@@ -656,7 +656,7 @@ def test_extract_loads_strictly_into_the_users_class(pair):
 
 def test_what_only_one_model_has_beside_its_graph_is_its_own(pair):
     model, twin, spaces, matchings = pair
-    twin = copy.deepcopy(twin)
+    model, twin = copy.deepcopy(model), copy.deepcopy(twin)
     del model.aux
     twin.register_buffer("seen", torch.tensor(5))
     zipped, _ = zipped_of((model, twin), spaces, matchings, X)
