@@ -122,7 +122,8 @@ def line(
     (0.0, 0.5, 1.0)
     """
     if not isinstance(models, Sized) or len(models) != 2 or steps < 2:
-        raise InputError(f"fxzip.landscape.line: two models and at least 2 steps are needed, not {steps} steps")
+        given = f"{len(models)} models" if isinstance(models, Sized) else type(models).__name__
+        raise InputError(f"fxzip.landscape.line: needs two models and at least 2 steps, not {given} and {steps} steps")
     until, seed = options.pop("until", None), options.pop("seed", 0)
     repair, matcher = split(method)
     if repair is not None and loader is None:
@@ -202,11 +203,14 @@ def plane(
     merged network, heads included; at a model's own corner they are that model's body and every model's own head.
     margin: how far the grid reaches beyond the three points, as a share of their extent. batches: positional inputs;
     batch-norm statistics are recomputed on them at every point, otherwise they are interpolated.
-    Raises InputError unless there are two models, and where the merge has other shapes or parameters than they have.
+    Raises InputError unless there are two models and 2 steps or more, and where the merge has other shapes or
+    parameters than they have.
     """
     given = list(models.values()) if isinstance(models, Mapping) else list(models)
-    if len(given) != 2:
-        raise InputError(f"fxzip.landscape.plane: a plane goes through two models, not {len(given)}")
+    if len(given) != 2 or steps < 2:
+        raise InputError(
+            f"fxzip.landscape.plane: needs two models and at least 2 steps, not {len(given)} models and {steps} steps"
+        )
     names = [str(t) for t in notes(zipped)["tasks"]]
     network = copy.deepcopy(zipped)
     merged = {n: t for n, t in state_of(network).items() if t.is_floating_point()}
@@ -214,7 +218,7 @@ def plane(
     origin = _flat(corners[0])
     to_second, to_merge = _flat(corners[1]) - origin, _flat(merged) - origin
     length = to_second.norm()
-    first = to_second / length
+    first = to_second / length.clamp_min(1e-30)
     along = to_merge @ first
     second = to_merge - along * first
     height = second.norm()

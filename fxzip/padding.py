@@ -46,16 +46,16 @@ def pad(graph_modules: Sequence[fx.GraphModule], args: tuple, names: Sequence[st
     once = {repr(s): analyse(g, args) for s, g in zip(shapes, graph_modules, strict=True)}
     spaces = [once[repr(s)] for s in shapes]
     uneven = [s.name for s in spaces[0] if len({_size(found, s.name) for found in spaces}) > 1]
-    if any(_structure(found) != _structure(spaces[0]) for found in spaces):
-        return None  # more than widths differ: there is nothing to say about them
-    if not uneven:
-        return None
+    if not uneven or any(_structure(found) != _structure(spaces[0]) for found in spaces):
+        return None  # nothing does, or more than widths: there is nothing to say about them
     widest = max(range(len(spaces)), key=lambda i: sum(_size(spaces[i], n) for n in uneven))
     for name in uneven:
         other = max(range(len(spaces)), key=lambda i: _size(spaces[i], name))
         if _size(spaces[other], name) > _size(spaces[widest], name):
             return Padded(reason=f"{names[widest]} is wider elsewhere, and {names[other]} in {name}")
-    places = [_places(found, spaces[widest]) for found in spaces]
+    places = _all_places(spaces, spaces[widest])
+    if not places:
+        return Padded(reason="a block of features (an attention head, say) is larger than its counterpart")
     made = []
     for i, module in enumerate(graph_modules):
         if shapes[i] != shapes[widest]:
@@ -79,12 +79,22 @@ def _structure(spaces: Spaces) -> list[tuple]:
     ]
 
 
-def _places(own: Spaces, widest: Spaces) -> dict[str, np.ndarray]:
-    """Space -> the padded feature of every own one: the k-th of a block goes to the k-th of that block. int [n_i]"""
+def _all_places(every: Sequence[Spaces], widest: Spaces) -> list[dict[str, np.ndarray]]:
+    """`_places` of every model; none if a block has no room for a model's."""
+    found = [_places(own, widest) for own in every]
+    return [p for p in found if p is not None] if None not in found else []
+
+
+def _places(own: Spaces, widest: Spaces) -> dict[str, np.ndarray] | None:
+    """Space -> the padded feature of every own one: the k-th of a block goes to the k-th of that block. int [n_i]
+
+    None where a block has no room for them."""
     found: dict[str, np.ndarray] = {}
     for mine, wide in zip(own, widest, strict=True):
         blocks = [found[p.space][p.index] for p in mine.parents]
         here, there = _blocks(blocks, mine.size), _blocks([p.index for p in wide.parents], wide.size)
+        if any(len(members) > len(there.get(key, ())) for key, members in here.items()):
+            return None
         found[mine.name] = np.array([there[key][k] for key, k in _ranked(here, mine)], np.int64)
     return found
 
@@ -165,8 +175,11 @@ def _same(first: fx.GraphModule, second: fx.GraphModule, args: tuple) -> bool:
         pairs = list(zip(tree_leaves(first(*args)), tree_leaves(second(*args)), strict=True))
     except (RuntimeError, ValueError, TypeError):  # whatever insists on its old size
         return False
-    tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor)]
-    return all(
-        a.shape == b.shape and bool(((a - b).abs() <= TOLERANCE * a.abs().max().clamp(min=1e-12)).all())
-        for a, b in tensors
-    )
+    return all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Indices and truth values are equal, or not."""
+    if a.shape != b.shape or not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    return not a.numel() or bool(((a - b).abs() <= TOLERANCE * a.abs().max().clamp(min=1e-12)).all())

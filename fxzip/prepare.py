@@ -23,7 +23,7 @@ from .nested import apart
 from .options import shares, wrong_weights
 from .padding import Real, pad
 from .rewrite import Partition, Tails, join, owned, partition, unreadable
-from .trace import Traced, bind, first_rows, state_of, trace
+from .trace import Traced, bind, compare_sizes, first_rows, state_of, trace
 from .verify import Verification, verify_spaces
 
 
@@ -212,7 +212,7 @@ def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
 
     Layers whose shapes differ between the models stay per model, as does what no private part could read (a value
     with merged features along several axes), and all that is downstream of either.
-    Raises InputError where shapes differ and nothing would be left to share.
+    Raises InputError where shapes differ and nothing would be left to share, or what is shared is not one program.
     """
     first = p.graph_modules[0]
     reasons = [str(f) for f in p.spaces.frozen]
@@ -224,6 +224,9 @@ def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
     cut, notices = _above_other_shapes(p, cut, until)
     if until is None:
         cut = _above_unreadable(p, cut)
+    problems = compare_sizes(p.graph_modules, p.names, cut.shared)
+    if problems:
+        raise InputError.listing(p.call, problems)
     for module in p.graph_modules:
         annotate(module, p.spaces, cut.private)
     return replace(p, cut=cut, notices=(*p.notices, *notices))

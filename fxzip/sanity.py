@@ -178,14 +178,17 @@ def _figure(evaluate: Callable[[nn.Module, str], float], network: nn.Module, tas
 
 
 def refuse_broken(zipped: nn.Module) -> None:
-    """Raises VerificationError for NaN or infinity in a merged parameter or buffer."""
+    """Raises VerificationError for NaN in a merged parameter or buffer, or infinity in one that a checkpoint holds
+    (masks, which are part of the code, may have it)."""
+    saved = zipped.state_dict()
     bad = [
         name
         for name, t in (*zipped.named_parameters(), *zipped.named_buffers())
-        if t.is_floating_point() and bool(t.isnan().any())
+        if t.is_floating_point() and not bool(t.isfinite().all() if name in saved else ~t.isnan().any())
     ]
     if bad:
+        what = f"{bad[0]} ({len(bad)} tensors do)"
         raise VerificationError(
-            f"the merged network has NaN in {bad[0]} ({len(bad)} tensors do): nothing is returned. Are the calibration"
+            f"the merged network has NaN or infinite values in {what}: nothing is returned. Are the calibration"
             " data finite and scaled as in training? Another method= may do; please report it"
         )

@@ -219,7 +219,7 @@ class Scaled(nn.Module):
         (
             nn.Sequential(OrderedDict(trunk=nn.Linear(3, 4), masks=nn.Linear(4, 2))),
             nn.Sequential(OrderedDict(trunk=nn.Linear(3, 4), label=nn.Linear(4, 2))),
-            "a lacks label.weight, label.bias; if these are other heads on one trunk, name the layer where they begin: until=",
+            "a lacks label.weight, label.bias; if these are other heads on one trunk, name the layer",
         ),
         (Scaled(2.0), Scaled(3.0), "node 2 is %mul (test_check.py:"),
         (Scaled(2), Scaled(3), "= mul(relu, 2) in a and %mul (test_check.py:"),

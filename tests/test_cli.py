@@ -60,6 +60,8 @@ def test_usage_errors_exit_with_2(capsys, argv):
         (["inspect", "net.py:net"], "read it, then pass --trust-code"),
         (["inspect", "net.py:ne", "--trust-code"], "net.py has no function 'ne' did you mean net?"),
         (["inspect", "net.py:net", "--trust-code"], "fxzip cannot know what it takes; pass --data"),
+        (["inspect", "timm:resnet10t?checkpoint_path=a.pt"], "checkpoint_path may run code that is in files: give the"),
+        (["inspect", "hf:net?trust_remote_code=true"], "trust_remote_code may run code that is in files: write path"),
         (["inspect", "gone.py:net"], "no such file: 'gone.py'"),
         (["inspect", "torchvision:resnet18?depth=3"], "cannot be built: TypeError"),
         (["inspect", "torchvision:resnet18?depth"], "write options as name=value"),
@@ -227,6 +229,26 @@ def test_a_page_is_never_of_another_merge(capsys, place):
     (place / "mine" / "report.html").write_text("mine")
     code, _, err = run(capsys, *argv, "mine", "--html")
     assert code == 2 and "has a report.html that fxzip did not write" in err
+    assert run(capsys, *argv, "mine", "-q")[0] == 0 and (place / "mine" / "report.html").read_text() == "mine"
+
+
+def test_a_plan_of_another_program_is_not_ours(capsys, place):
+    (place / "other").mkdir()
+    (place / "other" / "plan.json").write_text('{"steps": []}')
+    code, _, err = run(capsys, "merge", "recipe.yaml", "other", "--trust-code")
+    assert code == 2 and "has a plan.json that fxzip did not write" in err
+
+
+def test_all_that_a_merge_lacks_is_said_at_once(capsys, place):
+    (place / "b.pt").unlink()
+    (place / "other").mkdir()
+    (place / "other" / "README.md").write_text("mine")
+    code, _, err = run(capsys, "merge", "recipe.yaml", "other")
+    assert code == 2 and "4 problems" in err
+    for text in ("'other' has a README.md", "models[1].weights: no file 'b.pt'", *(
+        f"models[{i}]: model 'net.py:net' runs 'net.py': read it, then pass --trust-code" for i in (0, 1)
+    )):
+        assert text in err
 
 
 def test_merge_resumes_and_goes_on_without_a_proof(capsys, place):

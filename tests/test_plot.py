@@ -123,6 +123,17 @@ def test_a_line_needs_one_task(models):
         landscape.line([models["a"], other], [X], lambda net: float(net(X).sum()), steps=2)
 
 
+def test_what_a_line_and_a_plane_need_is_said_as_it_is(models):
+    with pytest.raises(InputError, match="two models and at least 2 steps, not 1 models and 11 steps"):
+        landscape.line([models["a"]], [X], lambda net: 0.0)
+    zipped = fxzip.merge(models, [X], method="permute", progress=False)
+    with pytest.raises(InputError, match="two models and at least 2 steps, not 2 models and 1 steps"):
+        landscape.plane(models, zipped, lambda net: 0.0, steps=1)
+    twins = [models["a"], models["a"]]
+    found = landscape.plane(twins, fxzip.merge(twins, [X], method="average", progress=False), lambda net: 0.0, steps=2)
+    assert found.points["merged"] == (0.0, 0.0)
+
+
 def _own(model: nn.Module) -> Tensor:
     """With batch-norm statistics of the calibration data, as everywhere on the line."""
     from copy import deepcopy

@@ -654,6 +654,17 @@ def test_extract_loads_strictly_into_the_users_class(pair):
         assert not shared
 
 
+def test_what_only_one_model_has_beside_its_graph_is_its_own(pair):
+    model, twin, spaces, matchings = pair
+    model, twin = copy.deepcopy(model), copy.deepcopy(twin)
+    del model.aux
+    twin.register_buffer("seen", torch.tensor(5))
+    zipped, _ = zipped_of((model, twin), spaces, matchings, X)
+    kept = [extract(zipped, task).state_dict() for task in "ab"]
+    assert [k.keys() for k in kept] == [m.state_dict().keys() for m in (model, twin)]
+    assert torch.equal(kept[1]["aux.weight"], twin.aux.weight) and kept[1]["seen"] == 5
+
+
 def test_extract_drops_the_other_task(pair):
     model, twin, spaces, matchings = pair
     zipped, _ = zipped_of((model, twin), spaces, matchings, X, "block2")

@@ -12,6 +12,7 @@ from torch import nn
 import fxzip
 from fxzip import InputError, MergeWarning
 from fxzip.rewrite import recompute_statistics
+from fxzip.sanity import refuse_broken
 
 torch.set_num_threads(1)
 
@@ -118,5 +119,14 @@ def test_nan_never_comes_out(monkeypatch):
         return zipped
 
     monkeypatch.setattr(module, "assemble", spoiled)
-    with pytest.raises(fxzip.VerificationError, match="the merged network has NaN in conv1.weight"):
+    with pytest.raises(fxzip.VerificationError, match="the merged network has NaN or infinite values in conv1.weight"):
         fxzip.merge(twins(), [X], method="average", progress=False)
+
+
+def test_infinity_is_refused_in_what_is_learned_and_let_be_in_a_mask():
+    net = nn.Linear(2, 2)
+    net.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1), persistent=False)
+    refuse_broken(net)
+    nn.init.constant_(net.bias, torch.inf)
+    with pytest.raises(fxzip.VerificationError, match=r"infinite values in bias \(1 tensors do\)"):
+        refuse_broken(net)

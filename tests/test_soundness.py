@@ -27,7 +27,7 @@ from fxzip.infer.rules.registry import _RULES, Rule
 from fxzip.infer.sampling import sample
 from fxzip.infer.show import typed
 from fxzip.trace import Traced, trace
-from fxzip.verify import Verification, verify_spaces
+from fxzip.verify import Verification, _distance, verify_spaces
 
 GOLDEN = Path(__file__).parent / "golden"
 BY_NAME = {e.name: e for e in EXAMPLES}
@@ -399,3 +399,9 @@ def test_every_space_moves_in_the_proof():
     for seed in range(20):
         drawn = sample(spaces, np.random.default_rng(seed), draws=32)
         assert len(drawn) == 4 and all(p.tolist() == [1, 0] for p in drawn.values())
+
+
+def test_no_output_of_several_is_left_out_of_the_proof():
+    one, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
+    assert all(np.isnan(_distance(given, [one, one])) for given in ([one, nan], [nan, one]))
+    assert _distance([one, 2 * one, one[:0]], [one, one, one[:0]]) == 1

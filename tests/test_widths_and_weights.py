@@ -206,3 +206,20 @@ def test_concatenated_logits(tmp_path):
     assert torch.equal(loaded(X), joined(X)) and "side by side" in (tmp_path / "j" / "README.md").read_text()
     with pytest.raises(InputError, match='heads="concat" needs outputs that differ along axis 1 alone'):
         merge([nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, k)) for k in (1, 3)], heads="concat")
+
+
+class Answers(nn.Module):
+    """Also says which samples it is sure of."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x))), x.sum(1) > 0
+
+
+def test_outputs_of_truth_values_may_go_with_other_widths():
+    x = torch.randn(32, 4)
+    (_, sure), _ = fxzip.merge([Answers(6), Answers(8)], [x], progress=False, verify=False)(x)
+    assert torch.equal(sure, x.sum(1) > 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ import fxzip
 
 from ..errors import InputError
 from ..files.checkpoint import read_checkpoint
-from ..files.plan import CARD, PAGE, PLAN, PROGRAM, RECIPE, TENSORS, Plan, read_plan
+from ..files.plan import CARD, PAGE, PLAN, PROGRAM, RECIPE, TENSORS, Plan, is_merge, read_plan
 from ..files.save import sha256_of
 from ..processes import ALONE, Processes
 from . import data as datas
 from . import models
-from .recipe import Read, check, method_of, read
+from .recipe import Read, absent, check, method_of, read
 from .spec import inside
 
 log = logging.getLogger("fxzip")
@@ -39,19 +39,23 @@ class Job:
 
 
 def load_recipe(path: Path) -> Read:
-    """The recipe in a file, or in a folder that `merge` wrote."""
-    return read(path / RECIPE if path.is_dir() else path)
+    """The recipe in a file, or in a folder that `merge` wrote; `prepared` looks for its files."""
+    return read(path / RECIPE if path.is_dir() else path, files=False)
 
 
-def prepared(given: Read, trust_code: bool = False) -> Job:
-    """Every model and the data of a recipe. Raises one InputError with all that is wrong."""
-    recipe, problems = given.recipe, []
+def prepared(given: Read, trust_code: bool = False, problems: Sequence[str] = ()) -> Job:
+    """Every model and the data of a recipe. problems: found already, listed with the rest.
+
+    Raises one InputError with all that is wrong."""
+    recipe = given.recipe
+    gone = absent(recipe, given.folder)
+    found = [*problems, *gone.values()]
 
     def tried(where: str, work: Callable[[], Any]) -> Any:
         try:
             return work()
         except InputError as error:
-            problems.append(f"{where}: {error}")
+            found.append(f"{where}: {error}")
 
     hashes: dict[str, str] = {}
     networks: dict[str, nn.Module] = {}
@@ -59,7 +63,7 @@ def prepared(given: Read, trust_code: bool = False) -> Job:
     for i, (task, entry) in enumerate(zip(recipe.tasks, recipe.models, strict=True)):
         log.info("model %s: %s %s", task, entry.model or recipe.model, entry.weights or "")
         made = tried(f"models[{i}]", lambda e=entry: models.architecture(_spec(given, e), given.folder, trust_code))
-        if made is None:
+        if made is None or i in gone:
             continue
         networks[task] = tried(f"models[{i}]", lambda e=entry, m=made: _network(given, e, m, hashes))
         if example is None and made.example and networks[task] is not None:
@@ -67,8 +71,8 @@ def prepared(given: Read, trust_code: bool = False) -> Job:
     sources = {t: e.data for t, e in zip(recipe.tasks, recipe.models, strict=True) if e.data}
     one = tried("data", lambda: _batches(given, recipe.data)) if recipe.data else None
     own = {t: tried(f"data of {t}", lambda d=d: _batches(given, d)) for t, d in sources.items()}
-    if problems:
-        raise InputError.listing("recipe", list(dict.fromkeys(problems)))
+    if found:
+        raise InputError.listing("recipe", list(dict.fromkeys(found)))
     named = any(m.name for m in recipe.models)
     return Job(networks, named, own or one, None if own or one else example, hashes)
 
@@ -89,11 +93,11 @@ def run(
 
     html: also the report as a page; one that an earlier merge left in `out` is written anew in any case. A model.pt2
     that it left goes, unless pt2.
-    Raises InputError before any work if `out` holds files that fxzip did not write, unless `force`.
+    Raises InputError before anything is merged if `out` holds files that fxzip did not write, unless `force`.
     processes: those that share the work; rank 0 writes.
     """
-    refuse_strangers(out, force, html)
-    recipe, job = given.recipe, prepared(given, trust_code)
+    html = html or (is_merge(out) and (out / PAGE).is_file())
+    recipe, job = given.recipe, prepared(given, trust_code, [] if force else strangers(out, html))
     log.info("merging %s by %s", ", ".join(job.networks), recipe.method)
     zipped = fxzip.merge(
         job.networks if job.named else list(job.networks.values()),
@@ -119,7 +123,7 @@ def run(
         zipped.to(getattr(torch, recipe.dtype))
     log.info("writing %s", out)
     texts = {RECIPE: given.text_for(out, job.hashes)}
-    if html or (out / PAGE).is_file():
+    if html:
         texts[PAGE] = fxzip.html.page(fxzip.report(zipped).with_(seconds={}))  # as in plan.json: the same bytes again
     fxzip.save(zipped, out, pt2=pt2, texts=texts)
     return zipped
@@ -145,15 +149,11 @@ def saved_report(folder: Path) -> fxzip.Report:
     return found
 
 
-def refuse_strangers(out: Path, force: bool, html: bool = False) -> None:
-    """InputError if writing to `out` would replace what is not ours."""
-    if force or not out.is_dir() or (out / PLAN).is_file():
-        return
-    names = (CARD, RECIPE, TENSORS, PROGRAM, *([PAGE] if html else []))
-    ours = [n for n in names if (out / n).exists()]
-    if ours:
-        hint = "choose another folder, or pass --force"
-        raise InputError(f"{str(out)!r} has a {ours[0]} that fxzip did not write: {hint}")
+def strangers(out: Path, html: bool = False) -> list[str]:
+    """The file that is not ours and that writing to `out` would replace, in a sentence; [] if there is none."""
+    names = () if is_merge(out) else (CARD, RECIPE, TENSORS, PROGRAM, PLAN, *([PAGE] if html else []))
+    hint = "choose another folder, or pass --force"
+    return [f"{str(out)!r} has a {n} that fxzip did not write: {hint}" for n in names if (out / n).exists()][:1]
 
 
 def _spec(given: Read, entry: Any) -> str:
@@ -197,4 +197,4 @@ def _makers(plan: Plan, given: Read, trust_code: bool) -> Mapping[str, Callable[
 
 def from_flags(given: Mapping[str, Any]) -> Read:
     """A recipe from command-line options; paths start from the working directory."""
-    return check(given, Path(), "merge")
+    return check(given, Path(), "merge", files=False)

@@ -20,6 +20,11 @@ from .spec import Spec, inside, nearest, parse
 SOURCES = ("torchvision", "timm", "hf")
 HOW = "write torchvision:NAME, timm:NAME, hf:NAME, hf:FOLDER or path/to/file.py:FACTORY"
 CLASSES = "num_classes"
+# Options with which these libraries read a file in a way of their own, or run code that lies beside one.
+UNSAFE = {
+    "checkpoint_path": "give the file as weights",
+    "trust_remote_code": "write path/to/file.py:FACTORY, with --trust-code",
+}
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,12 @@ class Architecture:
 
 
 def architecture(text: str, folder: Path = Path(), trust_code: bool = False) -> Architecture:
-    """What `text` names. Raises InputError: unknown, its library is not installed, or code without --trust-code."""
+    """What `text` names. Raises InputError: unknown, its library is not installed, code without --trust-code, or one of
+    the options UNSAFE."""
     spec = parse(text, SOURCES)
+    refused = next((k for k in UNSAFE if k in spec.options), "") if spec.source else ""
+    if refused:
+        raise InputError(f"model {text!r}: {refused} may run code that is in files: {UNSAFE[refused]}")
     if spec.source == "torchvision":
         return _torchvision(spec)
     if spec.source == "timm":

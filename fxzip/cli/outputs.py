@@ -77,10 +77,12 @@ def pull(
     verbose: Verbose = False,
 ) -> None:
     """Download a merge from the Hugging Face hub and check its files. `fxzip report OUT` makes its page."""
+    from ..errors import InputError
     from ..files import hub
-    from .job import refuse_strangers
+    from .job import strangers
 
-    refuse_strangers(out, force)
+    if not force and (found := strangers(out)):
+        raise InputError(found[0])
     hub.pull(repository, out, revision=revision)
     if not quiet:
         print(f"wrote {out}")

@@ -125,7 +125,7 @@ class Read:
 def read(path: Path, files: bool = True) -> Read:
     """Parse and check a recipe file. Raises InputError that lists every problem, with line numbers.
 
-    files=False: the weights may be gone."""
+    files=False: whether the weights are there is another's affair."""
     try:
         size = path.stat().st_size
         if size > LIMIT:
@@ -185,13 +185,18 @@ def method_of(recipe: Recipe) -> Any:
     return Repair(matcher, MODIFIERS[modifier]) if modifier else matcher
 
 
+def absent(recipe: Recipe, folder: Path) -> dict[int, str]:
+    """Model -> what is wrong with its weights: there is no such file."""
+    paths = {i: inside(m.weights, folder) for i, m in enumerate(recipe.models) if m.weights}
+    return {i: f"models[{i}].weights: no file {str(p)!r}" for i, p in paths.items() if not p.is_file()}
+
+
 def _missing(recipe: Recipe, folder: Path, files: bool) -> Iterator[str]:
     """What a schema cannot see: files, and what belongs together."""
     for i, model in enumerate(recipe.models):
         if not (model.model or recipe.model):
             yield f"models[{i}]: no model; {models.HOW}"
-        if files and model.weights and not inside(model.weights, folder).is_file():
-            yield f"models[{i}].weights: no file {str(inside(model.weights, folder))!r}"
+    yield from absent(recipe, folder).values() if files else ()
     own = [m.data is not None for m in recipe.models]
     if any(own) and not all(own):
         yield "data: give every model its own, or one for all of them at the top"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .plan import CARD, PAGE, PLAN, PROGRAM, RECIPE, TENSORS, read_plan
+from .plan import CARD, PAGE, PLAN, PROGRAM, RECIPE, TENSORS, is_merge, read_plan
 from .save import Files, sha256_of
 
 FETCHED = (TENSORS, CARD, RECIPE, PROGRAM, PLAN)  # nothing else is; the plan last, as in save
@@ -26,7 +26,7 @@ def push(dir: str | os.PathLike[str], repository: str, *, private: bool = True, 
     """
     folder = _whole(Path(dir), SENT)
     if _is_local(repository):
-        _copy(folder, Path(repository), SENT)
+        _copy(folder, Path(repository).expanduser(), SENT)
         return repository
     hub = _hub()
     api = hub.HfApi(token=token)
@@ -49,7 +49,7 @@ def pull(
     `dir` holds of an earlier merge goes. Raises InputError when they are not whole, or without huggingface_hub.
     """
     if _is_local(repository):
-        return _copy(_whole(Path(repository), FETCHED), Path(dir), FETCHED)
+        return _copy(_whole(Path(repository).expanduser(), FETCHED), Path(dir), FETCHED)
     hub = _hub()
     with tempfile.TemporaryDirectory() as scratch:
         hub.snapshot_download(
@@ -73,7 +73,7 @@ def _whole(folder: Path, names: Sequence[str]) -> Path:
 def _copy(source: Path, target: Path, names: Sequence[str]) -> Path:
     """Those of the files that `source` has; of a merge in `target` nothing is left."""
     target.mkdir(parents=True, exist_ok=True)
-    ours = (target / PLAN).is_file()
+    ours = is_merge(target)
     with Files(target) as files:
         for name in names:
             if (source / name).is_file():

@@ -76,6 +76,15 @@ class Plan:
     shares: tuple[float, ...] = ()
 
 
+def is_merge(folder: Path) -> bool:
+    """Whether a `save` has written here, whole or not: the plan.json of another program does not count."""
+    try:
+        with open(folder / PLAN, "rb") as file:
+            return f'"format": "{FORMAT}"'.encode() in file.read(64)
+    except OSError:
+        return False
+
+
 def read_plan(path: Path) -> Plan:
     """Parse and check plan.json. Raises InputError for what is missing, no JSON, newer or malformed."""
     try:

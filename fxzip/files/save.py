@@ -22,7 +22,20 @@ from ..rewrite.zipped import notes
 from ..version import installed
 from .card import card
 from .example import example_to_json
-from .plan import CARD, FORMAT, PLAN, PROGRAM, TENSORS, VERSION, Plan, Stored, UnmergeSpec, dtype_name, encode
+from .plan import (
+    CARD,
+    FORMAT,
+    PLAN,
+    PROGRAM,
+    TENSORS,
+    VERSION,
+    Plan,
+    Stored,
+    UnmergeSpec,
+    dtype_name,
+    encode,
+    is_merge,
+)
 from .program import export_program, write_program
 
 
@@ -72,7 +85,7 @@ def save(
     except OSError as error:
         raise InputError(f"save: {str(folder)!r} cannot be a folder: {error}") from error
 
-    ours = (folder / PLAN).is_file()
+    ours = is_merge(folder)
     with Files(folder) as files:
         sha256 = files.write(TENSORS, lambda path: _write_tensors(tensors, path))
         plan = _plan(zipped, info, stored, tied, untouched, sha256)

@@ -133,10 +133,10 @@ def _run(network: fx.GraphModule, state: Mapping[str, Tensor], values: Mapping[s
 def _close(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b) and a == b
-    if a.shape != b.shape:
-        return False
+    if a.shape != b.shape or not (b.is_floating_point() or b.is_complex()):
+        return torch.equal(a, b)
     scale = max(1e-12, float(b.abs().max())) if b.numel() else 1.0
-    tolerance = max(TOLERANCE, 8 * torch.finfo(b.dtype).eps) if b.is_floating_point() else 0.0
+    tolerance = max(TOLERANCE, 8 * torch.finfo(b.dtype).eps)
     return bool(((a - b).abs() <= tolerance * scale).all())
 
 

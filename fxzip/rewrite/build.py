@@ -262,7 +262,7 @@ def _leftovers(
 
     used: names that the graph uses, of models that do not end differently. untouched: per task, its entries that the
     graph does not use (auxiliary heads and the like). aliases: entries of the user's state_dict that are other names of
-    used ones. state_names: all its keys. versions: of its modules' formats, see `versions`.
+    used ones. state_names: all keys of any. versions: of its modules' formats, see `versions`.
     """
     if originals is None:
         return {"untouched": {}, "aliases": {}, "state_names": None, "versions": {}}
@@ -275,14 +275,19 @@ def _leftovers(
         place = {(v.data_ptr(), v.shape): k for k, v in first.items() if k in here and v.numel()}
         same = {k: place[v.data_ptr(), v.shape] for k, v in first.items() if (v.data_ptr(), v.shape) in place}
         aliases |= {k: found for k, found in same.items() if k not in inside}
-        untouched[name] = {k: state[k].detach().clone() for k in first if k not in here and k not in aliases}
+        untouched[name] = _others(state, {*here, *aliases})
         formats |= versions(like)
     return {
         "untouched": untouched,
         "aliases": aliases,
-        "state_names": tuple(dict.fromkeys(k for state in originals[: None if plan.tails else 1] for k in state)),
+        "state_names": tuple(dict.fromkeys(k for state in originals for k in state)),
         "versions": formats,
     }
+
+
+def _others(state: Mapping[str, Any], known: set[str]) -> dict[str, Tensor]:
+    """Copies of the tensors that are not `known`; what a graph does not use may be in one model and not in another."""
+    return {k: v.detach().clone() for k, v in state.items() if isinstance(v, Tensor) and k not in known}
 
 
 def _recipe(plan: _Plan, zipped: fx.GraphModule, names: Sequence[str], args: tuple) -> dict[str, Any]:

@@ -8,9 +8,11 @@ own output undoes moves and scalars and subtracts what the merged network really
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
+import torch
 from torch import Tensor, fx
 
 MOVES = frozenset({"reshape", "view", "permute", "transpose", "t", "squeeze", "unsqueeze", "flatten", "clone"})
@@ -36,10 +38,16 @@ def packet(node: fx.Node) -> str:
     return schema.name.split("::")[1] if schema is not None else ""
 
 
-def chain(start: fx.Node, dynamic: Mapping[str, fx.Node], inside: frozenset[str] | None) -> list[Link]:
-    """Links from `start` while the value has one reader and that is affine in it.
+def chain(
+    start: fx.Node,
+    dynamic: Mapping[str, fx.Node],
+    inside: frozenset[str] | None,
+    shape: Callable[[fx.Node], tuple[int, ...]],
+) -> list[Link]:
+    """Links from `start` while the value has one reader and that is affine in it, entry by entry.
 
-    inside: names the way may not leave (the part of the graph that is shared, or private).
+    inside: names the way may not leave (the part of the graph that is shared, or private). shape: of a node's value
+    on the data.
     """
     links: list[Link] = []
     value = start
@@ -48,7 +56,9 @@ def chain(start: fx.Node, dynamic: Mapping[str, fx.Node], inside: frozenset[str]
         if len(readers) != 1 or (inside is not None and readers[0].name not in inside):
             return links
         link = _link(readers[0], value, dynamic)
-        if link is None or (link.kind in ("norm", "scale") and any(k.kind != "move" for k in links)):
+        if link is None or (link.kind != "move" and shape(link.node) != shape(value)):
+            return links  # or spread over more entries than it has: none of them is its own
+        if link.kind in ("norm", "scale") and not _per_feature(start, links, link):
             return links
         links.append(link)
         value = link.node
@@ -69,12 +79,34 @@ def _link(node: fx.Node, source: fx.Node, dynamic: Mapping[str, fx.Node]) -> Lin
             return None
         return Link("add" if name == "add" else "subtract", node, source, b if a is source else a)
     if name in ("mul", "div") and node.args[0] is source and isinstance(node.args[1], (int, float)):
-        return Link("scalar", node, source)
+        factor = float(node.args[1])  # zero leaves nothing to undo; a rounding mode is not affine
+        return Link("scalar", node, source) if factor and isfinite(factor) and not node.kwargs else None
     if name == "mul":
         other = node.args[1] if node.args[0] is source else node.args[0]
         if isinstance(other, fx.Node) and "parameter" in other.meta and "const" not in other.meta:
             return Link("scale", node, source, other) if len(other.users) == 1 else None
     return None
+
+
+def _per_feature(start: fx.Node, way: Sequence[Link], link: Link) -> bool:
+    """Whether a norm or scale behind `way` has one entry for each feature that the contraction `start` makes, in their
+    order, and lies along them: only then it can be folded into the rows of the weight."""
+    if any(k.kind != "move" for k in way):
+        return False
+    made = tuple(start.meta["shape"])
+    axis = 1 if packet(start) == "convolution" else len(made) - 1
+    place = _along(axis, made)
+    for move in way:
+        place = move.node.target(place, *move.node.args[1:], **move.node.kwargs)  # type: ignore[operator]
+    if link.kind == "norm":
+        return torch.equal(_along(1, tuple(place.shape)), place)
+    own = link.other.meta["shape"]  # type: ignore[union-attr]
+    return torch.equal(torch.arange(int(torch.tensor(own).prod())).view(own).expand_as(place), place)
+
+
+def _along(axis: int, shape: tuple[int, ...]) -> Tensor:
+    """The index along one axis, everywhere. int64 [*shape]"""
+    return torch.arange(shape[axis]).view([-1 if a == axis else 1 for a in range(len(shape))]).expand(shape)
 
 
 def _plain_norm(node: fx.Node) -> bool:

@@ -107,7 +107,8 @@ class Pass:
 
     def _links(self, name: str) -> list[Link]:
         inside = self.is_private if name in self.is_private else self.shared_names
-        links = chain(self.dynamic[name], self.dynamic, inside)
+        here = self.parents[0].nodes  # at the shape of the data, where the batch is no axis of size 1
+        links = chain(self.dynamic[name], self.dynamic, inside, lambda n: tuple(here[n.name].meta["shape"]))
         ends = [k for k, link in enumerate(links) if link.kind in ("add", "subtract")]
         return links[: ends[0]] if ends and not self.settings.feedback else links
 

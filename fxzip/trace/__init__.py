@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .call import call_signature, counted, tensors_of
-from .compare import alike, compare_graphs, compare_shapes
+from .compare import alike, compare_graphs, compare_shapes, compare_sizes
 from .execute import run, state_of
 from .guards import unwrap
 from .inputs import batch_size, bind, describe, first_rows, on_meta, plain_batch, rows, shapes_only, to_meta
@@ -20,6 +20,7 @@ __all__ = [
     "call_signature",
     "compare_graphs",
     "compare_shapes",
+    "compare_sizes",
     "corresponding",
     "counted",
     "describe",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -13,13 +15,15 @@ from .ladder import Traced
 from .lines import where
 
 _MANY = 4  # names shown before "and n more"
+_SIZES = (int, tuple, list)
 
 
 def compare_graphs(traced: Sequence[Traced], names: Sequence[str]) -> list[str]:
     """What keeps every model's graph from being the first one's: the first difference of each.
 
     Compared are names of parameters, operators, their targets and wiring, module types and settings. Sizes
-    (integers) may differ where parameter shapes do.
+    (integers) may differ where any parameter's shape does: `compare_sizes` looks at those once it is known what is
+    shared.
 
     >>> import torch; from fxzip.trace import trace
     >>> a, b = (trace(nn.Sequential(nn.Linear(2, 2), f()), torch.ones(1, 2)) for f in (nn.ReLU, nn.Tanh))
@@ -29,6 +33,16 @@ def compare_graphs(traced: Sequence[Traced], names: Sequence[str]) -> list[str]:
     problems = []
     for name, other in zip(names[1:], traced[1:], strict=True):
         difference = _difference(traced[0].graph_module, other.graph_module, names[0], name)
+        if difference:
+            problems.append(f"{names[0]} and {name} are not the same architecture: {difference}")
+    return problems
+
+
+def compare_sizes(graph_modules: Sequence[fx.GraphModule], names: Sequence[str], shared: Collection[str]) -> list[str]:
+    """As `compare_graphs`, for the nodes `shared` alone and with all integers: one program will run for all models."""
+    problems = []
+    for name, other in zip(names[1:], graph_modules[1:], strict=True):
+        difference = _nodes_differ(graph_modules[0], other, names[0], name, sized=True, among=shared)
         if difference:
             problems.append(f"{names[0]} and {name} are not the same architecture: {difference}")
     return problems
@@ -97,14 +111,26 @@ def _difference(a: fx.GraphModule, b: fx.GraphModule, first: str, name: str) -> 
         return constant
     left, right = a.state_dict(), b.state_dict()
     sized = all(left[k].shape == right[k].shape for k in keys)  # then integers must be equal too
+    node = _nodes_differ(a, b, first, name, sized)
+    if node:
+        return node
+    if len(a.graph.nodes) != len(b.graph.nodes):
+        return f"{first} has {len(a.graph.nodes)} nodes and {name} {len(b.graph.nodes)}"
+    return ""
+
+
+def _nodes_differ(
+    a: fx.GraphModule, b: fx.GraphModule, first: str, name: str, sized: bool, among: Collection[str] | None = None
+) -> str:
+    """The first pair of nodes (of those `among`, by the first graph's names) that are not the same."""
     for k, (x, y) in enumerate(zip(a.graph.nodes, b.graph.nodes, strict=False)):
+        if among is not None and x.name not in among:
+            continue
         settings = _modules_differ(a, b, x, y, first, name)
         if settings:
             return settings
         if _signature(x, sized) != _signature(y, sized):
             return f"node {k} is {_show(x)} in {first} and {_show(y)} in {name}"
-    if len(a.graph.nodes) != len(b.graph.nodes):
-        return f"{first} has {len(a.graph.nodes)} nodes and {name} {len(b.graph.nodes)}"
     return ""
 
 
@@ -167,19 +193,45 @@ def _modules_differ(a: nn.Module, b: nn.Module, x: fx.Node, y: fx.Node, first: s
         if kinds[0] != kinds[1]:
             short = [k.rsplit(".", 1)[-1] for k in kinds]
             return f"{path} is {short[0]} in {first} and {short[1]} in {name}"
-        for key, value in _settings(module, right[path]).items():
-            other = vars(right[path]).get(key)
-            if value != other:
-                return f"{path}.{key} is {value!r} in {first} and {other!r} in {name}"
+        setting = _settings_differ(module, right[path], first, name)
+        if setting:
+            return f"{path}.{setting}"
     return ""
 
 
-def _settings(module: nn.Module, other: nn.Module) -> dict[str, Any]:
-    """Hyperparameters in the module's attributes; sizes only if both modules' tensors have equal shapes."""
-    shapes = [{k: t.shape for k, t in m.state_dict().items()} for m in (module, other)]
-    kinds = (bool, float, str) if shapes[0] != shapes[1] else (bool, float, str, int, tuple)
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if type(value) in kinds and key != "training" and not key.startswith("_")
-    }
+def _settings_differ(a: nn.Module, b: nn.Module, first: str, name: str) -> str:
+    """Hyperparameters and functions in the modules' attributes; sizes only if all their tensors have equal shapes."""
+    shapes = [{k: t.shape for k, t in m.state_dict().items()} for m in (a, b)]
+    left, right = vars(a), vars(b)
+    for key in dict.fromkeys((*left, *right)):
+        x, y = left.get(key), right.get(key)
+        size = type(x) in _SIZES or type(y) in _SIZES
+        if key == "training" or key.startswith("_") or (size and shapes[0] != shapes[1]):
+            continue
+        if (_is_setting(x) or _is_setting(y)) and not _alike(x, y):
+            return f"{key} is {_value(x)} in {first} and {_value(y)} in {name}"
+    return ""
+
+
+def _is_setting(value: Any) -> bool:
+    return type(value) in (bool, float, str, *_SIZES) or (callable(value) and not isinstance(value, nn.Module))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Equal values; of functions those of one place in the code that hold equal values."""
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, FunctionType) and isinstance(b, FunctionType):
+        held = [[f.__defaults__, [c.cell_contents for c in f.__closure__ or ()]] for f in (a, b)]
+        return a is b or (a.__code__ == b.__code__ and _alike(*held))
+    if isinstance(a, partial) and isinstance(b, partial):
+        return _alike(*([f.func, f.args, sorted(f.keywords.items())] for f in (a, b)))
+    if isinstance(a, MethodType) and isinstance(b, MethodType):
+        return a.__func__ is b.__func__
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and _equal(a, b)
+    return a is b or bool(a == b)
+
+
+def _value(x: Any) -> str:
+    return getattr(x, "__name__", None) or repr(x)

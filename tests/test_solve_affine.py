@@ -1,0 +1,74 @@
+"""Which values behind a layer its fit may aim at: those that are affine in each of its outputs, and no others."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fxzip
+
+
+class Net(nn.Module):
+    """Tokens [n, 7, 5] -> [n, 3], with one layer whose output meets something in `between`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer, self.other, self.head = (nn.Linear(*s) for s in ((5, 7), (7, 7), (7, 7), (7, 3)))
+        self.norm, self.token = nn.BatchNorm1d(7), nn.Parameter(torch.rand(7, 1) + 0.5)
+        self.one = nn.Parameter(torch.tensor([0.5]))
+        for p in self.norm.parameters():
+            nn.init.uniform_(p, 0.5, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.head(torch.relu(self.between(x)).mean(1))
+
+
+class SpreadOverTokens(Net):
+    def between(self, x):
+        return x + self.layer(x.mean(1, keepdim=True))
+
+
+class SpreadBehindAMove(Net):
+    def between(self, x):
+        return x + self.layer(x.mean(1)).unsqueeze(1)
+
+
+class ScaledByToken(Net):  # as many tokens as features
+    def between(self, x):
+        return self.layer(x) * self.token
+
+
+class NormedByToken(Net):
+    def between(self, x):
+        return self.norm(self.layer(x))
+
+
+class ScaledByANumber(Net):
+    def between(self, x):
+        return x + self.one * self.layer(x)
+
+
+class TimesZero(Net):
+    def between(self, x):
+        return self.other(x) + 0.0 * self.layer(x)
+
+
+class Rounded(Net):
+    def between(self, x):
+        return torch.div(self.layer(x), 0.5, rounding_mode="floor")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", Net.__subclasses__())
+def test_a_copy_is_fitted_to_the_model_itself(kind):
+    torch.manual_seed(0)
+    x = torch.randn(300, 7, 5)
+    net = kind().train()
+    net(x)
+    net.eval()
+    zipped = fxzip.merge([net, copy.deepcopy(net)], [x], method="solve", progress=False, verify=False)
+    wanted = net(x)
+    for output in zipped(x):
+        assert float((output - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
