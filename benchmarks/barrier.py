@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Recipe, draw, machine, options, parse, train
+from common import draw, machine, options, parse
 from data import Data, load
 from nets import MLP, ResNet20
 from pairs import PAIRS, split_classes
 from torch import Tensor, nn
 from tqdm import tqdm
+from training import Recipe, train
 
 import fxzip
 from fxzip import demo, landscape

@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import METHODS, Bench, Recipe, Row, announce, machine, options, parse, save, show, train
+from common import Bench, Row, announce, machine, options, parse, save, show
 from data import load
 from nets import ResNet20
 from torch import nn
 from tqdm import tqdm
+from training import Recipe, train
 
 HALVES = ([0, 1, 2, 8, 9], [3, 4, 5, 6, 7])
 RECIPE = Recipe("sgd", 0.2, 20)
@@ -55,7 +56,7 @@ CUT = ("permute", "zip-beta1", "select", "solve", "solve-select")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = options(__doc__)
+    parser = options(__doc__, methods=True)
     parser.add_argument("--checkpoints", nargs=2, metavar="FILE", help="the two networks")
     parser.add_argument("--until", nargs="*", default=["layer3", "layer2"], help="also merge only up to here")
     args = parse(parser, argv)
@@ -79,8 +80,8 @@ def run(bench: Bench, args: argparse.Namespace, seconds: Sequence[float | None])
     rows[-1] = replace(rows[-1], published=published.get(("ensemble", None), ""))
     for row in rows:
         announce(row)
-    wanted = args.methods or METHODS
-    plan = [(m, None) for m in FULL if m in wanted]
+    wanted = args.methods or FULL
+    plan: list[tuple[str, str | None]] = [(m, None) for m in wanted]
     plan += [(m, until) for until in args.until for m in CUT if m in wanted]
     for method, until in tqdm(plan, desc="merge", leave=False, disable=None):
         count = args.calibration or (SOLVE_IMAGES if method.startswith("solve") else PUBLISHED_IMAGES)
@@ -94,9 +95,7 @@ def bench_of(args: argparse.Namespace, count: int) -> tuple[Bench, str, list[flo
     """The pair with `count` calibration images, where the images are from, and seconds of training."""
     data = load("cifar10", args.data).with_test(args.test, args.seed)
     parents, classes, seconds = parents_of(args, data)
-    images, labels = data.test
-    found = Bench(parents, classes, data.normalise(images), labels, data.calibration(count, args.seed), args.seed)
-    return found, data.source, seconds
+    return Bench.of(parents, classes, data, count, args.seed), data.source, seconds
 
 
 def anchored(args: argparse.Namespace) -> bool:

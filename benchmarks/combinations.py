@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from common import Bench, Row, announce, machine, options, parse, save, show, train
+from common import Bench, Row, announce, machine, options, parse, save, show
 from data import load
-from pairs import PAIRS, split_classes
+from pairs import PAIRS, bench_of
 from tqdm import tqdm
 
 import fxzip
@@ -41,16 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return put_together(args.rows)
     args.calibration = args.calibration or 1024
     data = load(args.dataset, args.data).with_test(args.test, args.seed)
-    (build, recipe), (channels, size) = PAIRS[args.pair], data.shape
-    halves = split_classes(args.split)
-    parents = [
-        train(args.pair, lambda: build(5, channels, size), data, own, recipe, 100 * args.split + k + 1, args)[0]
-        for k, own in enumerate(halves)
-    ]
-    bench = Bench(parents, halves, data.normalise(data.test[0]), data.test[1],
-                  data.calibration(args.calibration, args.seed), args.seed)  # fmt: skip
+    bench, _ = bench_of(args, data, args.split, args.calibration)
     rows = bench.parent_rows([None, None], ["parent a", "parent b"])
-    moments = fxzip.collect(parents, bench.calibration.split(256), calibration=args.calibration, seed=args.seed,
+    moments = fxzip.collect(bench.parents, bench.calibration.split(256), calibration=args.calibration, seed=args.seed,
                             progress=False)  # fmt: skip
     found = {}
     wanted = [c for c in combinations() if any(fnmatch(label(c), p) for p in args.only)]

@@ -47,7 +47,7 @@ def quantised(network: nn.Module, images: Tensor) -> fx.GraphModule:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = options(__doc__)
+    parser = options(__doc__, methods=True)
     parser.add_argument("--checkpoints", nargs=2, metavar="FILE", help="the two networks; trained here without them")
     parser.add_argument("--compile", action="store_true", help="score Inductor's int8 kernels")
     args = parse(parser, argv)

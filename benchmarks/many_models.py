@@ -14,10 +14,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import Bench, Recipe, Row, announce, draw, machine, options, parse, save, show, train
+from common import Bench, Row, announce, draw, machine, options, parse, save, show
 from data import concatenate, load
 from nets import ResNet20
 from tqdm import tqdm
+from training import Recipe, train
 
 SETS = ("mnist", "kmnist", "fashion-mnist")
 COUNTS = (2, 3, 4, 6)
@@ -28,7 +29,7 @@ CALIBRATION, TEST = 512, 500  # per task; per image set
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = options(__doc__)
+    parser = options(__doc__, methods=True)
     parser.add_argument("--width", type=int, default=1, help="times 16, 32, 64 channels")
     parser.add_argument("--counts", type=int, nargs="+", choices=range(2, 7), default=COUNTS, metavar="N")
     parser.add_argument("--figure", metavar="FILE", help="draw accuracy by number and by cost")
@@ -74,9 +75,7 @@ def run(args: argparse.Namespace):
     ]
     for count in args.counts:
         own = sorted(c for classes in tasks[:count] for c in classes)
-        part = data.only(own)
-        bench = Bench(parents[:count], tasks[:count], part.normalise(part.test[0]), part.test[1],
-                      part.calibration(count * args.calibration, args.seed), args.seed)  # fmt: skip
+        bench = Bench.of(parents[:count], tasks[:count], data.only(own), count * args.calibration, args.seed)
         plan = [(m, m, None) for m in args.methods or DEFAULT]
         plan += [(f"solve until {cut}", "solve", cut) for cut in CUTS if not args.methods]
         found = [announce(bench.parent_rows([None] * count, [""] * count)[-1])]

@@ -13,11 +13,12 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import torch
-from common import Bench, Recipe, Row, announce, machine, options, parse, save, show, train
+from common import Bench, Row, announce, machine, options, parse, save, show
 from data import Data, load
 from nets import VGG11, ResNet20, TinyConvNeXt, TinyViT, group_norm
 from torch import nn
 from tqdm import tqdm
+from training import Recipe, train
 
 # name -> (classes, channels, image size) -> network, and how it is trained
 PAIRS: dict[str, tuple[Callable[[int, int, int], nn.Module], Recipe]] = {
@@ -33,7 +34,7 @@ CALIBRATION = 2048
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = options(__doc__)
+    parser = options(__doc__, methods=True)
     parser.add_argument("--pair", choices=PAIRS, required=True)
     parser.add_argument("--dataset", choices=["fashion-mnist", "cifar10", "digits"], default="fashion-mnist")
     parser.add_argument("--split", type=int, nargs="+", default=[0], metavar="SEED", help="one run per seed")
@@ -42,10 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.calibration = args.calibration or CALIBRATION
     tables = []
     for split in args.split:
-        halves = split_classes(split)
-        rows = run(args, data, split, halves)
+        rows = run(args, data, split)
         notes = machine(args, **facts(args, data))
-        title = f"{args.pair}, {args.dataset}, split {split}: {halves[0]} + {halves[1]}"
+        title = "{}, {}, split {}: {} + {}".format(args.pair, args.dataset, split, *split_classes(split))
         show(title, rows, ["a", "b"], notes)
         tables.append((title, rows))
     notes = machine(args, **facts(args, data))
@@ -72,18 +72,19 @@ def split_classes(seed: int, classes: int = 10) -> tuple[list[int], list[int]]:
     return sorted(order[: classes // 2]), sorted(order[classes // 2 :])
 
 
-def run(args: argparse.Namespace, data: Data, split: int, halves: tuple[list[int], list[int]]) -> list[Row]:
-    """Train or load the two parents, then merge them with every method."""
-    build, recipe = PAIRS[args.pair]
-    channels, size = data.shape
-    parents, seconds = [], []
-    for k, own in enumerate(halves):
-        seed = 100 * split + k + 1
-        model, took = train(args.pair, lambda: build(5, channels, size), data, own, recipe, seed, args)
-        parents.append(model)
-        seconds.append(took)
-    bench = Bench(parents, halves, data.normalise(data.test[0]), data.test[1],
-                  data.calibration(args.calibration, args.seed), args.seed)  # fmt: skip
+def bench_of(args: argparse.Namespace, data: Data, split: int, count: int) -> tuple[Bench, list[float]]:
+    """--pair, trained or loaded, with `count` calibration images; and the seconds that each took to train."""
+    (build, recipe), (channels, size), halves = PAIRS[args.pair], data.shape, split_classes(split)
+    trained = [
+        train(args.pair, lambda: build(5, channels, size), data, own, recipe, 100 * split + k + 1, args)
+        for k, own in enumerate(halves)
+    ]
+    return Bench.of([m for m, _ in trained], halves, data, count, args.seed), [s for _, s in trained]
+
+
+def run(args: argparse.Namespace, data: Data, split: int) -> list[Row]:
+    """Merge the pair with every method."""
+    bench, seconds = bench_of(args, data, split, args.calibration)
     rows = [announce(r) for r in bench.parent_rows(seconds, ["parent a", "parent b"])]
     for method in tqdm(args.methods or DEFAULT, desc="merge", leave=False, disable=None):
         rows.append(announce(bench.merged(method, method, args.calibration)))

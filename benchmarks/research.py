@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from cifar_pair import parents_of
-from common import Bench, Row, announce, machine, options, parse, save, show, train
+from common import Bench, Row, announce, machine, options, parse, save, show
 from data import load
-from pairs import PAIRS, split_classes
+from pairs import PAIRS, bench_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -98,18 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def setting(args: argparse.Namespace, dataset: str) -> tuple[Bench, Tensor]:
     """The pair, and calibration images of another data set in the parents' shape and normalisation."""
     data = load(dataset, args.data).with_test(args.test, args.seed)
-    if args.checkpoints:
-        parents, classes, _ = parents_of(args, data)
-    else:
-        (build, recipe), (channels, size) = PAIRS[args.pair], data.shape
-        classes = [list(half) for half in split_classes(args.split)]
-        parents = [
-            train(args.pair, lambda: build(5, channels, size), data, own, recipe, 100 * args.split + k + 1, args)[0]
-            for k, own in enumerate(classes)
-        ]
     most = max(*COUNTS, args.calibration or 1024)
-    bench = Bench(parents, classes, data.normalise(data.test[0]), data.test[1],
-                  data.calibration(most, args.seed), args.seed)  # fmt: skip
+    if args.checkpoints:
+        bench = Bench.of(*parents_of(args, data)[:2], data, most, args.seed)
+    else:
+        bench, _ = bench_of(args, data, args.split, most)
     strange = load(OTHER[dataset], args.data).calibration(args.calibration or 1024, args.seed)
     shape = bench.images.shape[1:]
     strange = torch.nn.functional.interpolate(strange, size=shape[1:], mode="bilinear").expand(-1, shape[0], -1, -1)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from common import Bench, Recipe, Row, announce, machine, options, parse, save, show, train
+from common import Bench, Row, announce, machine, options, parse, save, show
 from data import Data, concatenate, load
 from nets import ResNet20
 from tqdm import tqdm
+from training import Recipe, train
 
 TASKS = ("mnist", "kmnist", "fashion-mnist")
 RECIPE = Recipe("sgd", 0.2, 4, 8000)
@@ -23,7 +24,7 @@ CALIBRATION, TEST = 3072, 2000
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = options(__doc__)
+    parser = options(__doc__, methods=True)
     parser.add_argument("--width", type=int, default=1, help="times 16, 32, 64 channels")
     args = parse(parser, argv)
     args.calibration = args.calibration or CALIBRATION
@@ -52,8 +53,7 @@ def run(args: argparse.Namespace, data: Data) -> list[Row]:
         model, took = train(key, lambda: ResNet20(10, 1, args.width, 1), data, classes, RECIPE, seed, args)
         parents.append(model)
         seconds.append(took)
-    bench = Bench(parents, class_lists, data.normalise(data.test[0]), data.test[1],
-                  data.calibration(args.calibration, args.seed), args.seed)  # fmt: skip
+    bench = Bench.of(parents, class_lists, data, args.calibration, args.seed)
     rows = [announce(r) for r in bench.parent_rows(seconds, [f"{t} parent" for t in TASKS])]
     for method in tqdm(args.methods or DEFAULT, desc="merge", leave=False, disable=None):
         rows.append(announce(bench.merged(method, method, args.calibration)))

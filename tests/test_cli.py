@@ -14,6 +14,7 @@ from fxzip.cli.models import architecture, build
 from fxzip.errors import InputError, TraceError
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = ("merge", "demo", "inspect", "verify", "coverage", "plot", "eval", "report", "push", "pull")
 FLAGS = ("--model", "net.py:net", "--weights", "a.pt", "b.pt", "--trust-code", "--method", "zip")
 
 
@@ -26,12 +27,11 @@ def run(capsys, *argv):
 def test_help_lists_the_commands_in_groups_and_exit_codes(capsys):
     code, text, _ = run(capsys, "--help")
     assert code == 0
-    commands = ("merge", "demo", "inspect", "verify", "coverage", "plot", "eval", "report", "push", "pull")
-    assert all(f"│ {word} " in text for word in commands) and "Exit codes: 0 done" in text
+    assert all(f"│ {word} " in text for word in COMMANDS) and "Exit codes: 0 done" in text
     assert all(f" {group} ─" in text for group in ("Merge", "Look", "Share"))
 
 
-@pytest.mark.parametrize("command", ["merge", "inspect", "eval", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(capsys, command):
     code, text, _ = run(capsys, command, "-h")
     assert code == 0 and " Messages ─" in text and "--quiet" in text

@@ -4,8 +4,8 @@ Blocks of one file share a namespace. `<!-- not run: why -->` on the line above 
 """
 
 import ast
+import importlib
 import re
-import shlex
 import warnings
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import fxzip
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ALL = [*FILES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<note>not run: .+?) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
@@ -61,21 +62,61 @@ def test_python_runs(file, tmp_path, monkeypatch):
                 exec(code, space)
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if blocks(f, "sh")], ids=called)
+def commands(file: Path) -> list[str]:
+    """Shell lines and inline code, a command each, its comment with it; `torchrun ... -m fxzip` is fxzip's, too."""
+    lines = [line for text, _, _ in blocks(file, "sh") for line in text.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.M | re.S)
+    lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    return [re.sub(r"^torchrun .* -m fxzip ", "fxzip ", part.strip()) for line in lines for part in line.split("&&")]
+
+
+@pytest.mark.parametrize("file", ALL, ids=called)
 def test_commands_exist_with_their_options(file):
     import typer
 
     from fxzip.cli.app import app
 
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for text, _, _ in blocks(file, "sh"):
-        for line in text.splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] != ["fxzip"] or words[1].startswith("-"):
-                continue
-            known = {o for p in commands[words[1]].params for o in (*p.opts, *p.secondary_opts)}
-            assert {w for w in words if w.startswith("-")} <= known, line
-            assert {w for w in re.findall(r"--[a-z0-9-]+", line.partition("#")[2])} <= known, line
+    known = {
+        name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+        for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+    }
+    for line in commands(file):
+        found = re.match(r"fxzip ([a-z]+)\b(.*)", line)
+        if found:
+            assert set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", found[2])) <= known[found[1]], line
+
+
+def options(script: Path) -> set[str]:
+    """What a benchmark takes, by its source: some import what is not installed here."""
+    text, found = script.read_text(), {"--help"}
+    for name in ("papers/paper.py", "common.py"):
+        if re.search(rf"from {Path(name).stem} import .*\b(main|options)\b", text):
+            found |= options(ROOT / "benchmarks" / name)
+    if script.name not in ("common.py", "paper.py") and "options(__doc__, methods=True)" not in text:
+        found -= {"--methods"}
+    return found | set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', text))
+
+
+@pytest.mark.parametrize("file", ALL, ids=called)
+def test_benchmarks_exist_with_their_options(file):
+    scripts = {path.name: path for path in (ROOT / "benchmarks").rglob("*.py")}
+    methods = set(re.findall(r'^    "(\S+)": \{"method"', (ROOT / "benchmarks" / "common.py").read_text(), re.M))
+    for line in commands(file):
+        found = re.search(r"(?:^|\bbenchmarks/(?:papers/)?)(\w+\.py)\b(.*)", line)
+        if found and (found[1] in scripts or "benchmarks/" in line):
+            assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", found[2])) <= options(scripts[found[1]]), line
+            named = re.search(r"--methods ((?:[^-\s]\S* ?)+)", found[2])
+            assert not named or set(named[1].split()) <= methods, line
+
+
+@pytest.mark.parametrize("file", ALL, ids=called)
+def test_names_exist(file):
+    for path in set(re.findall(r"(?<![/\w.-])fxzip\.([A-Za-z_][\w.]*\w)", file.read_text())):
+        found = fxzip
+        for k, name in enumerate(path.split(".")):
+            if not hasattr(found, name):
+                importlib.import_module(".".join(["fxzip", *path.split(".")[: k + 1]]))
+            found = getattr(found, name)
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if blocks(f, "yaml")], ids=called)
@@ -86,11 +127,20 @@ def test_recipes_are_valid(file, tmp_path):
         check(yaml.safe_load(text), tmp_path, called(file), files=False)
 
 
-@pytest.mark.parametrize("file", FILES, ids=called)
+def anchors(file: Path) -> set[str]:
+    """As GitHub names headings."""
+    headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("file", ALL, ids=called)
 def test_links_lead_somewhere(file):
-    for target in re.findall(r"\]\(([^)#\s]+)", re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.M | re.S)):
+    for target in re.findall(r"\]\(([^)\s]+)", re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.M | re.S)):
         if "://" not in target:
-            assert (file.parent / target).exists(), target
+            path, _, anchor = target.partition("#")
+            there = file.parent / path if path else file
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), target
 
 
 def test_every_page_is_in_the_navigation():

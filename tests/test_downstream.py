@@ -126,6 +126,10 @@ def test_functional_call_and_vmap_over_weights(case):
     doubled = {n: 2 * t if n.split(".")[-1] == "bias" else t for n, t in state.items()}
     moved = tree_leaves(torch.func.functional_call(zipped, doubled, (x,)))
     assert not torch.allclose(moved[0], outputs(zipped, x)[0], atol=1e-4)
+    both = {n: torch.stack([t, doubled[n]]) for n, t in state.items()}
+    stacked = tree_leaves(torch.func.vmap(lambda s: torch.func.functional_call(zipped, s, (x,)))(both))
+    agree([y[0] for y in stacked], outputs(zipped, x))
+    agree([y[1] for y in stacked], moved)
 
 
 def test_fine_tuning_steps_lower_the_loss(case):

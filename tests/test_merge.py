@@ -239,17 +239,6 @@ def test_training_mode_of_the_inputs_does_not_matter():
     assert same_bytes(merge(evaluated), merge(training))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_same_seed_same_bytes(method):
-    models = [digits(1), digits(2)]
-    torch.manual_seed(1)
-    first = merge(models, method=method, seed=5)
-    torch.manual_seed(2)
-    second = merge(models, method=method, seed=5)
-    assert same_bytes(first, second)
-    assert first.code == second.code
-
-
 # -------------------------------------------------------------------------------------------------- outputs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 
 import pytest
@@ -162,10 +163,13 @@ def test_the_plane_passes_through_models_and_merge(models):
     with unchanged([*models.values(), zipped]):
         found = landscape.plane(models, zipped, evaluate, steps=3, margin=0.0)
     assert found.points["a"] == (0.0, 0.0) and found.points["b"][1] == 0 and found.points["merged"][1] > 0
-    corner = seen[found.values[0][0]]
-    for name, tensor in models["a"].state_dict().items():
-        if name.startswith("0."):
-            torch.testing.assert_close(corner[name], tensor)
+    corners = {"a": seen[found.values[0][0]], "b": seen[found.values[0][-1]]}
+    for task, corner in corners.items():
+        for name, tensor in models[task].state_dict().items():
+            if name.startswith("0."):
+                torch.testing.assert_close(corner[name], tensor)
+        apart = [(corner[n] - t).double().flatten() for n, t in zipped.state_dict().items() if t.is_floating_point()]
+        assert math.dist(found.points[task], found.points["merged"]) == pytest.approx(float(torch.cat(apart).norm()))
     assert len(found.values) == 3 and found.plot().axes
 
 

@@ -45,7 +45,7 @@ def stop(monkeypatch):
 
 @posix
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_leaves_what_can_be_resumed(tmp_path, whole, stop, monkeypatch, name):
+def test_a_signal_leaves_what_can_be_resumed(tmp_path, whole, stop, name):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     stop(getattr(signal, name), 23)
     with pytest.raises(fxzip.Interrupted) as error:

@@ -690,9 +690,9 @@ def test_statistics_are_those_of_the_data(pair):
     assert recompute_statistics(zipped, batches, lambda b: (b,)) == 7  # 3 shared, 2 of each model
     assert torch.equal(state, torch.get_rng_state()) and modes == [m.training for m in zipped.modules()]
     bn: Any = zipped.get_submodule("bn")
-    seen = torch.cat(batches)
-    hidden = zipped.get_submodule("conv")(seen)
-    close(bn.running_mean, hidden.mean([0, 2, 3]))
+    hidden = [zipped.get_submodule("conv")(batch) for batch in batches]
+    close(bn.running_mean, torch.cat(hidden).mean([0, 2, 3]))
+    close(bn.running_var, torch.stack([h.var([0, 2, 3]) for h in hidden]).mean(0))
     assert bn.momentum == 0.1 and bn.num_batches_tracked == 3
     for name in ("block2.bn1_a", "block2.bn1_b"):
         assert zipped.get_submodule(name).num_batches_tracked == 3

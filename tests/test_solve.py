@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers import unchanged
 from torch import nn
 from torchvision.models import VisionTransformer
 
 import fxzip
 from examples import EXAMPLES
+from fxzip.rewrite import Unmerge
 from fxzip.solve import Settings
 from fxzip.solve.design import design_of
 from fxzip.solve.refine import refine
@@ -85,27 +85,12 @@ def test_a_vit_is_solved_too():
     assert solved < 0.7 * loss(fxzip.merge(nets, [x], method="zip", progress=False), nets, x)
 
 
-def test_merging_with_its_scrambled_copy_gives_back_the_function(images):
-    net = pair(Residual, images)[0]
-    zipped = fxzip.merge([net, fxzip.scramble(net, images[:2])], [images], progress=False)
-    with torch.no_grad():
-        for y in zipped(images):
-            torch.testing.assert_close(y, net(images), rtol=1e-3, atol=1e-3)
-
-
-def test_same_seed_same_bytes_and_nothing_of_the_users_changes(images):
-    nets = pair(Residual, images)
-    with unchanged(nets):
-        first = fxzip.merge(nets, [images], progress=False).state_dict()
-    second = fxzip.merge(nets, [images], progress=False).state_dict()
-    assert all(torch.equal(first[k], second[k]) for k in first)
-
-
-def test_partial_merge_and_explicit_unmerge(images):
+def test_a_partial_merge_is_fitted_up_to_its_unmerge(images):
     nets = pair(Residual, images)
     zipped = fxzip.merge(nets, [images], until="b1", progress=False)
     plain = fxzip.merge(nets, [images], method="zip", until="b1", progress=False)
-    assert loss(zipped, nets, images) < loss(plain, nets, images)
+    assert any(isinstance(m, Unmerge) for m in zipped.modules())
+    assert loss(zipped, nets, images) < 0.7 * loss(plain, nets, images)
 
 
 @pytest.mark.parametrize("method", ["zip", "select", "solve"])

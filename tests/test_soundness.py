@@ -268,7 +268,7 @@ def _attention_without_heads(ctx, out, self, **_):
     return LabelledType(shape, groups)
 
 
-def _reduction_keeps_order(ctx, out, self, **_):
+def _reduction_without_labels(ctx, out, self, **_):
     return [LabelledType(o.shape) for o in out]
 
 
@@ -285,6 +285,7 @@ BROKEN = [
     ("native_group_norm", _group_norm_without_groups, "image: native_group_norm"),
     ("native_batch_norm", _batch_norm_without_statistics, "residual with a zero-padded shortcut"),
     ("reshape", _attention_without_heads, "vision transformer"),
+    ("min", _reduction_without_labels, "tokens: min"),
     ("linear", _linear_with_swapped_roles, "reused module"),
     ("linear", _linear_that_only_consumes, "tokens: native_layer_norm"),
 ]

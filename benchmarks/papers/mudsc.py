@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from paper import Merge, Recipe, Setting, halves, main, nets
+from paper import Merge, Recipe, Setting, main, nets
+from tasks import halves
 from torch import nn
 
 from fxzip import MuDSC, Permute, Zip

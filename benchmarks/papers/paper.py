@@ -1,4 +1,4 @@
-"""What the reproductions share: images from disk, training, merging, the papers' accuracies, the table.
+"""What the reproductions share: training, merging, the papers' accuracies, the table.
 
 A paper is a list of `Setting`s. Images come from `torchvision.datasets` or ImageFolder directories, parents are trained
 by the paper's recipe (or loaded: they are kept in --cache), and every merge is a call of fxzip.merge. With --reduced
@@ -12,7 +12,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
-from torchvision import datasets
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import nets  # noqa: E402
-from common import Recipe, Row, announce, fit, machine, options, parse, save, show  # noqa: E402
-from data import DOWNLOADS, Data, load  # noqa: E402
+from common import Row, announce, machine, options, parse, save, show  # noqa: E402
+from tasks import Task  # noqa: E402
+from training import Recipe, fit  # noqa: E402
 
 import fxzip  # noqa: E402
 from fxzip.evaluate import Ensemble  # noqa: E402
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-@dataclass(frozen=True)
-class Task:
-    """Datasets of (image [3, h, w], label in 0..classes - 1); plain: the training images without augmentation."""
-
-    name: str
-    train: Dataset
-    plain: Dataset
-    test: Dataset
-    classes: int
 
 
 @dataclass(frozen=True)
@@ -71,90 +57,6 @@ class Setting:
     calibration: int = 4096
     embed: int = 0
     published: str = ""
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-
-# ---------------------------------------------------------------------------------------------- images
-
-
-class Labelled(Dataset):
-    """Some items of a dataset, labels counted anew, by `transform`."""
-
-    def __init__(self, images: Any, items: Sequence[int], labels: Mapping[int, int], transform: Callable):
-        self.images, self.items, self.labels, self.transform = images, items, labels, transform
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, k: int) -> tuple[Tensor, int]:
-        image, label = self.images[self.items[k]]
-        return self.transform(image), self.labels[int(label)]
-
-
-def tensors(data: Data, classes: Sequence[int], name: str, size: int | None = None) -> Task:
-    """A task of an image set that fits into memory; three channels; shifted by 4 pixels and mirrored in training."""
-    plain = [v2.Resize(size, antialias=True)] if size else []
-    to = [*plain, v2.Lambda(lambda x: data.normalise(x[None])[0].expand(3, -1, -1))]
-    side = size or data.shape[1]
-    moved = [v2.RandomCrop(side, padding=side // 8), *([v2.RandomHorizontalFlip()] if data.flip else [])]
-    return _task(name, _Pairs(*data.train), _Pairs(*data.test), classes, v2.Compose([*plain, *moved, to[-1]]),
-                 v2.Compose(to))  # fmt: skip
-
-
-class _Pairs(Dataset):
-    def __init__(self, images: Tensor, labels: Tensor):
-        self.images, self.targets = images, labels.tolist()
-
-    def __getitem__(self, k: int) -> tuple[Tensor, int]:
-        return self.images[k], self.targets[k]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-def folder(root: str | None, name: str, classes: Sequence[int] | None = None, size: int = 224) -> Task:
-    """A task of DIR/name/{train,val or test}/CLASS/*, or of what torchvision.datasets calls it, at `size` pixels."""
-    norm = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*IMAGENET)]
-    moved = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *norm])
-    still = v2.Compose([v2.Resize(round(size / 0.875), antialias=True), v2.CenterCrop(size), *norm])
-    if root is None:
-        raise SystemExit(f"{name} is not downloaded: give --data DIR, with {name}/train/CLASS/* and its like in test")
-    base = Path(root) / name
-    test = next((base / part for part in ("test", "val") if (base / part).is_dir()), None)
-    if test is not None and (base / "train").is_dir():
-        train, held = datasets.ImageFolder(str(base / "train")), datasets.ImageFolder(str(test))
-    elif name == "imagenet":
-        train, held = datasets.ImageNet(root, "train"), datasets.ImageNet(root, "val")
-    elif name == "oxford-pets":
-        train, held = _targets(datasets.OxfordIIITPet(root, "trainval")), _targets(datasets.OxfordIIITPet(root, "test"))
-    else:
-        raise SystemExit(f"--data {root}: no {name}/train and {name}/test, one folder per class in each")
-    return _task(name, train, held, classes or sorted(set(train.targets)), moved, still)
-
-
-def _targets(dataset: Any) -> Any:
-    dataset.targets = dataset._labels
-    return dataset
-
-
-def _task(name: str, train: Any, test: Any, classes: Sequence[int], moved: Callable, still: Callable) -> Task:
-    labels = {int(c): k for k, c in enumerate(classes)}
-    own = [[k for k, c in enumerate(part.targets) if int(c) in labels] for part in (train, test)]
-    return Task(name, Labelled(train, own[0], labels, moved), Labelled(train, own[0], labels, still),
-                Labelled(test, own[1], labels, still), len(labels))  # fmt: skip
-
-
-def halves(name: str, classes: int, tasks: int = 2) -> Callable[[argparse.Namespace], list[Task]]:
-    """A random split of an image set's classes; with --reduced of CIFAR-10's, whatever the name."""
-
-    def made(args: argparse.Namespace) -> list[Task]:
-        known = name in DOWNLOADS and not (args.reduced and name != "cifar10")
-        data = load(name if known else "cifar10", args.data)
-        order = torch.randperm(classes if known else 10, generator=torch.Generator().manual_seed(args.split))
-        size = len(order) // tasks
-        return [tensors(data, sorted(own.tolist()), f"task {k}") for k, own in enumerate(order.split(size)[:tasks])]
-
-    return made
 
 
 # --------------------------------------------------------------------------------------------- networks
@@ -313,17 +215,11 @@ def main(doc: str | None, settings: Mapping[str, Callable[[argparse.Namespace], 
         setting = replace(setting, recipe=setting.recipe.adjusted(args))
         rows = run(setting, args)
         notes = machine(args, calibration=args.calibration or setting.calibration, epochs=setting.recipe.epochs,
-                        split=args.split, reduced=args.reduced, **setting.notes)  # fmt: skip
+                        split=args.split, reduced=args.reduced)  # fmt: skip
         title = setting.title + (" (reduced: no reproduction)" if args.reduced else "")
-        show(title, rows, [t for t in _names(rows)], notes)
+        show(title, rows, [f"task {k}" for k in range(len(rows[0].per_task))], notes)
         tables.append((title, rows))
     save(args.out, tables, notes)
 
 
-def _names(rows: Sequence[Row]) -> list[str]:
-    return [f"task {k}" for k in range(len(rows[0].per_task))]
-
-
-__all__ = [
-    "Merge", "Recipe", "Setting", "Task", "folder", "halves", "load", "main", "nets", "tensors",
-]  # fmt: skip
+__all__ = ["Merge", "Recipe", "Setting", "main", "nets"]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 
-from paper import Merge, Recipe, Setting, halves, main, nets
+from paper import Merge, Recipe, Setting, main, nets
+from tasks import halves
 
 import fxzip
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-from paper import Merge, Recipe, Setting, folder, halves, main
+from paper import Merge, Recipe, Setting, main
+from tasks import folder, halves
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import fxzip

@@ -14,7 +14,8 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from paper import Merge, Recipe, Setting, Task, folder, load, main, tensors
+from paper import Merge, Recipe, Setting, main
+from tasks import Task, folder, load, tensors
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
