@@ -12,8 +12,9 @@ is and in the first one's order.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from common import draw, machine, options, parse
 from data import Data, load
 from nets import MLP, ResNet20
-from pairs import PAIRS, split_classes
+from pairs import PAIRS, bench_of
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import Recipe, train
@@ -65,11 +66,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(parser, argv)
     args.calibration = args.calibration or CALIBRATION
     data = load("fashion-mnist", args.data).with_test(args.test or TEST, args.seed)
+    found: dict[str, dict] = {}
     if args.only != "plane":
         lines = {name: line(args, data, name) for name in args.network}
+        found["lines"] = {name: {m: [asdict(made), seen] for m, (made, seen) in x.items()} for name, x in lines.items()}
         finish(args, "barrier", draw_lines(lines))
     if args.only != "line":
-        finish(args, "plane", draw_planes(planes(args, data)))
+        grids = planes(args, data)
+        found["planes"] = {name: asdict(plane) for name, plane in grids.items()}
+        finish(args, "plane", draw_planes(grids))
+    if args.out:
+        Path(args.out).write_text(json.dumps(found, indent=1))
     print("\n" + machine(args, calibration=args.calibration, **{"test images": len(data.test[0])}).rpartition("\n")[0])
 
 
@@ -167,12 +174,9 @@ def digits_pair(args: argparse.Namespace) -> Pair:
 
 def image_pair(args: argparse.Namespace, data: Data) -> Pair:
     """A pair of pairs.py, split 0."""
-    (build, recipe), (channels, size) = PAIRS[args.pair], data.shape
-    halves = split_classes(0)
-    pair = [train(args.pair, lambda: build(5, channels, size), data, own, recipe, k + 1, args)[0]
-            for k, own in enumerate(halves)]  # fmt: skip
-    loader = data.calibration(args.calibration, args.seed).split(256)
-    return pair, list(loader), [Measured(*own_images(data, own)) for own in halves]
+    bench, _ = bench_of(args, data, 0, args.calibration)
+    measures = [Measured(*own_images(data, own)) for own in bench.class_lists]
+    return list(bench.parents), list(bench.calibration.split(256)), measures
 
 
 class _Output(nn.Module):
@@ -187,7 +191,7 @@ class _Output(nn.Module):
         return list(outputs.values())[self.task]
 
 
-def own_images(data: Data, classes: list[int]) -> tuple[Tensor, Tensor]:
+def own_images(data: Data, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The test images of some classes, and labels counted within them."""
     images, labels = data.test
     own = torch.isin(labels, torch.tensor(classes))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import platform
 import sys
 import time
@@ -23,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from coverage_model import limit, measure
+from coverage_model import apart, measure
 from coverage_table import latest, outcome, write
 
 ROOT = Path(__file__).parent.parent
@@ -103,24 +102,8 @@ def facts(suite: str) -> dict[str, str]:
 
 
 def _process(suite: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    context = multiprocessing.get_context("fork")
-    mine, theirs = context.Pipe(duplex=False)
-
-    def work() -> None:
-        limit(args.limit)
-        theirs.send(measure(suite, name, args.nodes, not args.analysis))
-
-    worker = context.Process(target=work)
-    worker.start()
-    theirs.close()
-    try:
-        return mine.recv()
-    except EOFError:
-        worker.join()
-        return {"error": f"the process ended with exit code {worker.exitcode}"}
-    finally:
-        worker.kill()
-        worker.join()
+    found = apart(args.limit, lambda: measure(suite, name, args.nodes, not args.analysis))
+    return found if isinstance(found, dict) else {"error": f"the process ended with exit code {found}"}
 
 
 def _parser() -> argparse.ArgumentParser:

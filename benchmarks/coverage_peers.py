@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import logging
-import multiprocessing
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from coverage import CACHE as OURS
 from coverage import ROOT
-from coverage_model import TimeUp, jitter, limit
+from coverage_model import TimeUp, apart, jitter
 from coverage_table import write
 from torch import nn
 
@@ -51,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in SUITES[suite]():
             for tool in TOOLS:
                 if fnmatch(name, args.only) and (tool, suite, name) not in done:
-                    row = {"tool": tool, "suite": suite, "name": name, **_process(tool, suite, name, args.limit)}
+                    found = apart(args.limit, lambda t=tool, s=suite, n=name: measure(t, s, n))
+                    answer = found if isinstance(found, dict) else {"refused": "the process ended"}
+                    row = {"tool": tool, "suite": suite, "name": name, **answer}
                     known.append(row)
                     with args.cache.open("a") as file:
                         file.write(json.dumps(row) + "\n")
@@ -75,26 +76,6 @@ def publish(rows: list[dict[str, Any]], seconds: int) -> None:
     table = json.loads((ROOT / "docs" / "coverage.json").read_text())
     write({f"{r['suite']}:{r['name']}": r for r in table}, ROOT / "docs")
     print(json.dumps(counts, indent=1))
-
-
-def _process(tool: str, suite: str, name: str, seconds: int) -> dict[str, Any]:
-    context = multiprocessing.get_context("fork")
-    mine, theirs = context.Pipe(duplex=False)
-
-    def work() -> None:
-        limit(seconds)
-        theirs.send(measure(tool, suite, name))
-
-    worker = context.Process(target=work)
-    worker.start()
-    theirs.close()
-    try:
-        return mine.recv()
-    except EOFError:
-        return {"refused": "the process ended"}
-    finally:
-        worker.kill()
-        worker.join()
 
 
 def measure(tool: str, suite: str, name: str) -> dict[str, Any]:

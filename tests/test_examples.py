@@ -28,8 +28,12 @@ def test_there_are_notebooks_without_outputs():
             compile(text, file.name, "exec")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.stem)
+SLOW = {"vit_budgets"}
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, id=f.stem, marks=[pytest.mark.slow] if f.stem in SLOW else []) for f in NOTEBOOKS]
+)
 def test_notebooks_run(file, tmp_path, monkeypatch):
     for needed in ("sklearn", "matplotlib"):
         pytest.importorskip(needed, reason="not installed")

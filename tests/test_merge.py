@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -312,15 +311,6 @@ def test_average_without_data_warns_about_statistics():
     assert any("batch-norm statistics were averaged" in n for n in fxzip.report(zipped).notices)
     with pytest.raises(InputError, match="loader is missing"):
         merge(models, None, "zip", example_inputs=DATA[:2])
-
-
-def test_copies_and_pickles_of_the_result():
-    zipped = merge(twins())
-    wanted = outputs(zipped)
-    for twin in (copy.deepcopy(zipped), pickle.loads(pickle.dumps(zipped))):
-        assert all(torch.equal(a, b) for a, b in zip(outputs(twin), wanted, strict=True))
-        assert str(fxzip.report(twin)) == str(fxzip.report(zipped))
-        assert same_bytes(fxzip.extract(twin, 1), fxzip.extract(zipped, 1))
 
 
 def test_double_precision():

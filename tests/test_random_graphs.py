@@ -30,14 +30,22 @@ def nets(draw, size: int = 6):
     return build(lambda n: draw(st.integers(0, n - 1)), size)
 
 
-@CI
-@given(nets())
-def test_random_networks_are_sound_and_recovered(net):
-    note(str(net))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        verdict = judge(net)
-    assert verdict.split(":")[0] in ("sound", "refused", "inconclusive"), verdict
+def test_random_networks_are_sound_and_recovered():
+    """Some may be refused, or nothing proven of them; most are not."""
+    found: list[str] = []
+
+    @CI
+    @given(nets())
+    def fuzz(net):
+        note(str(net))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            verdict = judge(net)
+        found.append(verdict.split(":")[0])
+        assert found[-1] in ("sound", "refused", "inconclusive"), verdict
+
+    fuzz()
+    assert found.count("sound") > 0.8 * len(found), found
 
 
 @pytest.mark.parametrize("name, ops, wrong", PLANTED, ids=lambda x: x if isinstance(x, str) else "")
