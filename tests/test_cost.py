@@ -1,9 +1,10 @@
-"""What a budget counts: the FLOPs of every contraction, as torch counts them."""
+"""What a budget counts: FLOPs, as torch counts them; and what another width must not change."""
 
 import pytest
 import torch
 from torch import nn
 
+import fxzip
 from fxzip.evaluate import cost
 from fxzip.infer import analyse
 from fxzip.rewrite import partition
@@ -38,3 +39,20 @@ def test_terms_add_up_to_what_torch_counts(layers, shape):
     graph = trace(net, x).graph_module
     spaces = analyse(graph, (x,))
     assert flops(cost_terms(spaces, partition(graph, spaces.opaque), 1), {}) == cost(net, x[:1]).flops
+
+
+class Dilated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.far, self.head = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 8, 3, padding=8, dilation=8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.head((x + self.far(x)).mean(2))
+
+
+def test_a_dilation_as_large_as_a_width_stays():
+    nets, x = [Dilated().eval() for _ in range(2)], torch.randn(64, 3, 40)
+    far = fxzip.merge(nets, [x], method="zip", budget=3.9, progress=False, verify=False).get_submodule("far")
+    assert far.in_channels == far.weight.shape[1] == 16
+    assert far.dilation == far.padding == (8,)
