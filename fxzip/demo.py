@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .evaluate import Accuracy, Cost, Ensemble, accuracy, cost
+from .trace.guards import seeded
 
 CLASSES = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9))
 TRAIN, CALIBRATION = 800, 397  # the other 600 images are the test set
@@ -152,8 +153,7 @@ def train(
     images, labels = data.train
     own = torch.isin(labels, torch.tensor(classes))
     images, labels = images[own], torch.searchsorted(torch.tensor(classes), labels[own])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = DigitNet(width, len(classes))
         steps = epochs * -(-len(images) // 64)
         optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)

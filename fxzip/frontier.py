@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import Signature, signature
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def frontier(
                 verify=options.get("verify", True), **reading)  # fmt: skip
     batches = calibration_batches(p, calibration + holdout, seed)
     total = sum(_size(b) for b in batches)
-    fitted = _slice(batches, 0, calibration)
+    fitted = _named(_slice(batches, 0, calibration), signature(p.graph_modules[0].forward))
     held = _slice(batches, max(min(calibration, total - holdout), 0), total)
     moments = collect(models, fitted, calibration=calibration, seed=seed, progress=progress, **reading)
     given: dict[str, Any] = options | {
@@ -192,6 +193,13 @@ def _slice(batches: list[tuple], start: int, stop: int) -> list[tuple]:
             )
         at += size
     return found
+
+
+def _named(batches: list[tuple], parameters: Signature) -> list[Any]:
+    """The batches as dicts: of a tuple `merge` would take what need not be given (a mask) for labels."""
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.parameters.values()):
+        return list(batches)
+    return [dict(zip(parameters.parameters, b, strict=True)) for b in batches]
 
 
 def _size(batch: tuple) -> int:

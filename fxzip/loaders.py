@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .errors import InputError
 from .trace import describe
@@ -78,8 +79,13 @@ def _first(iterator: Iterator, label: str) -> Any:
 _END = object()
 
 
+def _copied(batch: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
+
+
 class Replay:
-    """An iterator that can be iterated again: batches drawn so far are kept and come first."""
+    """An iterator that can be iterated again: batches drawn so far are kept and come first. Copies are kept: the next
+    batch may be written where this one was."""
 
     def __init__(self, iterator: Iterator):
         self._iterator = iterator
@@ -90,7 +96,7 @@ class Replay:
         while True:
             if k == len(self._drawn):
                 for batch in self._iterator:
-                    self._drawn.append(batch)
+                    self._drawn.append(_copied(batch))
                     break
                 else:
                     return

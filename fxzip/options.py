@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from math import isfinite
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 import torch
@@ -40,8 +41,11 @@ def wrong_weights(value: Any, models: Any) -> list[str]:
         return [f"model_weights has the keys {sorted(map(str, value))}, the models are {named}"]
     if not keyed and isinstance(models, Sized) and len(value) != len(models):
         return [f"model_weights has {len(value)} numbers for {len(models)} models"]
-    odd = [w for w in (value.values() if keyed else value) if not _positive(w)]
-    return [f"model_weights must be positive numbers, got {odd[0]!r}"] if odd else []
+    given = list(value.values() if keyed else value)
+    odd = [w for w in given if not _positive(w)]
+    if odd:
+        return [f"model_weights must be positive numbers, got {odd[0]!r}"]
+    return [] if isfinite(sum(map(float, given))) else ["model_weights add up to infinity: make them smaller"]
 
 
 def shares(value: Any, names: Sequence[str]) -> tuple[float, ...]:
@@ -55,7 +59,8 @@ def _in_order(value: Any, names: Sequence[str]) -> Iterable[float]:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 and isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value <= float_info.max
 
 
 def _until(value: Any) -> str:

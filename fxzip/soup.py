@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import fx, nn
 
 from .errors import InputError
+from .loaders import Replay
 from .merge import merge
 
 
@@ -39,6 +40,7 @@ def greedy_soup(
     if "heads" in options:
         raise InputError("greedy_soup: heads= is always 'average' here, the models are for one task")
     options = {"method": "average", "progress": False, **options}
+    loader = Replay(loader) if isinstance(loader, Iterator) else loader  # every merge reads it
     scores = [float(evaluate(m)) for m in every]
     order = sorted(range(len(every)), key=lambda k: -scores[k])
     kept, best, soup = [order[0]], scores[order[0]], every[order[0]]

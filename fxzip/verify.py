@@ -25,6 +25,7 @@ from .infer.group import axis_indices, duplicated, permuted
 from .infer.sampling import sample
 from .rewrite.norms import recompute_statistics
 from .trace import Traced, bind, duplicate, make_plain, rows, state_of, trace, unwrap
+from .trace.guards import seeded
 from .trace.precision import double_by_default, doubled
 
 TOLERANCE = 1e-6  # relative, float64; wrong rules give 1e-3 and more, rounding 1e-12
@@ -156,8 +157,7 @@ def _one_proof(
     traced: Traced, spaces: Spaces, args: tuple, seed: int, samples: int, redrawn: bool = False
 ) -> Verification:
     rng = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), double_by_default():
-        torch.manual_seed(seed)
+    with seeded(seed, state_of(traced.graph_module).values()), torch.no_grad(), double_by_default():
         module = doubled(traced.graph_module).eval()
         first, other = _two_inputs(args, samples)
         if redrawn:

@@ -20,6 +20,7 @@ from .infer import FeatureSpace, Spaces
 from .measure.moments import Moments
 from .rewrite import Partition
 from .rewrite.parameters import layout
+from .solve.affine import packet
 
 LEAST = 0.25  # no space becomes narrower than this share of one model's width
 
@@ -42,11 +43,20 @@ def cost_terms(spaces: Spaces, cut: Partition, models: int) -> list[Term]:
     for name, node in spaces.lowered.parameters.items():
         shape = node.meta["shape"]
         for user in _contractions(node):
-            out = user.meta["shape"]
-            rows = int(np.prod(out)) // max(int(shape[0]) if len(shape) else 1, 1)
             many = models if user.meta.get("origin") in cut.private else 1
-            terms.append(Term(2.0 * rows * int(np.prod(shape)) * many, tuple(axes.get(name, {}).values())))
+            work = 2.0 * _times(node, user) * int(np.prod(shape)) * many
+            terms.append(Term(work, tuple(axes.get(name, {}).values())))
     return terms
+
+
+def _times(parameter: fx.Node, user: fx.Node) -> int:
+    """How often a contraction multiplies by each entry of a parameter."""
+    data, values, made = user.args[0], user.meta["shape"], 0
+    if packet(user) in ("mm", "addmm") and user.args[-1] is parameter:
+        made = 1
+    if packet(user) == "convolution" and user.args[6] and isinstance(data, fx.Node):
+        values = data.meta["shape"]  # transposed: every entry meets what goes in, not what comes out
+    return int(np.prod(values)) // max(int(parameter.meta["shape"][made]), 1)
 
 
 def _contractions(parameter: fx.Node) -> list[fx.Node]:
@@ -57,8 +67,7 @@ def _contractions(parameter: fx.Node) -> list[fx.Node]:
         if len(parameter.meta["shape"]) >= 2
         and u.op == "call_function"
         and u.meta.get("shape") is not None
-        and u.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-        in ("linear", "convolution", "addmm", "mm")
+        and packet(u) in ("linear", "convolution", "addmm", "mm")
     ]
 
 

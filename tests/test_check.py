@@ -310,3 +310,9 @@ def test_peek_does_not_disturb_random_loaders():
     torch.manual_seed(3)
     _, again = peek(torch.rand(()) for _ in range(3))
     assert [x.item() for x in again] == direct
+
+
+def test_peek_keeps_batches_that_are_written_in_one_place():
+    place = torch.empty(2)
+    first, again = peek({"x": place.fill_(k)} for k in range(3))
+    assert first["x"].tolist() == [0, 0] and [b["x"].tolist() for b in again] == [[0, 0], [1, 1], [2, 2]]

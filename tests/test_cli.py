@@ -232,6 +232,15 @@ def test_a_page_is_never_of_another_merge(capsys, place):
     assert run(capsys, *argv, "mine", "-q")[0] == 0 and (place / "mine" / "report.html").read_text() == "mine"
 
 
+def test_an_average_of_heads_answers_for_every_task(capsys, place):
+    argv = ["--model", "net.py:net", "--weights", "a.pt", "a.pt", "--trust-code", "--method", "average"]
+    assert run(capsys, "merge", *argv, "--heads", "average", "--data", "x.npz", "--out", "out", "-q")[0] == 0
+    classes = ["--classes", "task0=0,1,2", "--classes", "task1=0,1,2"]
+    code, out, err = run(capsys, "eval", "out", "--data", "x.npz", *classes, "--trust-code")
+    lines = [line.split() for line in out.splitlines()]
+    assert code == 0 and lines[5][0] == "merged" and lines[5][1] == lines[5][2] == lines[2][1], err
+
+
 def test_a_plan_of_another_program_is_not_ours(capsys, place):
     (place / "other").mkdir()
     (place / "other" / "plan.json").write_text('{"steps": []}')

@@ -130,3 +130,15 @@ def test_dead_and_constant_features(method):
     if method in ("permute", "zip", "solve"):
         wanted = outputs(model, X)
         assert all(float((y - wanted).abs().max() / wanted.abs().max()) < 1e-4 for y in outputs(zipped, X))
+
+
+def test_random_states_of_devices_that_do_not_take_part_stay():
+    """`torch.manual_seed` would set every GPU's, or have CUDA start with our seed and not with the user's."""
+
+    def gpus():
+        waiting = list(torch.cuda._lazy_seed_tracker.get_calls())
+        return waiting, [s.tolist() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_initialized() else []
+
+    before = gpus()
+    fxzip.verify(small(0), X[:2], seed=7)
+    assert gpus() == before

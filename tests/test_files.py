@@ -340,6 +340,8 @@ def move_mean(plan: dict) -> None:
         (facts("conv1.weight", strides=[0, 0, 0, 0]), "strides [0, 0, 0, 0] of conv1.weight"),
         (facts("conv1.weight", strides=[1 << 40, 9, 3, 1]), "they leave holes"),
         (lambda p: p["tensors"].pop("conv1.bias"), "malformed: tensors: conv1.bias is missing"),
+        (lambda p: p.update(tasks=[], originals=[], targets={}, untouched={}), "malformed: tasks: there is none"),
+        (lambda p: p.update(heads="average", shares=[1.0]), "malformed: shares: 1 for 2 tasks"),
         (lambda p: p["originals"].pop(), "malformed: originals: 1 models for 2 tasks"),
         (lambda p: p["untouched"].update(zebra={}), "malformed: 'zebra' is none of its tasks"),
         (lambda p: p.update(example={"tuple": []}), "malformed: example has not one entry per input ['x']"),

@@ -102,3 +102,21 @@ def test_a_figure_of_what_is_no_number_says_how(found):
     words = fxzip.Frontier(tuple(replace(p, measured={}) for p in found.points), found.tasks)
     with pytest.raises(InputError, match="evaluate gave dict, which is no number: pass value="):
         words.plot()
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 16), nn.Linear(16, 2)
+
+    def forward(self, x, mask=None):
+        h = torch.relu(self.first(x))
+        return self.second((h if mask is None else h * mask[..., None]).mean(1))
+
+
+def test_arguments_that_need_not_be_given_are_not_lost():
+    torch.manual_seed(0)
+    loader = [{"mask": (torch.rand(48, 5) > 0.5).float(), "x": torch.randn(48, 5, 4)} for _ in range(2)]
+    quick: dict = {"progress": False, "verify": False}
+    found = fxzip.frontier([Masked(), Masked()], loader, [1.0], calibration=64, holdout=32, **quick)
+    assert [p.name for p in found.points] == ["1x", "ensemble"] and max(found.points[0].drift) < 0.5

@@ -227,7 +227,7 @@ def test_a_greedy_soup_keeps_what_helps():
         seen.append(float(net(x).detach().mean()))
         return -abs(seen[-1] - 2)
 
-    soup, kept = greedy_soup(nets, score, [x], verify=False)
+    soup, kept = greedy_soup(nets, score, iter([x]), verify=False)  # what can be read once is kept
     assert kept == (1, 2) and float(soup(x).detach().mean()) == pytest.approx(2.05, abs=1e-5)
     assert len(seen) == 3 + 2  # every model, then every trial
 

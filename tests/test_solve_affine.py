@@ -72,3 +72,22 @@ def test_a_copy_is_fitted_to_the_model_itself(kind):
     wanted = net(x)
     for output in zipped(x):
         assert float((output - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
+
+
+class Masked(Net):
+    def forward(self, x, mask):
+        return self.head(torch.relu(self.layer(torch.relu(self.first(x)) * mask[..., None])).mean(1))
+
+
+def test_arguments_without_a_row_for_each_sample_stay_whole():
+    """Of two batches, and of a chunk that holds parts of both."""
+    torch.manual_seed(0)
+    nets, x, mask = [Masked().eval() for _ in range(2)], torch.randn(160, 7, 5), torch.rand(1, 7)
+    quick: dict = {"method": "solve", "progress": False, "verify": False}
+    found = [fxzip.merge(nets, loader, **quick) for loader in (
+        [(x[:80], mask), (x[80:], mask)], [(x, mask.expand(160, 7).contiguous())],
+    )]  # fmt: skip
+    for a, b in zip(*(zipped(x, mask.expand(160, 7)) for zipped in found), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    with pytest.raises(fxzip.InputError, match=r"float32\[1, 7\], an argument without a row for each sample, differs"):
+        fxzip.merge(nets, [(x[:80], mask), (x[80:], mask + 1)], **quick)

@@ -94,7 +94,8 @@ def test_weights_in_repair_solve_and_the_mean_of_outputs(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [([1, 0], "must be positive numbers, got 0"), ([1], "1 numbers for 2 models"), (3, "list or dict of positive"),
-     ({"a": 1}, r"has the keys \['a'\], the models are a list"), ([1, float("nan")], "positive numbers, got nan")],
+     ({"a": 1}, r"has the keys \['a'\], the models are a list"), ([1, float("nan")], "positive numbers, got nan"),
+     ([1, 10**400], "positive numbers, got 1000"), ([1e308, 1e308], "add up to infinity")],
 )  # fmt: skip
 def test_wrong_weights_are_named(weights, message):
     with pytest.raises(InputError, match=message):

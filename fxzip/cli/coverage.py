@@ -19,6 +19,7 @@ from ..errors import FxzipError, InputError
 from ..report import table
 from ..rewrite import recompute_statistics
 from ..trace import bind, counted, first_rows, tensors_of
+from ..trace.guards import seeded
 
 TABLES = (Path(__file__).parent.parent / "coverage.json", Path(__file__).parents[2] / "docs" / "coverage.json")
 RECOVERED = 1e-3  # relative error
@@ -82,8 +83,7 @@ def published(only: str = "*") -> str:
 def _recovery(model: nn.Module, example: Any, seed: int) -> tuple[str, bool, str]:
     """Features of a new network are all alike in their biases and norms: these are moved apart first."""
     batch = first_rows(example, BATCH)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(seed, model.parameters()), torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and tensor.numel() > 1 and tensor.dim() <= 1 and "running_var" not in name:
                 tensor.add_(0.1 * torch.randn_like(tensor))

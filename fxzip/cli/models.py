@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files.checkpoint import load_weights, stripped
+from ..trace.guards import seeded
 from .spec import Spec, inside, nearest, parse
 
 SOURCES = ("torchvision", "timm", "hf")
@@ -65,9 +66,8 @@ def build(
     The number of classes is read off the weights, where that explains every shape that differs; of weights on the
     meta device only the shapes count. Raises InputError when the weights do not fit.
     """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with seeded(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the way some models initialise
-        torch.manual_seed(seed)
         model = _made(made)
         if state is not None:
             classes = _classes(model.state_dict(), state) if made.sized else None

@@ -116,6 +116,10 @@ def read_plan(path: Path) -> Plan:
 
 def _inconsistent(plan: Plan) -> str:
     """Why the parts of a plan do not fit together, or ""."""
+    if not plan.tasks:
+        return "tasks: there is none"
+    if plan.shares and len(plan.shares) != len(plan.tasks):
+        return f"shares: {len(plan.shares)} for {len(plan.tasks)} tasks"
     owners = {task for task, _ in plan.targets.values()} | {u.task for u in plan.unmerges.values()}
     strangers = sorted((owners | set(plan.untouched)) - set(plan.tasks))
     if strangers:

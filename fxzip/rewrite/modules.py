@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import SpaceError
 
+# How far a kernel reaches: no width, though it may equal one, and a wrong one need not show in any shape.
+_REACH = frozenset({"kernel_size", "stride", "padding", "dilation", "output_padding"})
+
 
 class Tensors:
     """The new parameters and buffers of one owner (the shared part, or one model), each made once.
@@ -91,7 +94,7 @@ def _follow(module: nn.Module, sizes: Mapping[int, int]) -> None:
         return value
 
     for name, value in list(vars(module).items()):
-        if not name.startswith("_") and name != "training":
+        if not name.startswith("_") and name != "training" and name not in _REACH:
             setattr(module, name, renewed(value))
 
 

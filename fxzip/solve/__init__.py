@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import InputError
 from ..infer import Spaces
@@ -128,19 +128,36 @@ def _chunks(batches: Sequence[tuple]) -> list[tuple]:
     """All samples in chunks of one size; what does not fill a chunk is left out."""
     total = sum(max(batch_size(b), 1) for b in batches)
     size = min(CHUNK, total)
-    shapes = {tuple(tuple(x.shape[1:]) if isinstance(x, Tensor) else None for x in b): b for b in batches}
+    leaves, spec = [tree_flatten(b)[0] for b in batches], tree_flatten(batches[0])[1]
+    shapes = {
+        tuple(tuple(x.shape[1:]) if isinstance(x, Tensor) else None for x in of): b
+        for of, b in zip(leaves, batches, strict=True)
+    }
     if len(shapes) > 1:
         found = " and ".join(map(describe, shapes.values()))
         raise InputError(
             f"method 'solve' fits on samples of one shape, the loader has {found}: crop, resize or pad them, or take"
             " another method"
         )
-    columns = list(zip(*batches, strict=True))
-    whole = [torch.cat(c) if isinstance(c[0], Tensor) and c[0].dim() else c[0] for c in columns]
+    whole = [_whole(column, batches) for column in zip(*leaves, strict=True)]
     return [
-        tuple(w[k * size : (k + 1) * size] if isinstance(w, Tensor) and w.dim() else w for w in whole)
+        tree_unflatten([x[k * size : (k + 1) * size] if rows else x for x, rows in whole], spec)
         for k in range(total // size)
     ]
+
+
+def _whole(column: Sequence[Any], batches: Sequence[tuple]) -> tuple[Any, bool]:
+    """(One argument's value over all batches, whether it has a row for each sample.)"""
+    sized = zip(column, batches, strict=True)
+    if all(isinstance(x, Tensor) and x.dim() and len(x) == batch_size(b) for x, b in sized):
+        return torch.cat(list(column)), True
+    first = column[0]
+    if not all(torch.equal(x, first) if isinstance(x, Tensor) else x == first for x in column):
+        raise InputError(
+            f"method 'solve' fits on all samples together, and {describe(first)}, an argument without a row for each"
+            " sample, differs between batches: repeat it for each sample, or take another method"
+        )
+    return first, False
 
 
 def _lane(programs: Programs, model: int, state: dict[str, Tensor], args: tuple, store: Store) -> Lane:

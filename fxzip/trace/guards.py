@@ -141,6 +141,18 @@ def kept_rng(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def seeded(seed: int, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
+    """`kept_rng`, with the generators of torch at `seed`: the CPU's and those of the tensors' GPUs, no others, as
+    `torch.manual_seed` would set all there are."""
+    gpus = {t.device.index or 0: t for t in tensors if t.device.type == "cuda"}
+    with kept_rng(gpus.values()):
+        torch.default_generator.manual_seed(seed)
+        for index in gpus:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+@contextmanager
 def plain_kernels() -> Iterator[None]:
     """Fused and vendor kernels off: inference and the FLOP counter cannot look into them, and they tie a graph to one
     device."""

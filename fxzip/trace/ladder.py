@@ -113,8 +113,8 @@ def trace(
 
 
 _WAYS_OUT = (
-    "  Ways out: leaf_modules=('name.of.module',) or (Class,) keeps a module whole;"
-    " concrete_args={'name': value} fixes an argument of forward that steers Python control flow."
+    "  Ways out: write what stops both in tensor operations; forward_fn=lambda model, x: model(x, flag=False) fixes an"
+    " argument that steers Python control flow."
 )
 
 
