@@ -12,6 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ..errors import InputError
 from ..match import Matchings
 from ..measure.moments import Moments
+from ..planning import Plan
 from ..prepare import Clock, Prepared, begin, compare
 from ..processes import ALONE, Processes
 from ..rewrite import Heads
@@ -24,7 +25,7 @@ _LATER: Any = None  # what a later stage makes
 @dataclass(frozen=True)
 class Job:
     """What the stages have found so far. models: see `Checked`. batches: argument tuples on the device.
-    settings: of each stage that ran, by its name. processes: who shares the work."""
+    settings: of each stage that ran, by its name. processes: who shares the work. plan: from `Cap`."""
 
     prepared: Prepared
     models: tuple[nn.Module, ...]
@@ -44,6 +45,7 @@ class Job:
     records: tuple[Record, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     processes: Processes = ALONE
+    plan: Plan | None = None
 
     @property
     def measured_matchings(self) -> Matchings:
