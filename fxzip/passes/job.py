@@ -106,10 +106,12 @@ def give(graph_module: fx.GraphModule, new: Job) -> fx.GraphModule:
 
 
 class Stage(PassBase):
-    """One stage. needs: fields of Job, and the stage that makes each; clock: under which name its seconds count."""
+    """One stage. needs: fields of Job, and the stage that makes each; clock: under which name its seconds count;
+    matters: to the result, so that the report names it."""
 
     needs: ClassVar[Mapping[str, str]] = {}
     clock: ClassVar[str] = ""
+    matters: ClassVar[bool] = True
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         self.requires(graph_module)
@@ -137,7 +139,9 @@ class Stage(PassBase):
             made, now = self.run(graph_module, now)
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
         text = ", ".join(f"{k}={v!r}" for k, v in shown.items())
-        give(made, replace(now, settings={**now.settings, type(self).__name__: text}))
+        if self.matters:
+            now = replace(now, settings={**now.settings, type(self).__name__: text})
+        give(made, now)
         return PassResult(made, made is not graph_module)
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:

@@ -100,6 +100,7 @@ class Cap(Stage):
     measures: bool = field(default=True, repr=False)
     resume: bool = field(default=False, repr=False)
     clock: ClassVar[str] = "plan"
+    matters: ClassVar[bool] = False
     needs: ClassVar = {"cut": "Cut", "batches": "Read"}
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
