@@ -165,8 +165,9 @@ def collect(
     )  # fmt: skip
     processes = Processes.of(distributed)
     batches = calibration_batches(p, calibration, seed, processes)
-    cap = None if memory is None else make_plan(p, batches, parsed(memory), resume=resume is not None)
-    return measure(p, batches, seed, progress and processes.rank == 0, resume, processes, cap)
+    processes.same("memory", cap := parsed(memory))
+    capped = None if cap is None else make_plan(p, batches, cap, resume=resume is not None)
+    return measure(p, batches, seed, progress and processes.rank == 0, resume, processes, capped)
 
 
 def plan(

@@ -135,7 +135,8 @@ class Plan:
         if self.measuring and self.measuring.spaces:
             most = max(self.measuring.spaces, key=lambda s: s.sums)
             times = "1 pass" if len(self.passes) == 1 else f"{len(self.passes)} passes"
-            yield "measure", (f"{len(self.measuring.spaces)} spaces in {times}: moments {shown(self.moments)}, of"
+            many = f"{len(self.measuring.spaces)} space{'s' * (len(self.measuring.spaces) > 1)}"
+            yield "measure", (f"{many} in {times}: moments {shown(self.moments)}, of"
                               f" {most.name} {shown(most.sums)} ({most.features} features); rows of a batch"
                               f" {shown(sum(s.rows for s in self.measuring.spaces))}, activations"
                               f" {shown(self.measuring.forward)}")  # fmt: skip
