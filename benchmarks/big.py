@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/big.py --only resnet18 --memory none 400MB --check
 
 Two networks with random weights, random inputs: neither changes the work, and the merge is worth nothing. Each merge is
-a process of its own. Memory is what /proc/self/status says, every 5 ms: "private" (RssAnon) has to be in memory, "mapped"
-(RssFile) are pages of files, temporary ones among them, that the system takes back when it needs room. Both are counted
-from when models and inputs are there. Linux only. --check compares the results of all caps, bit for bit.
+a process of its own. Memory is what /proc/self/status says, every 5 ms: "private" (RssAnon) has to be in memory,
+"mapped" (RssFile) are pages of files, temporary ones too, that the system takes back when it needs room. Both are
+counted from when models and inputs are there. Linux only. --check compares the results of all caps, bit for bit.
 """
 
 from __future__ import annotations
