@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 import fxzip
 from fxzip import passes
+from fxzip.match import resolve
+from fxzip.measure.moments import SpaceMoments
 from fxzip.memory import parsed, shown
 from fxzip.merge import choose
 
@@ -57,7 +59,7 @@ def llama(layers: int, dtype: torch.dtype) -> Callable[[], nn.Module]:
             hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
             num_key_value_heads=4, vocab_size=32_000, use_cache=False,
         )  # fmt: skip
-        return LlamaForCausalLM(config).to(dtype)
+        return nn.Module.to(LlamaForCausalLM(config), dtype)
 
     return make
 
@@ -160,6 +162,20 @@ def merge(
     }  # fmt: skip
 
 
+def copies(method: str, n: int) -> str:
+    """What matching two models' n features takes, in units of their second moments: `planning._COPIES`."""
+    torch.manual_seed(0)
+    rows = torch.randn(3000, n, dtype=torch.float64)
+    rows = torch.cat([rows, 0.7 * rows[:, torch.randperm(n)] + 0.7 * torch.randn(3000, n)], 1)
+    moments = SpaceMoments((n, n), 3000.0, rows.mean(0), rows.T @ rows / 3000)
+    del rows
+    watch, start = Watch(), time.process_time()
+    with watch.on(method):
+        resolve(method)(moments, n)
+    watch.over = True
+    return f"{method}, n = {n}: {watch.peaks[method][0] / (32 * n * n):.2f}, CPU {time.process_time() - start:.1f} s"
+
+
 def text(found: Mapping[str, Any]) -> str:
     counted = [r for r in found["rows"] if r[0] in ("Measure", "Match", "Average", "Solve")]
     before = next(r[4] for r in found["rows"] if r[0] == "Read")  # the traced copies of the models, libraries
@@ -190,8 +206,11 @@ def main() -> None:
     parser.add_argument("--until", help="first module that stays per model")
     parser.add_argument("--verify", action="store_true", help="with the proof, which no cap is for")
     parser.add_argument("--check", action="store_true", help="all caps have to make the same network")
+    parser.add_argument("--copies", type=int, metavar="N", help="only what --method takes for N features")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.copies:
+        return print(copies(args.method, args.copies))
     if args.child:
         warnings.simplefilter("ignore", fxzip.MergeWarning)
         cap = None if args.memory[0] == "none" else args.memory[0]

@@ -119,10 +119,10 @@ def peak(lowered: Lowered, wanted: Callable[[fx.Node], bool] = lambda _: True) -
     root: dict[fx.Node, fx.Node] = {}
     last: dict[fx.Node, int] = {}
     for k, node in enumerate(order):
-        base = node.all_input_nodes[:1] if _is_view(node) else []
-        root[node] = root.get(base[0], base[0]) if base else node
+        viewed = node.all_input_nodes[0] if _is_view(node) and node.all_input_nodes else node
+        root[node] = root[viewed] if viewed in root else viewed
         for used in (node, *node.all_input_nodes):
-            last[root.get(used, used)] = k
+            last[root[used] if used in root else used] = k
     ends: dict[int, list[fx.Node]] = {}
     for node, k in last.items():
         ends.setdefault(k, []).append(node)
