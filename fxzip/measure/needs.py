@@ -119,10 +119,11 @@ def peak(lowered: Lowered, wanted: Callable[[fx.Node], bool] = lambda _: True) -
     root: dict[fx.Node, fx.Node] = {}
     last: dict[fx.Node, int] = {}
     for k, node in enumerate(order):
-        viewed = node.all_input_nodes[0] if _is_view(node) and node.all_input_nodes else node
-        root[node] = root[viewed] if viewed in root else viewed
+        viewed: fx.Node = node.all_input_nodes[0] if _is_view(node) and node.all_input_nodes else node
+        root[node] = root.get(viewed, viewed)
+        used: fx.Node
         for used in (node, *node.all_input_nodes):
-            last[root[used] if used in root else used] = k
+            last[root.get(used, used)] = k
     ends: dict[int, list[fx.Node]] = {}
     for node, k in last.items():
         ends.setdefault(k, []).append(node)
