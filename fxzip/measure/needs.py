@@ -110,7 +110,7 @@ def _rows(programs: Programs, spaces: Sequence[FeatureSpace], args: tuple, share
 def peak(lowered: Lowered, wanted: Callable[[fx.Node], bool] = lambda _: True) -> int:
     """Bytes of the values that are alive together, at most, while `run` goes through the graph; views cost nothing.
 
-    >>> from fxzip.trace.lower import lower
+    >>> import torch; from fxzip.trace.lower import lower
     >>> net = fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())).eval()
     >>> peak(lower(net, (torch.ones(2, 4),)))  # two values of 2 x 8 float32
     128
