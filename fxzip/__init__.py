@@ -17,7 +17,8 @@ from .infer import readable
 from .inspection import inspect
 from .match import C2M3, CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, Select, Transport, Unmerge, Zip
 from .measure.moments import Moments
-from .merge import METHODS, collect, merge
+from .merge import METHODS, collect, merge, plan
+from .planning import Plan
 from .repair import Repair
 from .report import Report, report
 from .rewrite import cut_points, extract
@@ -31,8 +32,8 @@ __version__ = installed()
 __all__ = [
     "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError", "Interrupted",
     "MergeWarning", "Moments",
-    "MuDSC", "Pair", "Permute", "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError",
+    "MuDSC", "Pair", "Permute", "Plan", "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError",
     "Transport", "Unmerge", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points",
-    "extract", "frontier", "greedy_soup", "html", "inspect", "landscape", "load", "merge", "passes", "plot",
+    "extract", "frontier", "greedy_soup", "html", "inspect", "landscape", "load", "merge", "passes", "plan", "plot",
     "readable", "report", "save", "scramble", "verify",
 ]  # fmt: skip

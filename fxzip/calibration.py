@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from inspect import signature
+from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,9 @@ from torch.utils._pytree import tree_map
 
 from .errors import InputError
 from .measure import Checkpoint, Programs, collect_moments, fingerprint, form_of, other_forms, read_batches
-from .measure.moments import Moments
+from .measure.moments import Moments, SpaceMoments
+from .memory import Store
+from .planning import Plan
 from .prepare import Prepared
 from .processes import ALONE, Processes
 from .trace import describe, rows, state_of
@@ -25,23 +29,46 @@ def measure(
     progress: bool,
     resume: str | Path | None = None,
     processes: Processes = ALONE,
+    plan: Plan | None = None,
 ) -> Moments:
     """Moments of the merged spaces over `batches`. resume: a folder that keeps them while they grow, of several
-    processes one inside for each."""
-    programs = Programs(prepared.graph_modules, prepared.spaces)
-    checkpoint = None
-    if resume is not None:
-        rows = [(s.name, s.size, [(a.node, a.axes, a.weight) for a in s.anchors]) for s in prepared.merged_spaces()]
-        if processes.world > 1:
-            resume, rows = Path(resume) / f"rank{processes.rank}of{processes.world}", [*rows, processes.world]
-        checkpoint = Checkpoint(resume, fingerprint(programs.states, batches, seed, rows))
-    count = sum(max((x.shape[0] for x in b if isinstance(x, Tensor) and x.dim()), default=1) for b in batches)
-    found = collect_moments(
-        programs, prepared.merged_spaces(), batches, count, seed=seed, progress=progress, checkpoint=checkpoint,
-        processes=processes,
-    )  # fmt: skip
-    own = {n: m.restrict(prepared.real[n]) if n in prepared.real else m for n, m in found.items()}
-    return replace(found, spaces=own, form=form_of(prepared.args))
+    processes one inside for each, and of several passes. plan: in which passes, and whether to files."""
+    programs = plan.programs if plan else Programs(prepared.graph_modules, prepared.spaces)
+    passes = plan.passes if plan and plan.spills else (None,)
+    store = Store(0 if plan and plan.spills else inf)
+
+    def keep(name: str, moments: SpaceMoments) -> SpaceMoments:
+        own = moments.restrict(prepared.real[name]) if name in prepared.real else moments
+        return own.moved(store.keep)
+
+    found: dict[str, SpaceMoments] = {}
+    for k, names in enumerate(passes):
+        part = (k, len(passes), names) if len(passes) > 1 else None
+        checkpoint = resume and _checkpoint(resume, prepared, programs, batches, seed, processes, part)
+        found |= collect_moments(
+            programs, prepared.merged_spaces(), batches, samples(batches), seed=seed, progress=progress,
+            checkpoint=checkpoint or None, processes=processes, only=names, keep=keep,
+        )  # fmt: skip
+    return Moments(found, form_of(prepared.args))
+
+
+def samples(batches: Sequence[tuple]) -> int:
+    """In all of them."""
+    return sum(max((x.shape[0] for x in b if isinstance(x, Tensor) and x.dim()), default=1) for b in batches)
+
+
+def _checkpoint(
+    folder: str | Path, prepared: Prepared, programs: Programs, batches: list[tuple], seed: int, processes: Processes,
+    part: tuple | None,
+) -> Checkpoint:  # fmt: skip
+    """part: (which pass, of how many, over which spaces), where there are several."""
+    spaces = prepared.merged_spaces()
+    rows: list[Any] = [(s.name, s.size, [(a.node, a.axes, a.weight) for a in s.anchors]) for s in spaces]
+    if processes.world > 1:
+        folder, rows = Path(folder) / f"rank{processes.rank}of{processes.world}", [*rows, processes.world]
+    if part:
+        folder, rows = Path(folder) / f"pass{part[0] + 1}of{part[1]}", [*rows, part]
+    return Checkpoint(folder, fingerprint(programs.states, batches, seed, rows))
 
 
 def calibration_batches(prepared: Prepared, count: int, seed: int, processes: Processes = ALONE) -> list[tuple]:

@@ -119,7 +119,8 @@ def frontier(
     total = sum(_size(b) for b in batches)
     fitted = _named(_slice(batches, 0, calibration), signature(p.graph_modules[0].forward))
     held = _slice(batches, max(min(calibration, total - holdout), 0), total)
-    moments = collect(models, fitted, calibration=calibration, seed=seed, progress=progress, **reading)
+    moments = collect(models, fitted, calibration=calibration, seed=seed, progress=progress,
+                      memory=options.get("memory"), **reading)  # fmt: skip
     given: dict[str, Any] = options | {
         "verify": False, "calibration": calibration, "seed": seed, "progress": progress,
     }  # fmt: skip

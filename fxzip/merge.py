@@ -16,8 +16,10 @@ from .errors import InputError
 from .match import MATCHERS, Matcher, needs, resolve
 from .measure import invent
 from .measure.moments import Moments
+from .memory import parsed
 from .nested import apart
 from .options import wrong_options, wrong_weights
+from .planning import Plan, make_plan
 from .prepare import Clock, prepare
 from .processes import Processes
 from .repair import Repair, split
@@ -46,6 +48,7 @@ def merge(
     forward_fn: Callable[..., Any] | None = None,
     evaluate: Callable[[nn.Module, str], float] | None = None,
     resume: str | Path | None = None,
+    memory: int | str | None = None,
     distributed: Any = False,
 ) -> fx.GraphModule:
     """Merge N networks of one architecture into one; gradient-free, label-free, deterministic.
@@ -73,6 +76,9 @@ def merge(
         gives of the result: the report has the numbers, and a warning where the merge lost much.
     resume: a folder that keeps what was measured: Ctrl-C, SIGTERM or a crash loses little, and the same call
         goes on from there, to the same bytes.
+    memory: bytes, or "4GB": what may be held beyond the models, the calibration inputs and the result. Spaces are
+        then measured in several passes over the batches, and what has no room goes to temporary files; the result
+        is the same to the last bit. `plan` says beforehand what is needed. The proof (verify) is not counted.
     distributed: True in every process of a torch.distributed group (or that group): all call this alike, each
         measures and solves on its share of the batches, and all get the network that one process would make, up
         to rounding. "repair" and matching itself are not divided.
@@ -92,7 +98,7 @@ def merge(
     wrong = wrong_options(
         {"until": until, "budget": budget, "heads": heads, "seed": seed, "device": device, "verify": verify,
          "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments, "resume": resume,
-         "distributed": distributed}
+         "memory": memory, "distributed": distributed}
     ) + wrong_weights(model_weights, models)  # fmt: skip
     try:
         repair, solver, matcher = choose(method, budget, len(models) if isinstance(models, Sized) else 2)
@@ -112,6 +118,7 @@ def merge(
     stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]
     stages += [passes.Prove(seed, strict=verify != "report")] if verify else []
     stages += [passes.Read(calibration, seed)]
+    stages += [passes.Cap(memory, matcher, solver, needs_data and moments is None, resume is not None)]
     stages += [passes.Measure(seed, moments, resume)] if needs_data or moments is not None else []
     stages += [passes.Match(matcher, budget, seed), passes.Average()]
     stages += [passes.Respread(repair)] if repair else []
@@ -140,6 +147,7 @@ def collect(
     progress: bool = True,
     forward_fn: Callable[..., Any] | None = None,
     resume: str | Path | None = None,
+    memory: int | str | None = None,
     distributed: Any = False,
 ) -> Moments:
     """The joint moments `merge` would measure: `merge(models, moments=...)` reuses them, `.save` keeps them.
@@ -148,7 +156,7 @@ def collect(
     """
     wrong = wrong_options(
         {"until": until, "seed": seed, "device": device, "forward_fn": forward_fn, "resume": resume,
-         "distributed": distributed}
+         "memory": memory, "distributed": distributed}
     )  # fmt: skip
     if wrong:
         check_merge(models, loader, calibration=calibration, problems=wrong, call="fxzip.collect")
@@ -158,4 +166,50 @@ def collect(
     )  # fmt: skip
     processes = Processes.of(distributed)
     batches = calibration_batches(p, calibration, seed, processes)
-    return measure(p, batches, seed, progress and processes.rank == 0, resume, processes)
+    processes.same("memory", cap := parsed(memory))
+    capped = None if cap is None else make_plan(p, batches, cap, resume=resume is not None)
+    return measure(p, batches, seed, progress and processes.rank == 0, resume, processes, capped)
+
+
+def plan(
+    models: Sequence[nn.Module] | Mapping[str, nn.Module],
+    loader: Iterable | Mapping[str, Iterable],
+    *,
+    method: str | Matcher | Solve | Repair = "solve",
+    memory: int | str | None = None,
+    until: str | None = None,
+    calibration: int = 2048,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    forward_fn: Callable[..., Any] | None = None,
+    resume: bool = False,
+) -> Plan:
+    """What `merge` with these arguments would need and do; print it. Every model runs on one batch of each shape.
+
+    Arguments and errors as for `merge`; resume: whether there would be a folder. `.least` is the smallest `memory=`
+    that would do, `.passes` the spaces of each pass over the batches, `.spills` whether anything goes to files.
+
+    >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, k)) for k in (2, 3))
+    >>> found = plan([a, b], [torch.randn(64, 4)], method="zip", memory="1MB")
+    >>> found.passes, found.spills
+    ((('s0',),), False)
+    """
+    models, loader, _ = apart(models, loader, None)
+    wrong = wrong_options(
+        {"until": until, "seed": seed, "device": device, "forward_fn": forward_fn, "memory": memory}
+    )
+    try:
+        repair, solver, matcher = choose(method, None, len(models) if isinstance(models, Sized) else 2)
+    except InputError as error:
+        wrong, repair, solver, matcher = [*wrong, str(error)], None, None, resolve("average")
+    if wrong:
+        check_merge(models, loader, calibration=calibration, problems=wrong, call="fxzip.plan")
+    p = prepare(
+        models, loader, call="fxzip.plan", clock=Clock(), until=until, device=device, verify=False, seed=seed,
+        calibration=calibration, forward_fn=forward_fn,
+    )  # fmt: skip
+    measures = bool(solver or repair or needs(matcher) - {"weights"})
+    return make_plan(
+        p, calibration_batches(p, calibration, seed), parsed(memory), method=solver.name if solver else matcher.name,
+        matcher=matcher, settings=solver.settings if solver else None, measures=measures, resume=resume,
+    )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .measure.moments import Moments
+from .memory import wrong_memory
 from .processes import wrong_group
 
 HEADS = ("separate", "concat", "average")
@@ -133,5 +134,6 @@ _RULES: dict[str, Callable[[Any], str]] = {
     "evaluate": _callable("evaluate", "a network and its task's name"),
     "moments": _moments,
     "resume": _folder,
+    "memory": wrong_memory,
     "distributed": wrong_group,
 }

@@ -48,7 +48,10 @@ def results(distributed: bool, folder: Path) -> dict[str, dict[str, torch.Tensor
         zipped = fxzip.merge(nets(), DATA, method=method, verify=False, progress=False, distributed=distributed)
         found[name] = dict(zipped.state_dict())
     moments = fxzip.collect(nets(), DATA, progress=False, distributed=distributed, resume=folder)
-    return found | {"moments": {n: m.second for n, m in moments.items()}}
+    cap = fxzip.plan(nets(), DATA, method="zip").least
+    capped = fxzip.collect(nets(), DATA, progress=False, distributed=distributed, memory=cap)
+    both = {"moments": moments, "capped": capped}
+    return found | {k: {n: m.second.clone() for n, m in each.items()} for k, each in both.items()}
 
 
 def refusals(rank: int) -> list[str]:
@@ -80,6 +83,7 @@ def test_two_processes_make_what_one_makes(tmp_path):
         for key, value in tensors.items():
             torch.testing.assert_close(first[name][key], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
             assert torch.equal(first[name][key], second[name][key]), "all ranks have the same bytes"
+    assert all(torch.equal(one["capped"][n], second) for n, second in one["moments"].items())
     assert {p.name for p in (tmp_path / "kept").iterdir()} == {"rank0of2", "rank1of2"}
     assert said[0] == "rank 1: " + heard[0] and "model 0 yields NaN or Inf at %" in heard[0]
     assert said[1] == heard[1] and said[1].startswith("rank 1 has other batches than rank 0: give every rank the same")

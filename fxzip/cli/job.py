@@ -115,6 +115,7 @@ def run(
         verify=recipe.verify,
         progress=progress,
         resume=resume,
+        memory=recipe.memory,
         distributed=processes.world > 1,
     )
     if processes.rank:

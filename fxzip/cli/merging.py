@@ -45,6 +45,7 @@ def merge(
     seed: Annotated[int | None, option(METHOD, "Of all that is drawn (0).")] = None,
     verify: Annotated[str | None, option(METHOD, "true (default); report: merge although the proof fails")] = None,
     device: Annotated[str | None, option(METHOD, "auto (default), cpu, cuda, ...")] = None,
+    memory: Annotated[str | None, option(METHOD, "Cap, such as 4GB: more goes to files, -v tells the plan.")] = None,
     dtype: Annotated[str | None, option(RESULT, "float32, bfloat16, ...; default: the models'.")] = None,
     out: Annotated[Path | None, option(RESULT, "Where to write, without a recipe.")] = None,
     pt2: Annotated[bool, option(RESULT, "Also model.pt2, which runs without fxzip.", "--pt2")] = False,
@@ -63,7 +64,7 @@ def merge(
     flags = {
         "model": model, "weights": weights, "name": name, "data": data, "image_size": image_size,
         "calibration": calibration, "method": method, "until": until, "budget": budget, "heads": heads,
-        "seed": seed, "device": device, "dtype": dtype, "verify": VERIFY.get(verify or "", verify),
+        "seed": seed, "device": device, "memory": memory, "dtype": dtype, "verify": VERIFY.get(verify or "", verify),
     }  # fmt: skip
     given = {k: v for k, v in flags.items() if v is not None and v != []}
     target = out or out_folder

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from ..errors import InputError
+from ..memory import wrong_memory
 from . import data as datas
 from . import models
 from .spec import inside, moved
@@ -78,6 +79,14 @@ class Recipe(_Strict):
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
     strict: bool = False
     verify: Literal[True, False, "report"] = True
+    memory: int | str | None = None
+
+    @field_validator("memory")
+    @classmethod
+    def _memory(cls, given: int | str | None) -> int | str | None:
+        if problem := wrong_memory(given):
+            raise PydanticCustomError("memory", "{problem}", {"problem": problem})
+        return given
 
     @field_validator("models")
     @classmethod
@@ -283,7 +292,7 @@ def _said(error: Any, lines: Mapping[tuple, int]) -> str:
         return f"{line}unknown key {shown}: {hint}"
     if error["type"] == "missing":
         return f"{shown} is missing"
-    if error["type"] == "names":
+    if error["type"] in ("names", "memory"):
         return f"{line}{error['msg']}"
     return f"{line}{shown}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ def match_once(
     widths: Mapping[str, int] | None = None,
     models: int | None = None,
     real: Mapping[str, Sequence[np.ndarray]] | None = None,
+    keep: Callable[[Matching], Matching] = lambda matching: matching,
 ) -> dict[str, Matching]:
     """One Matching per space, parents before children, each an element of the space's own group structure.
 
@@ -34,8 +35,8 @@ def match_once(
     widths: merged width of spaces, default the widest model's; a space with blocks of one size may get
     (number of blocks) * (block width), if its blocks are contiguous. models: how many there are, needed only
     without any moments. real: where the models' widths differ, which of a space's features every model has; moments
-    and matchings are of those. Raises SpaceError naming the space where a width or the models' sizes do not fit,
-    InputError for unknown names.
+    and matchings are of those. keep: where a matching goes once it is found. Raises SpaceError naming the space where
+    a width or the models' sizes do not fit, InputError for unknown names.
 
     >>> from fxzip.measure import SpaceMoments
     >>> c = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
@@ -57,11 +58,11 @@ def match_once(
         wanted = {s.name: (widths or {}).get(s.name, max(sizes[s.name])) for s in family}
         if len(family) == 1 and not family[0].parents:
             space = family[0]
-            found[space.name] = _plain(
-                space, moments.get(space.name), matcher, wanted[space.name], own[space.name]
+            found[space.name] = keep(
+                _plain(space, moments.get(space.name), matcher, wanted[space.name], own[space.name])
             )
         else:
-            found |= _Family(family, moments, sizes, wanted, own).match(matcher)
+            found |= {n: keep(m) for n, m in _Family(family, moments, sizes, wanted, own).match(matcher).items()}
     return {space.name: found[space.name] for space in every}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -49,6 +50,13 @@ class Matching:
     def width(self) -> int:
         """m, the number of merged features."""
         return len(self.merge)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Matching:
+        """The same, M and U being what `move` makes of them: equal tensors elsewhere, not looked at again."""
+        found = copy(self)
+        for name in ("merge", "unmerge"):
+            object.__setattr__(found, name, move(getattr(self, name)))
+        return found
 
     def expanded(self, real: Sequence[np.ndarray], size: int) -> Matching:
         """The same over `size` features of every model, of which its own are `real[i]`; nothing is made of the others

@@ -6,7 +6,7 @@ in turn, all others as they stand, until nothing changes: coordinate descent (Gi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -65,13 +65,15 @@ def match(
     seed: int = 0,
     shares: Sequence[float] = (),
     real: Mapping[str, Sequence[np.ndarray]] | None = None,
+    keep: Callable[[Matching], Matching] = lambda matching: matching,
 ) -> Matchings:
     """One Matching per space, parents before children: see `match_once` for all arguments but the next three.
 
     weights: of all models, for a matcher that compares them; `seed` is for the order of its sweeps. Where they
     start: "activations" (their moments alone), "order" (features as they are), or "sorted": one pass in which
     weights are sorted along the axes of spaces that come later, which finds an exact copy at once. shares: what
-    every model counts in the means (default: all alike); a least-squares unmerge comes after those.
+    every model counts in the means (default: all alike); a least-squares unmerge comes after those. keep: where
+    a matching goes once it is found, but for matchers that compare weights.
     `.notices` say how it went. Raises InputError when weights are needed and not given.
     """
     every = list(spaces)
@@ -85,14 +87,15 @@ def match(
     found = (
         _by_weights(every, moments, plain, widths, models, weights, seed)
         if "weights" in needs(plain)
-        else Matchings(match_once(every, moments, plain, widths, models, real))
+        else Matchings(match_once(every, moments, plain, widths, models, real, keep))
     )
-    result = Matchings({name: m.weighted(shares) for name, m in found.items()} if shares else found)
+    alike = len(set(shares)) < 2
+    result = Matchings(found if alike else {name: keep(m.weighted(shares)) for name, m in found.items()})
     if isinstance(matcher, Unmerge):
         above = {p.space for s in every for p in s.parents}
         for s in every:
             if s.name in moments and free(s, above):
-                result[s.name] = matcher.inside(s, result[s.name], moments[s.name])
+                result[s.name] = keep(matcher.inside(s, result[s.name], moments[s.name]))
     result.notices = found.notices
     return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -14,7 +14,7 @@ from ..errors import FxzipError, InputError
 from ..infer import Anchor, FeatureSpace
 from ..processes import ALONE, Processes
 from ..trace import batch_size, describe
-from .moments import Accumulator, Moments
+from .moments import Accumulator, Moments, SpaceMoments
 from .programs import Programs, rows_in, rows_of
 from .resume import Checkpoint
 
@@ -32,6 +32,8 @@ def collect_moments(
     progress: bool = True,
     checkpoint: Checkpoint | None = None,
     processes: Processes = ALONE,
+    only: Collection[str] | None = None,
+    keep: Callable[[str, SpaceMoments], SpaceMoments] = lambda _, moments: moments,
 ) -> Moments:
     """Moments of `spaces` over `batches` (positional argument tuples), every model on every batch.
 
@@ -39,6 +41,8 @@ def collect_moments(
     subsampled at random, the same ones in every model. count: expected number of samples, for the quota.
     Accumulates in float64. checkpoint: keeps the sums, and what it has of an earlier run is not measured again.
     processes: every rank measures its share of the batches, all get the sums; what is drawn is what one would draw.
+    only: names of the spaces to measure, as one pass over all of them would. keep: what becomes of each one's moments,
+    whose sums are gone by then.
     Raises InputError naming node, line and model where a value is not finite, or the batch where a model fails.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -51,26 +55,27 @@ def collect_moments(
             size = max(batch_size(args), 1)
             bar.set_postfix_str(f"batch {k + 1} of {len(batches)}")
             if k >= done:
-                measured = _run_batch if processes.mine(k) else _pass_over
-                measured(programs, spaces, args, k, size / max(count, size), generator, sums)
+                measured = _run_batch if processes.mine(k) else _draws
+                measured(programs, spaces, args, size / max(count, size), generator, only, k, sums)
                 if checkpoint:
                     checkpoint.check(k + 1, len(batches), sums, generator)
             bar.update(size)
     if processes.world > 1:
         sums = _summed(sums, processes, _device(programs))
-    if not sums and spaces:
+    if not batches and spaces:
         raise InputError("fxzip.collect: the loader yielded no batch")
-    return Moments({name: s.moments() for name, s in sums.items()})
+    order = [s.name for s in spaces if s.name in sums]
+    return Moments({name: keep(name, sums.pop(name).moments()) for name in order})
 
 
 def _device(programs: Programs) -> torch.device:
     return next((t.device for state in programs.states for t in state.values()), torch.device("cpu"))
 
 
-def _run_batch(programs: Programs, spaces, args, index: int, share: float, generator, sums: dict) -> None:
+def _run_batch(programs: Programs, spaces, args, share: float, generator, only, index: int, sums: dict) -> None:
     """`_one_batch`; what a model raises comes out with the batch's number."""
     try:
-        _one_batch(programs, spaces, args, share, generator, sums)
+        _one_batch(programs, spaces, args, share, generator, only, sums)
     except FxzipError:
         raise
     except (MemoryError, RuntimeError, IndexError, ValueError) as error:
@@ -81,19 +86,28 @@ def _run_batch(programs: Programs, spaces, args, index: int, share: float, gener
         ) from error
 
 
-_OUT_OF_MEMORY = ". Smaller batches need less; method='rebasin' measures nothing; until= leaves out wide late layers"
+_OUT_OF_MEMORY = (
+    ". Smaller batches need less; memory='4GB' says how much there is, and the spaces are measured a few at a time;"
+    " method='rebasin' measures nothing; until= leaves out wide late layers"
+)
 
 
-def _pass_over(programs: Programs, spaces, args, index: int, share: float, generator, sums: dict) -> None:
-    """Another rank's batch: only draw what it draws, in the same order."""
-    anchors, at = _places(programs, spaces, args)
+def _draws(
+    programs: Programs, spaces, args, share: float, generator: torch.Generator, only: Collection[str] | None, *_
+) -> dict[tuple[str, int], Tensor | None]:
+    """(space, index of an anchor) -> which rows of it are taken (None: all). They are drawn for all spaces in the order
+    of the graph, whoever measures them; those not in `only` are forgotten."""
+    anchors, at = places(programs, spaces, args)
     graph, twin = programs.lowered(0, args)
     back = {twin[n]: n for n in at}
+    chosen: dict[tuple[str, int], Tensor | None] = {}
     for node in graph.graph.nodes:
         for space, i in at.get(back.get(node.name, ""), ()):
-            anchor = anchors[space.name][i]
-            rows = rows_in(anchor, tuple(node.meta["shape"]))
-            _subsample(rows, _quota(space, anchors[space.name], i, len(programs.states), share), generator)
+            rows = rows_in(anchors[space.name][i], tuple(node.meta["shape"]))
+            drawn = _subsample(rows, quota(space, anchors[space.name], i, len(programs.states), share), generator)
+            if only is None or space.name in only:
+                chosen[space.name, i] = drawn
+    return chosen
 
 
 def _summed(sums: dict[str, Accumulator], processes: Processes, device: torch.device) -> dict[str, Accumulator]:
@@ -108,7 +122,7 @@ def _summed(sums: dict[str, Accumulator], processes: Processes, device: torch.de
     return {name: sums[name] for name in sizes}
 
 
-def _places(programs: Programs, spaces: Sequence[FeatureSpace], args: tuple):
+def places(programs: Programs, spaces: Sequence[FeatureSpace], args: tuple):
     """(anchors of every space at this batch shape, node name -> (space, index of its anchor) there)."""
     anchors = {s.name: programs.visible(s, args) for s in spaces}
     at: dict[str, list[tuple[FeatureSpace, int]]] = defaultdict(list)
@@ -118,19 +132,18 @@ def _places(programs: Programs, spaces: Sequence[FeatureSpace], args: tuple):
     return anchors, at
 
 
-def _one_batch(programs: Programs, spaces, args, share: float, generator: torch.Generator, sums: dict) -> None:
+def _one_batch(
+    programs: Programs, spaces, args, share: float, generator: torch.Generator, only: Collection[str] | None, sums: dict
+) -> None:
     """Run all models on one batch; the rows of one anchor are added once the last model has shown them."""
-    anchors, at = _places(programs, spaces, args)
-    chosen: dict[tuple[str, int], Tensor | None] = {}
+    chosen = _draws(programs, spaces, args, share, generator, only)
+    anchors, at = places(programs, [s for s in spaces if only is None or s.name in only], args)
     held: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
     def sink(name: str, value: Tensor) -> None:
         for space, i in at[name]:
             anchor = anchors[space.name][i]
             key = (space.name, i)
-            if key not in chosen:
-                quota = _quota(space, anchors[space.name], i, models, share)
-                chosen[key] = _subsample(rows_in(anchor, tuple(value.shape)), quota, generator)
             rows = rows_of(anchor, value, chosen[key])
             _check_finite(programs, name, current, rows)
             held[key].append(rows)
@@ -159,12 +172,12 @@ def _accumulator(space: FeatureSpace, sizes: list[int], device: torch.device) ->
         ) from error
 
 
-def _quota(space: FeatureSpace, anchors: Sequence[Anchor], i: int, models: int, share: float) -> int:
+def quota(space: FeatureSpace, anchors: Sequence[Anchor], i: int, models: int, share: float) -> int:
     """How many rows of a batch, which is `share` of the data, the i-th anchor of a space gives: the space's are dealt
     out evenly to the anchors that count; one that hardly does gives a quarter."""
     rows = max(ROWS, PER_FEATURE * space.size * models) / max(sum(a.weight == 1 for a in anchors), 1)
-    quota = max(64, int(share * rows))
-    return quota if anchors[i].weight == 1 else quota // 4
+    taken = max(64, int(share * rows))
+    return taken if anchors[i].weight == 1 else taken // 4
 
 
 def _subsample(rows: int, quota: int, generator: torch.Generator) -> Tensor | None:

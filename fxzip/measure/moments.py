@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,12 @@ class SpaceMoments:
         scale = covariance.diagonal().clamp_min(0).sqrt()
         scale[self.dead] = 1
         return covariance.div_(scale).div_(scale[:, None]).clamp_(-1, 1).fill_diagonal_(1)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> SpaceMoments:
+        """The same, its second moment being what `move` makes of it: an equal tensor elsewhere, not looked at again."""
+        found = copy(self)
+        object.__setattr__(found, "second", move(self.second))
+        return found
 
     def restrict(self, features: Sequence[np.ndarray]) -> SpaceMoments:
         """The moments of some features only: `features[i]` are indices into model i's own features.

@@ -12,6 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from ..errors import InputError
 from ..match import Matchings
 from ..measure.moments import Moments
+from ..planning import Plan
 from ..prepare import Clock, Prepared, begin, compare
 from ..processes import ALONE, Processes
 from ..rewrite import Heads
@@ -24,7 +25,7 @@ _LATER: Any = None  # what a later stage makes
 @dataclass(frozen=True)
 class Job:
     """What the stages have found so far. models: see `Checked`. batches: argument tuples on the device.
-    settings: of each stage that ran, by its name. processes: who shares the work."""
+    settings: of each stage that ran, by its name. processes: who shares the work. plan: from `Cap`."""
 
     prepared: Prepared
     models: tuple[nn.Module, ...]
@@ -44,6 +45,7 @@ class Job:
     records: tuple[Record, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     processes: Processes = ALONE
+    plan: Plan | None = None
 
     @property
     def measured_matchings(self) -> Matchings:
@@ -104,10 +106,12 @@ def give(graph_module: fx.GraphModule, new: Job) -> fx.GraphModule:
 
 
 class Stage(PassBase):
-    """One stage. needs: fields of Job, and the stage that makes each; clock: under which name its seconds count."""
+    """One stage. needs: fields of Job, and the stage that makes each; clock: under which name its seconds count;
+    matters: to the result, so that the report names it."""
 
     needs: ClassVar[Mapping[str, str]] = {}
     clock: ClassVar[str] = ""
+    matters: ClassVar[bool] = True
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         self.requires(graph_module)
@@ -135,7 +139,9 @@ class Stage(PassBase):
             made, now = self.run(graph_module, now)
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
         text = ", ".join(f"{k}={v!r}" for k, v in shown.items())
-        give(made, replace(now, settings={**now.settings, type(self).__name__: text}))
+        if self.matters:
+            now = replace(now, settings={**now.settings, type(self).__name__: text})
+        give(made, now)
         return PassResult(made, made is not graph_module)
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:

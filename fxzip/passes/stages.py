@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,8 +19,10 @@ from ..calibration import calibration_batches, measure
 from ..describe import describe
 from ..errors import InputError, MergeWarning
 from ..infer import resize
-from ..match import Matcher, match, needs, resolve
+from ..match import Matcher, Matching, match, needs, resolve
 from ..measure.moments import Moments
+from ..memory import Store, parsed
+from ..planning import make_plan
 from ..prepare import compare, cut_graph, infer_spaces, prove
 from ..repair import Repair, repair_parameters
 from ..rewrite.zipped import KEY
@@ -27,6 +31,8 @@ from ..solve import Solve as SolveMethod
 from ..solve import solve_parameters
 from ..trace import rows
 from .job import JOB, Job, Stage, job, node_names
+
+log = logging.getLogger("fxzip")
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,34 @@ class Read(Stage):
 
 
 @dataclass(frozen=True)
+class Cap(Stage):
+    """What the stages after it may hold. memory: as in `merge`; the rest says what those stages will be. Logs the plan
+    (INFO). Raises InputError where the cap is too small."""
+
+    memory: int | str | None = field(default=None, repr=False)
+    method: str | Matcher = field(default="zip", repr=False)
+    solve: SolveMethod | None = field(default=None, repr=False)
+    measures: bool = field(default=True, repr=False)
+    resume: bool = field(default=False, repr=False)
+    clock: ClassVar[str] = "plan"
+    matters: ClassVar[bool] = False
+    needs: ClassVar = {"cut": "Cut", "batches": "Read"}
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        now.processes.same("memory", cap := parsed(self.memory))
+        if cap is None and not log.isEnabledFor(logging.INFO):
+            return graph, now
+        matcher = resolve(self.method)
+        found = make_plan(
+            now.prepared, now.batches, cap, method=self.solve.name if self.solve else matcher.name, matcher=matcher,
+            settings=self.solve.settings if self.solve else None, measures=self.measures, resume=self.resume,
+            processes=now.processes,
+        )  # fmt: skip
+        log.info("%s", found)
+        return graph, replace(now, plan=found)
+
+
+@dataclass(frozen=True)
 class Measure(Stage):
     """Moments of every shared space; or those of `collect`. resume: a folder, as in `merge`."""
 
@@ -96,7 +130,7 @@ class Measure(Stage):
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         found = self.moments
         if found is None:
-            found = measure(now.prepared, now.batches, self.seed, now.progress, self.resume, now.processes)
+            found = measure(now.prepared, now.batches, self.seed, now.progress, self.resume, now.processes, now.plan)
         return graph, replace(now, moments=found)
 
 
@@ -121,9 +155,14 @@ class Match(Stage):
         p, matcher, moments = now.prepared, resolve(self.method), now.moments or Moments({})
         widths = choose_widths(p, moments, self.budget, now.models) if self.budget is not None else {}
         evidence = p.read(moments) if "readers" in needs(matcher) else moments
+        store = Store(0 if now.plan and now.plan.spills else inf)
+
+        def keep(matching: Matching) -> Matching:
+            return matching.moved(store.keep)
+
         found = match(p.merged_spaces(), evidence, matcher, widths, len(p.names), None if p.real else p.weights(),
-                      self.seed, p.shares, p.real)  # fmt: skip
-        found.update({s: found[s].expanded(real, p.spaces[s].size) for s, real in p.real.items() if s in found})
+                      self.seed, p.shares, p.real, keep)  # fmt: skip
+        found.update({s: keep(found[s].expanded(own, p.spaces[s].size)) for s, own in p.real.items() if s in found})
         for node in graph.graph.nodes:
             here = node.meta["fxzip"]
             here["matchings"] = {s: found[s] for s in here["spaces"] if s in found}
@@ -181,7 +220,7 @@ class Solve(Stage):
         settings = replace(self.solve.settings, seed=self.seed)
         found = solve_parameters(
             p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.heads, now.batches, settings,
-            now.progress, resized, now.processes, p.shares,
+            now.progress, resized, now.processes, p.shares, now.plan.activations if now.plan else None,
         )  # fmt: skip
         return graph, replace(
             now, shared=found.shared, heads=found.heads, records=found.records, solved=True, method=self.solve.name,

@@ -14,14 +14,16 @@ from ..errors import InputError
 from ..infer import Spaces
 from ..match import Matcher, Matching, Zip
 from ..measure import Programs
+from ..memory import Store
 from ..processes import ALONE, Processes
 from ..rewrite import Heads, Partition
 from ..trace import Lowered, batch_size, describe, lower, state_of
 from .fit import Settings
-from .lanes import Chunks, Lane, Store
+from .lanes import Chunks, Lane
+from .needs import FitNeed, SolveNeeds, solve_needs
 from .sequence import Pass, Record
 
-__all__ = ["Record", "Settings", "Solve", "Solved", "solve_parameters"]
+__all__ = ["CHUNK", "FitNeed", "Record", "Settings", "Solve", "SolveNeeds", "Solved", "solve_needs", "solve_parameters"]
 
 CHUNK = 128  # samples that run at once
 
@@ -71,6 +73,7 @@ def solve_parameters(
     resized: fx.GraphModule | None = None,
     processes: Processes = ALONE,
     shares: Sequence[float] | None = None,
+    memory: float | None = None,
 ) -> Solved:
     """Fit shared and private parameters to the parents, in topological order, in closed form.
 
@@ -78,7 +81,8 @@ def solve_parameters(
     point that the ridge pulls towards. batches: positional-argument tuples; labels are not needed. Gradient-free
     and deterministic. The inputs are not modified. resized: the zipped GraphModule, where widths have changed: it
     has the right shapes. processes: every rank holds its share of the chunks, and all fit to the sums.
-    shares: what every model counts where values that are no features are averaged (default: all alike).
+    shares: what every model counts where values that are no features are averaged (default: all alike). memory: bytes
+    of activations that do not go to files, if other than `settings.memory`; the result does not depend on it.
     """
     chunks, notices = _chunks(batches), ()
     if len(chunks) < processes.world:
@@ -88,7 +92,8 @@ def solve_parameters(
     share, chunks = Chunks(len(chunks), processes), [c for k, c in enumerate(chunks) if processes.mine(k)]
     programs = Programs(graph_modules, spaces)
     settings = settings or Settings()
-    store = Store(settings.memory)
+    room = settings.memory if memory is None else memory
+    store = Store(room)
     parents = [_lane(programs, i, dict(programs.states[i]), chunks[0], store) for i in range(len(graph_modules))]
     state = {**state_of(graph_modules[0]), **shared}
     merged = (
@@ -110,13 +115,13 @@ def solve_parameters(
         for lane in (*parents, merged):
             for node, value in zip(lane.lowered.inputs, _tensors(chunk), strict=True):
                 lane.values.setdefault(lane.names[node], []).append(value)
-    steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, share)
+    steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, share, room)
     with torch.no_grad():
         steps.run(progress)
-    if store.mapped:
+    if store.mapped and memory is None:
         notices += (
             f"solve kept {store.mapped / 1e9:.1f} GB of activations in temporary files: they would take over "
-            f"{settings.memory / 1e9:.1f} GB of memory; Solve(settings=Settings(memory=...)) allows more",
+            f"{settings.memory / 1e9:.1f} GB of memory; memory= allows more",
         )
     fitted = tuple({n: lane.state[n] for n in s} for lane, s in zip(private, heads.states, strict=True))
     return Solved(

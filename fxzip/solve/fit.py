@@ -99,7 +99,7 @@ def solve_point(
 
     operand = _value(arguments(node)[design.weight], point.lane, 0, dynamic)
     matrix = design.matrix(operand, groups)
-    count = _rows(settings, matrix, chunks.total)
+    count = wanted_rows(settings, len(matrix), matrix.shape[-1]) // chunks.total + 1
     few = max(settings.rows * matrix.shape[-1], min(settings.least, _BENT)) // chunks.total + 1
     others = design.rows(values(0), 1, torch.Generator()).of if chunks.own < chunks.total else 0
     for j in chunks:
@@ -114,7 +114,7 @@ def solve_point(
         gram.add(x, target)
         if bend is not None:
             some = _some(len(x), few, x.device)
-            kept.append((x[some], target[some], _single(rows.y(full))[some]))
+            kept.append(point.lane.store.keep((x[some], target[some], _single(rows.y(full))[some])))
     gram.reduce(chunks.processes)
     start = _start(point, design, weight, bias, groups, intercept)
     if bend is None:
@@ -134,10 +134,10 @@ def _value(given: Any, lane: Lane, chunk: int, dynamic: Mapping[str, fx.Node]) -
     return lane.operand(given, chunk, dynamic) if isinstance(given, fx.Node) else given
 
 
-def _rows(settings: Settings, matrix: Tensor, chunks: int) -> int:
-    columns = matrix.shape[0] * matrix.shape[-1]
-    most = max(int(settings.memory / 8 / columns), matrix.shape[-1])  # their float32 take half of the cap at most
-    return min(max(settings.rows * matrix.shape[-1], settings.least), most) // chunks + 1
+def wanted_rows(settings: Settings, groups: int, columns: int) -> int:
+    """Design rows of one fit, of all chunks together; their float32 take half of `settings.memory` at most."""
+    most = max(int(settings.memory / 8 / (groups * columns)), columns)
+    return min(max(settings.rows * columns, settings.least), most)
 
 
 def _some(rows: int, count: int, device: torch.device) -> Tensor | slice:

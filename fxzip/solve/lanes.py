@@ -7,8 +7,6 @@ are mapped to temporary files, which change nothing but the time.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
+from ..memory import Store
 from ..processes import ALONE, Processes
 from ..trace.lower import Lowered
 
@@ -41,30 +40,6 @@ class Chunks:
         """For every chunk in order where it is in this rank's lanes; None: in another's."""
         for k in range(self.total):
             yield k // self.processes.world if self.processes.mine(k) else None
-
-
-@dataclass
-class Store:
-    """Where values go: memory while there is `room` (bytes), then files that nothing else can open."""
-
-    room: float
-    mapped: int = 0  # bytes that went to files, in all
-
-    def keep(self, value: Any) -> Any:
-        """`value`, or (for tensors without room) an equal CPU tensor on disk."""
-        if isinstance(value, (tuple, list)):
-            return type(value)(self.keep(v) for v in value)
-        if not isinstance(value, Tensor) or not value.numel():
-            return value
-        size = value.numel() * value.element_size()
-        self.room -= size
-        if self.room >= 0:
-            return value
-        self.mapped += size
-        with tempfile.TemporaryDirectory(prefix="fxzip-") as folder:  # gone at once; the mapping stays until freed
-            path = os.path.join(folder, "values")
-            flat = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-        return flat.view(value.dtype).view(value.shape).copy_(value)
 
 
 @dataclass

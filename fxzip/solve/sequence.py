@@ -57,6 +57,7 @@ class Pass:
     matchings: Mapping[str, Matching]
     settings: Settings
     chunks: Chunks
+    memory: float  # bytes of activations that stay there
     records: list[Record] = field(default_factory=list)
     peak: int = 0
 
@@ -142,7 +143,7 @@ class Pass:
 
     def _step(self, name: str, links: list[Link] | None) -> None:
         private = name in self.is_private
-        self.store.room = self.settings.memory - nbytes([*self.parents, self.merged, *self.private])
+        self.store.room = self.memory - nbytes([*self.parents, self.merged, *self.private])
         lanes = list(self.private) if private else [self.merged]
         for parent in self.parents:
             parent.compute(name, self.chunks.own, self.dynamic)

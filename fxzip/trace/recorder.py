@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from ..errors import TraceError
 from .linear import WHOLE
@@ -44,7 +45,7 @@ SYNONYMS = {
 
 
 class Recorder(TorchDispatchMode):
-    """Writes the ATen calls made beneath it into `graph`; knows tensors by identity, so all stay alive."""
+    """Writes the ATen calls made beneath it into `graph`; knows tensors by identity, as long as they live."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -57,9 +58,9 @@ class Recorder(TorchDispatchMode):
         self.origin: fx.Node | None = None
         self.origins: dict[fx.Node, fx.Node | None] = {}
         self.closed = False  # after the forward, functionalize writes changed arguments back: not ours
-        self._nodes: dict[int, fx.Node] = {}
-        self._by_storage: defaultdict[int, list[Tensor]] = defaultdict(list)
-        self._stale: set[int] = set()  # views of what was written in place since: their node is out of date
+        self._nodes = WeakIdKeyDictionary()  # Tensor -> its node; what the model has dropped is not kept alive
+        self._by_storage: defaultdict[int, list[TensorWeakRef]] = defaultdict(list)
+        self._stale = WeakIdKeyDictionary()  # views of what was written in place since: their node is out of date
         self._last_placeholder: fx.Node | None = None
 
     # ------------------------------------------------------------------ placeholders
@@ -96,9 +97,9 @@ class Recorder(TorchDispatchMode):
 
     def bind(self, tensor: Tensor, node: fx.Node) -> fx.Node:
         """From here on `tensor` is `node`'s value."""
-        self._nodes[id(tensor)] = node
-        self._stale.discard(id(tensor))
-        self._by_storage[_storage(tensor)].append(tensor)  # also keeps it alive, and its id its own
+        self._nodes[tensor] = node
+        self._stale.pop(tensor, None)
+        self._by_storage[_storage(tensor)].append(TensorWeakRef(tensor))
         return node
 
     def node_behind(self, value: Any) -> Any:
@@ -113,12 +114,12 @@ class Recorder(TorchDispatchMode):
     def _node_of(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if id(value) in self._stale:
+        if value in self._stale:
             raise TraceError(
-                f"{where(self.origin)} reads a view of %{self._nodes[id(value)]} after an in-place write to"
+                f"{where(self.origin)} reads a view of %{self._nodes[value]} after an in-place write to"
                 f" what it views. Write it without the in-place change"
             )
-        return self._nodes.get(id(value)) or self.constant(value)
+        return self._nodes.get(value) or self.constant(value)
 
     # ------------------------------------------------------------------ operators
 
@@ -182,7 +183,8 @@ class Recorder(TorchDispatchMode):
                 f"{func} at {where(self.origin)} writes in place to %{node_args[0]}, and no pure operator"
                 f" does the same. Write it without the in-place change"
             )
-        sharing = [x for x in self._by_storage[_storage(target)] if x is not target and _overlap(x, target)]
+        living = (ref() for ref in self._by_storage[_storage(target)])
+        sharing = [x for x in living if x is not None and x is not target and _same_memory(x, target)]
         result = func(*args, **kwargs)
         if constant:
             for x in (target, *sharing):
@@ -190,7 +192,7 @@ class Recorder(TorchDispatchMode):
             return result
         assert pure is not None
         node = self.graph.call_function(pure, node_args, node_kwargs)
-        self._stale.update(id(x) for x in sharing)
+        self._stale.update((x, True) for x in sharing)
         self._attach(node, target, constant=False)
         self.bind(result, node)
         return result
@@ -229,6 +231,11 @@ def random_forward(operator: Any, origin: fx.Node | None) -> TraceError:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """The address of a storage that is gone may be another's."""
+    return _storage(a) == _storage(b) and _overlap(a, b)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

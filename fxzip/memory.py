@@ -1,0 +1,107 @@
+"""Bytes: what `memory=` takes, how they are written, and where values go for which there is no room."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from math import ceil, isfinite
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_TEXT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?")
+_PAGE, _BLOCK = 4096, 1 << 22
+
+
+def wrong_memory(value: Any) -> str:
+    """Why `memory=` cannot be this; "" if it can.
+
+    >>> wrong_memory("4GB"), wrong_memory("much")
+    ('', "memory must be a number of bytes or a text such as '4GB' or '512MB', got 'much'")
+    """
+    fits = value is None or _bytes(value) is not None
+    return "" if fits else f"memory must be a number of bytes or a text such as '4GB' or '512MB', got {value!r}"
+
+
+def parsed(value: Any) -> int | None:
+    """`memory=` in bytes; None where there is no cap. Raises InputError.
+
+    >>> parsed("1.5GB"), parsed("2 GiB"), parsed(10**6)
+    (1500000000, 2147483648, 1000000)
+    """
+    if problem := wrong_memory(value):
+        raise InputError(problem)
+    return None if value is None else _bytes(value)
+
+
+def _bytes(value: Any) -> int | None:
+    if isinstance(value, str):
+        found = _TEXT.fullmatch(value.strip().upper())
+        value = float(found[1]) * _UNITS[found[2]] if found else None
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value) and value >= 1
+    return int(value) if fits else None
+
+
+def shown(count: float) -> str:
+    """In a unit that suits, rounded up to three digits: as `memory=` it is enough.
+
+    >>> shown(812), shown(1_234_567), shown(5e9)
+    ('812B', '1.24MB', '5GB')
+    """
+    unit = next((u for u in ("T", "G", "M", "K") if count >= _UNITS[u]), "")
+    digits = 10 ** max(0, 3 - len(str(int(count / _UNITS[unit]))))
+    return f"{ceil(round(count / _UNITS[unit] * digits, 6)) / digits:g}{unit}B"
+
+
+@dataclass
+class Store:
+    """Where values go: memory while there is `room` (bytes), then files that nothing else can open."""
+
+    room: float
+    mapped: int = 0  # bytes that went to files, in all
+
+    def keep(self, value: Any) -> Any:
+        """`value`, or (for tensors without room) an equal CPU tensor on disk. Raises InputError when that is full."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.keep(v) for v in value)
+        if not isinstance(value, Tensor) or not value.numel():
+            return value
+        size = value.numel() * value.element_size()
+        self.room -= size
+        if self.room >= 0:
+            return value
+        self.mapped += size
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        with tempfile.TemporaryDirectory(prefix="fxzip-") as folder:  # gone at once; the mapping stays until freed
+            path = os.path.join(folder, "values")
+            try:
+                _write(path, flat.numpy())
+            except OSError as error:
+                raise InputError(
+                    f"{shown(size)} for which memory has no room cannot be written below {tempfile.gettempdir()!r}:"
+                    f" {error}; TMPDIR names another folder, a larger memory= writes less"
+                ) from error
+            kept = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        return kept.view(value.dtype).view(value.shape)
+
+
+def _write(path: str, data: np.ndarray) -> None:
+    """uint8 [n] into a new file. Pages of zeros, of which matrices of matchings are full, take no room there."""
+    with open(path, "wb") as file:
+        file.truncate(len(data))
+        for start in range(0, len(data), _BLOCK):
+            block = data[start : start + _BLOCK]
+            whole = len(block) // _PAGE * _PAGE
+            full = block[:whole].view(np.uint64).reshape(-1, _PAGE // 8).any(1) if whole else np.zeros(0, bool)
+            edges = np.flatnonzero(np.diff(full, prepend=False, append=False)) * _PAGE
+            for i, j in [*edges.reshape(-1, 2).tolist(), (whole, len(block))]:
+                if i < j:
+                    file.seek(start + i)
+                    file.write(block[i:j].data)

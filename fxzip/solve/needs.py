@@ -1,0 +1,86 @@
+"""What solving takes, in bytes, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import fx
+
+from ..measure import peak, size_of
+from ..trace import Lowered
+from .design import design_of
+from .fit import Settings, wanted_rows
+from .lanes import dynamic_nodes
+from .slots import argument
+
+_GRAMS, _CROSSES = 7, 6  # float64 copies of [p, p] and of [o, p] that a fit has at once, by measurement
+_DESIGNS, _TARGETS = 4, 5  # float32 copies of design rows and of target rows
+
+
+@dataclass(frozen=True)
+class FitNeed:
+    """Bytes for the fit of one node with `columns` inputs, beyond the activations."""
+
+    node: str
+    columns: int
+    size: int
+
+
+@dataclass(frozen=True)
+class SolveNeeds:
+    """fits: of all contractions with weights. activations: of all networks on all samples, at most; what has no room
+    is in files. value: the largest of one network on one chunk of samples."""
+
+    fits: tuple[FitNeed, ...]
+    activations: int
+    value: int
+
+    @property
+    def largest(self) -> FitNeed:
+        """The fit that takes most; of none, an empty one."""
+        return max(self.fits, key=lambda f: f.size, default=FitNeed("", 0, 0))
+
+    @property
+    def work(self) -> int:
+        """Beyond activations that may go to files: a fit, or a value that is just made and the rows of its input."""
+        return max(self.largest.size, 0) + 2 * self.value
+
+
+def solve_needs(lowered: Lowered, batch: int, samples: int, chunk: int, models: int, settings: Settings) -> SolveNeeds:
+    """lowered: of one model, at batches of `batch`. chunk: samples that run at once, of `samples` in all."""
+    dynamic = dynamic_nodes(lowered)
+    chunk = min(chunk, samples)
+    lanes = models + 1
+    live = peak(lowered, lambda node: node.name in dynamic) * samples // batch * lanes
+    fits = [_fit(n, batch, samples, chunk, settings) for n in dynamic.values() if _contracts(n, dynamic)]
+    value = max((size_of(n) for n in dynamic.values() if n.op == "call_function"), default=0) * chunk // batch
+    return SolveNeeds(tuple(fits), live, value)
+
+
+def _contracts(node: fx.Node, dynamic: dict[str, fx.Node]) -> bool:
+    design = design_of(node)
+    weight = argument(node, design.weight) if design else None
+    return isinstance(weight, fx.Node) and weight.name not in dynamic
+
+
+def _fit(node: fx.Node, batch: int, samples: int, chunk: int, settings: Settings) -> FitNeed:
+    design = design_of(node)
+    assert design is not None
+    shape: Sequence[int] = argument(node, design.weight).meta["shape"]  # type: ignore[union-attr]
+    outputs = _outputs(node, shape, design.weight)
+    groups = int(argument(node, "groups") or 1)
+    columns, each = prod(shape) // max(outputs, 1), max(outputs // groups, 1)
+    there = prod(node.meta["shape"]) // max(outputs, 1) * chunk // batch
+    count = wanted_rows(settings, groups, columns)
+    rows = min(count // max(samples // chunk, 1) + 1, there)
+    gram = 8 * groups * (_GRAMS * columns**2 + _CROSSES * columns * each)
+    design_rows = 4 * groups * rows * (_DESIGNS * columns + _TARGETS * each)
+    return FitNeed(node.meta.get("origin") or node.name, columns, gram + design_rows)
+
+
+def _outputs(node: fx.Node, shape: Sequence[int], weight: str) -> int:
+    if argument(node, "transposed"):
+        return shape[1] * int(argument(node, "groups") or 1)
+    return shape[0] if weight == "weight" else shape[-1]  # [o, i, ...]; a matrix product has [p, o]
