@@ -70,7 +70,7 @@ def addr(ctx: Context, out: Sequence[OutSpec], self: Value, vec1: Value, vec2: V
 
 @rule("linear")
 def linear(
-    ctx: Context, out: Sequence[OutSpec], input: Value, weight: Value, bias: Value | None = None, **_
+    ctx: Context, out: Sequence[OutSpec], input: Value, weight: Value, bias: Value | None, **_
 ) -> LabelledType:
     """... k, o k -> ... o"""
     lead = ascii_letters[: input.dim - 1]
@@ -110,15 +110,13 @@ def cdist(ctx: Context, out: Sequence[OutSpec], x1: Value, x2: Value, **_) -> La
     "_scaled_dot_product_fused_attention_overrideable",
 )  # fmt: skip
 def attention(
-    ctx: Context, out: Sequence[OutSpec], query: Value, key: Value, value: Value,
-    attn_mask: Value | None = None, attn_bias: Value | None = None,
-    dropout_p: float = 0.0, is_causal: bool = False, **_
+    ctx: Context, out: Sequence[OutSpec], query: Value, key: Value, value: Value, dropout_p: float, is_causal: bool,
+    attn_mask: Value | None = None, attn_bias: Value | None = None, **_
 ) -> list[LabelledType]:  # fmt: skip
     """softmax(b h l e, b h s e -> b h l s), b h s v -> b h l v. Causal: tokens keep their order."""
     if dropout_p:
         raise Refuse("attention drops weights at random; put the model in eval mode")
-    if key.shape[1] != query.shape[1]:
-        key, value = (_shared_heads(ctx, t, query.shape[1] // key.shape[1]) for t in (key, value))
+    key, value = (_shared_heads(ctx, t, query.shape[1] // key.shape[1]) for t in (key, value))
     shape = (*query.shape[:-1], key.shape[-2])
     scores = ctx.contract("bhle,bhse->bhls", [query, key], shape, pin={"l", "s"} if is_causal else ())
     mask = attn_mask or attn_bias

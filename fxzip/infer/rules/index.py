@@ -66,8 +66,8 @@ def _rank_among_repeats(chosen: np.ndarray) -> tuple[int, np.ndarray]:
 
 @rule("slice", moves=True)
 def slice_(
-    ctx: Context, out: Sequence[OutSpec], self: Value, dim: int = 0,
-    start: int | None = None, end: int | None = None, step: int = 1, **_
+    ctx: Context, out: Sequence[OutSpec], self: Value, dim: int,
+    start: int | None, end: int | None, step: int, **_
 ) -> LabelledType:  # fmt: skip
     axis = dim % self.dim
     return take(ctx, self.type, axis, range(self.shape[axis])[start:end:step], out[0].shape)
@@ -90,7 +90,7 @@ def flip(ctx: Context, out: Sequence[OutSpec], self: Value, dims: Sequence[int],
 
 @rule("roll", moves=True)
 def roll(
-    ctx: Context, out: Sequence[OutSpec], self: Value, shifts: Sequence[int], dims: Sequence[int] = (), **_
+    ctx: Context, out: Sequence[OutSpec], self: Value, shifts: Sequence[int], dims: Sequence[int], **_
 ) -> LabelledType:
     """Without dims the flattened tensor is rolled."""
     if not dims:

@@ -14,7 +14,7 @@ from .registry import rule
 
 
 @rule("cat", moves=True)
-def cat(ctx: Context, out: Sequence[OutSpec], tensors: Sequence[Value], dim: int = 0, **_) -> LabelledType:
+def cat(ctx: Context, out: Sequence[OutSpec], tensors: Sequence[Value], dim: int, **_) -> LabelledType:
     """Empty tensors of one dimension are skipped, as PyTorch does."""
     types = [t.type for t in tensors if t.shape != (0,)]
     if not types:
@@ -83,7 +83,7 @@ def _distinct(ctx: Context, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 @rule("stack", moves=True)
-def stack(ctx: Context, out: Sequence[OutSpec], tensors: Sequence[Value], dim: int = 0, **_) -> LabelledType:
+def stack(ctx: Context, out: Sequence[OutSpec], tensors: Sequence[Value], dim: int, **_) -> LabelledType:
     """Along the new axis the parts keep their order. One group that all parts share stays apart in each
     (stack([-x2, x1], -1) of a rotary embedding); the labels of other groups are related."""
     shape = out[0].shape
@@ -146,8 +146,8 @@ def _padded(
 
 @rule("slice_scatter", moves=True)
 def slice_scatter(
-    ctx: Context, out: Sequence[OutSpec], self: Value, src: Value, dim: int = 0, start: int | None = None,
-    end: int | None = None, step: int = 1, **_
+    ctx: Context, out: Sequence[OutSpec], self: Value, src: Value, dim: int, start: int | None,
+    end: int | None, step: int, **_
 ) -> LabelledType:  # fmt: skip
     """`self` with a slice replaced: what stays and what is written, in the order of the axis."""
     axis = dim % self.dim
