@@ -55,6 +55,14 @@ _CONTRACT = [
         z=(1, 4, 8),
         qkv=nn.Linear(8, 24),
     ),
+    case(
+        "tokens",
+        "latents",
+        lambda m, h: _attention(m, m.z * h.mean(1, keepdim=True), False).tanh().sum(1),
+        z=(1, 4, 8),
+        qkv=nn.Linear(8, 24),
+    ),
+    case("tokens", "shared heads", lambda m, h: _grouped_attention(m.qkv(h)), 16, qkv=nn.Linear(8, 24)),
     case("tokens", "lora", lambda m, h: F.linear(h, m.w + m.b @ m.a), 6, w=(6, 8), b=(6, 2), a=(2, 8)),
     case("tokens", "learned queries", lambda m, h: m.k(m.q) @ h.mT @ h, q=(4, 6), k=nn.Linear(6, 8)),
 ]
@@ -64,6 +72,12 @@ def _attention(m: Any, h: Tensor, causal: bool) -> Tensor:
     q, k, v = m.qkv(h).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
     out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)[0]
     return out.transpose(1, 2).flatten(2)
+
+
+def _grouped_attention(qkv: Tensor) -> Tensor:
+    """Eight heads of queries share two of keys and values."""
+    q, k, v = (x.unflatten(2, (-1, 2)).transpose(1, 2) for x in qkv.split([16, 4, 4], 2))
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0].transpose(1, 2).flatten(2)
 
 
 _CONV = [

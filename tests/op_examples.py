@@ -185,6 +185,12 @@ _INDEX = [
         i=torch.tensor([0, 2, 2]),
     ),
     case("features", "embedding", lambda m, h: h + m.table((h[:, 0] > 0).long()), table=nn.Embedding(4, 8)),
+    case(
+        "features",
+        "embedding of features",
+        lambda m, h: h + m.table((h > 0).long()).tanh().sum(2),
+        table=nn.Embedding(4, 3),
+    ),
     case("tokens", "gather", lambda m, h: h.gather(1, h.argsort(1))),
     case("tokens", "index_add", lambda m, h: h.index_add(1, m.i, h[:, :2]), i=torch.tensor([3, 0])),
     case(
@@ -201,6 +207,7 @@ _INDEX = [
         i=torch.tensor([3, 0]),
     ),
     case("tokens", "index_fill", lambda m, h: h.index_fill(1, m.i, 0.5), i=torch.tensor([3, 0])),
+    case("features", "index_fill", lambda m, h: h.index_fill(1, m.i, 0.5), i=torch.tensor([3, 0])),
     case("tokens", "scatter", lambda m, h: torch.scatter(h, 1, h.argsort(1), h * 2)),
     case(
         "tokens",

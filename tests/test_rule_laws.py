@@ -69,7 +69,7 @@ def test_labels_go_where_their_entries_go(make):
             queue = iter(types)
             moved = _results(op, args, kwargs, lambda _, q=queue, g=group: _entries(next(q), g))
             for labelled, entries in zip(found, moved, strict=True):
-                problem = _disagrees(said, labelled, entries.numpy())
+                problem = _disagrees(said, labelled, entries.long().numpy())
                 assert not problem, f"seed {seed}: {op} of {args}, {[_axes(t) for t in types]}: {problem}"
         for labelled in found:
             axes = [a for g in labelled.groups for a in g.axes]
@@ -79,7 +79,7 @@ def test_labels_go_where_their_entries_go(make):
             numbers = iter(range(len(types)))
             moved = _results(op, args, kwargs, lambda s, n=numbers, k=k, a=axis: _places(s, a, next(n) == k))
             for labelled, entries in zip(found, moved, strict=True):
-                problem = _reorders(said, labelled, entries.numpy())
+                problem = _reorders(said, labelled, entries.long().numpy())
                 assert not problem, f"seed {seed}: {op} of {args}, {[_axes(t) for t in types]}: {problem}"
         homes = {kind for _, _, kind in notes.relations.homes}
         kinds = {int(k) for edges in (notes.relations.one, notes.relations.many) for e in edges for k in e[2]}
@@ -100,7 +100,7 @@ def _axes(labelled: LabelledType) -> list:
 def _results(op: Any, args: list, kwargs: dict, tensor: Callable[[Shape], Tensor]) -> list[Tensor]:
     def made(x: Any) -> Any:
         if isinstance(x, Shape):
-            return tensor(x)
+            return tensor(x).double()  # some operators take no integers
         return [made(y) for y in x] if isinstance(x, list) else x
 
     result = op(*[made(a) for a in args], **kwargs)
@@ -111,7 +111,7 @@ def _values(args: list, notes: Notes, draw: Draw, types: list[LabelledType]) -> 
     def made(x: Any) -> Any:
         if isinstance(x, Shape):
             types.append(some_labels(draw, notes, x))
-            return Value(types[-1], torch.int64)
+            return Value(types[-1], torch.float64)
         if isinstance(x, Tensor):
             return Value(LabelledType(tuple(x.shape)), x.dtype, const=x)
         return [made(y) for y in x] if isinstance(x, list) else x

@@ -132,6 +132,6 @@ def attention(
 def _shared_heads(ctx: Context, value: Value, copies: int) -> Value:
     """b g s d -> b (g copies) s d: grouped queries share a key and value head."""
     b, g, s, d = value.shape
-    groups = [group.renamed([0, 1, 3, 4]) for group in value.type.groups]
-    split = LabelledType((b, g, copies, s, d), (*groups, Group((2,), ctx.relations.fresh([copies]))))
-    return replace(value, type=ctx.relations.reshape(split, (b, g * copies, s, d)))
+    split = ctx.relations.reshape(value.type, (b, g, 1, s, d))
+    widened = LabelledType((b, g, copies, s, d), (*split.groups, Group((2,), ctx.relations.fresh([copies]))))
+    return replace(value, type=ctx.relations.reshape(widened, (b, g * copies, s, d)))
