@@ -32,6 +32,7 @@ _CONTRACT = [
     case("features", "addmv", lambda m, h: h * torch.addmv(h[0], m.w, h[0]), w=(8, 8)),
     case("features", "addr", lambda m, h: torch.addr(m.b, h[0], m.w(h)[0]), 4, b=(8, 4), w=nn.Linear(8, 4)),
     case("tokens", "linear", lambda m, h: F.linear(h, m.w, m.b), 4, w=(4, 8), b=(4,)),
+    case("features", "linear of a vector", lambda m, h: F.linear(h, m.w)[:, None], 1, w=(8,)),
     case("features", "_trilinear", lambda m, h: m.bilinear(h, h.tanh()), 4, bilinear=nn.Bilinear(8, 8, 4)),
     case("tokens", "_cdist_forward", lambda m, h: torch.cdist(h, m.w, p=1.0), 4, w=(4, 8)),
     case(
@@ -125,6 +126,13 @@ _NORM = [
         lambda m, h: aten._native_batch_norm_legit(h, m.w, m.b, True, 0.1, 1e-5)[0],
         w=(5,),
         b=(5,),
+    ),
+    case(
+        "image",
+        "means of a batch norm",
+        lambda m, h: h * aten._native_batch_norm_legit(h, m.w, m.b, True, 0.1, 1e-5)[1][:, None, None],
+        w=(8,),
+        b=(8,),
     ),
     case("tokens", "native_layer_norm", lambda m, h: m.norm(h), norm=nn.LayerNorm(8)),
     case("image", "native_layer_norm 3d", lambda m, h: m.norm(h), norm=nn.LayerNorm([8, 6, 6])),

@@ -178,6 +178,7 @@ _INDEX = [
     case(
         "features", "index mask", lambda m, h: h[:, m.k], 3, k=torch.tensor([1, 0, 0, 1, 0, 1, 0, 0]).bool()
     ),
+    case("features", "index mask of weights", lambda m, h: h * h[:, m.w > 0].amax(1, keepdim=True), w=(8,)),
     case(
         "image",
         "_unsafe_index",
@@ -208,6 +209,7 @@ _INDEX = [
     ),
     case("tokens", "index_fill", lambda m, h: h.index_fill(1, m.i, 0.5), i=torch.tensor([3, 0])),
     case("features", "index_fill", lambda m, h: h.index_fill(1, m.i, 0.5), i=torch.tensor([3, 0])),
+    case("tokens", "index_fill by features", lambda m, h: h.index_fill(1, (h[0, 0] > 0).long(), 0.5)),
     case("tokens", "scatter", lambda m, h: torch.scatter(h, 1, h.argsort(1), h * 2)),
     case(
         "tokens",

@@ -20,6 +20,7 @@ from torch import Tensor
 from fxzip.infer.labels import Group, LabelledType, label_of, tag_of
 from fxzip.infer.relations import Relations
 from fxzip.infer.rules import OutSpec, Refusal, Value, apply
+from fxzip.infer.rules.registry import values_in
 
 aten = torch.ops.aten
 DRAWS = 60
@@ -211,6 +212,11 @@ def _closure(start: set[int], edges: dict[int, set[int]]) -> set[int]:
                 found.add(other)
                 todo.append(other)
     return found
+
+
+def test_tensors_are_found_in_lists_of_lists():
+    a, b = Value(LabelledType(()), torch.int64), Value(LabelledType((2,)), torch.int64)
+    assert values_in([a, [b, (1, a)], None]) == [a, b, a]
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (3, 2), (2, 8)])
