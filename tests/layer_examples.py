@@ -134,6 +134,13 @@ _NORM = [
         w=(8,),
         b=(8,),
     ),
+    case(
+        "tokens",
+        "native_batch_norm latents",
+        lambda m, h: m.norm(m.z * h.mean(1, keepdim=True)).tanh().sum(1),
+        z=(1, 4, 8),
+        norm=nn.BatchNorm1d(4),
+    ),
     case("tokens", "native_layer_norm", lambda m, h: m.norm(h), norm=nn.LayerNorm(8)),
     case("image", "native_layer_norm 3d", lambda m, h: m.norm(h), norm=nn.LayerNorm([8, 6, 6])),
     case("tokens", "rms norm", lambda m, h: F.rms_norm(h, (8,), m.w), w=(8,)),

@@ -74,6 +74,7 @@ _POINTWISE = [
     case("features", "neg", lambda m, h: F.linear(h, -m.w), 4, w=(4, 8)),
     case("features", "copy", lambda m, h: torch.empty_like(h).copy_(h) + h.clone().copy_(m.w), w=(8,)),
     case("features", "fill", lambda m, h: h * h.tanh().fill_(2.0)),
+    case("features", "fill pairs", lambda m, h: ((x := h.unflatten(1, (4, 2))) * x.tanh().fill_(2.0)).flatten(1)),
     case("features", "zero", lambda m, h: h + h.tanh().zero_()),
     case("features", "native_dropout", lambda m, h: torch.native_dropout(h, 0.5, False)[0]),
     case(
@@ -245,6 +246,12 @@ _JOIN = [
         lambda m, h: torch.cat([h.unflatten(1, (4, 2)), m.other(h).unflatten(1, (4, 2))], 2).flatten(1),
         16,
         other=nn.Linear(8, 8),
+    ),
+    case(
+        "features",
+        "cat halves and their means",
+        lambda m, h: torch.cat([x := h.unflatten(1, (2, 4)), x.mean(2, keepdim=True)], 2).flatten(1),
+        10,
     ),
     case("features", "cat constant", lambda m, h: torch.cat([h, torch.zeros_like(h)[:, :3]], 1), 11),
     case(

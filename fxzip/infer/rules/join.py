@@ -63,7 +63,7 @@ def _part(ctx: Context, labelled: LabelledType, joint: tuple[int, ...], axis: in
     if group is not None:
         return ctx.relations.marginal(group, joint).aligned(joint)
     sizes: dict[Name, int] = {a: labelled.shape[a] for a in joint}
-    batch = [g for g in ctx.project(labelled, joint) if any(sizes[a] > 1 for a in g.axes)]
+    batch = ctx.project(labelled, joint)
     if batch:  # inert along `axis`: labels of the batch axes, tagged with the position
         return ctx.relations.join(joint, sizes, batch).labels
     labels = ctx.relations.fresh([sizes[a] for a in joint])

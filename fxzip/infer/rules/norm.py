@@ -18,7 +18,7 @@ def batch_norm(
     """With running statistics pointwise; with batch statistics every channel mixes its own samples."""
     names = range(input.dim)
     channel = [v for v in (weight, bias, running_mean, running_var) if v is not None]
-    if training or running_mean is None:
+    if training:
         ctx.mixed(input.type, [a for a in names if a != 1], "batch_norm")
     operands = [(input.type, names), *((v.type, [1]) for v in channel)]
     result = ctx.einsum(operands, names, out[0].shape)
