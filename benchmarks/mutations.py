@@ -144,8 +144,9 @@ def become(mutant: Mutant, functions: dict[tuple[str, str], list[FunctionType]])
         if name != mutant.inside and not name.startswith(inner):
             continue
         function.__code__ = codes[function.__code__.co_qualname, function.__code__.co_firstlineno]
-        if name == mutant.inside and function.__defaults__ and all(isinstance(d, ast.Constant) for d in changed.args.defaults):
-            function.__defaults__ = tuple(ast.literal_eval(d) for d in changed.args.defaults)
+        defaults = changed.args.defaults if name == mutant.inside and function.__defaults__ else [None]
+        if all(isinstance(d, ast.Constant) for d in defaults):
+            function.__defaults__ = tuple(ast.literal_eval(d) for d in defaults)
 
 
 REACHED: set[tuple[str, int]] = set()  # file and line of every statement that ran

@@ -75,7 +75,7 @@ def test_labels_go_where_their_entries_go(make):
         for labelled in found:
             axes = [a for g in labelled.groups for a in g.axes]
             assert len(set(axes)) == len(axes), f"seed {seed}: {op} of {args}: groups {_axes(labelled)} overlap"
-            assert all(labelled.shape[a] > 1 for a in axes), f"seed {seed}: {op} of {args}: an axis of size 1 has labels"
+            assert all(labelled.shape[a] > 1 for a in axes), f"seed {seed}: {op} of {args}: labels along size 1"
         inert = [(k, a) for k, t in enumerate(types) for a in range(len(t.shape)) if t.group_of(a) is None]
         for k, axis in inert:
             numbers = iter(range(len(types)))
