@@ -160,6 +160,8 @@ def cat(d: Draw) -> Call:
         mine = list(shape)
         mine[axis] = d(1, 2, 4)
         parts.append(Shape(mine))
+    if d(True, False, False):
+        parts.insert(0, Shape([0]))  # skipped
     return aten.cat.default, [parts, axis], {}
 
 

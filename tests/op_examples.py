@@ -176,6 +176,8 @@ _INDEX = [
         i=torch.tensor([0, 2, 4]),
     ),
     case("features", "argmax of votes", lambda m, h: h * h.reshape(-1, 4, 2).mean(2).argmax(1, keepdim=True)),
+    case("features", "max of votes", lambda m, h: h * h.reshape(-1, 4, 2).mean(2).max(1, keepdim=True)[1]),
+    case("features", "tril", lambda m, h: h.unflatten(1, (4, 2)).tril().flatten(1)),
     case(
         "features", "index mask", lambda m, h: h[:, m.k], 3, k=torch.tensor([1, 0, 0, 1, 0, 1, 0, 0]).bool()
     ),

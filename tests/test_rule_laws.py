@@ -261,6 +261,8 @@ X, INDEX = Shape([4, 6]), torch.zeros(2, 3, dtype=torch.int64)
 SIXTH = [Shape([1, 2, 3, 3, 3, 3]), Shape([2, 2, 1, 1, 1, 1]), None, [1], [0], [1], False, [0], 1]
 REFUSED = {
     "an index of (2, 3) covers part of a tensor of (4, 6)": (aten.gather.default, [X, 1, INDEX]),
+    "an index of (3, 5) covers part of a tensor of (4, 6)": (aten.index_add.default, [X, 0, INDEX[0], Shape([3, 5])]),
+    "add does not broadcast [(4, 2), (4, 1)] to [(4, 6)]": (aten.add.Tensor, [Shape([4, 2]), Shape([4, 1])]),
     "indexing with a mask and other indices at once": (aten.index.Tensor, [X, [INDEX[0] > 0, INDEX[0]]]),
     "dropout is active": (aten.native_dropout.default, [X, 0.5, True]),
     "rrelu is random in training mode": (aten.rrelu_with_noise_functional.default, [X, X, 0.1, 0.3, True]),
@@ -269,6 +271,13 @@ REFUSED = {
     "no rule for aten.bernoulli.default": (aten.bernoulli.default, [X]),
     "convolution of (1, 2, 3, 3, 3, 3) with a weight of (2, 2, 1, 1, 1, 1)": (aten.convolution.default, SIXTH),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, taken", [((4, 6), True), ((0,), True), ((4, 1), False)])
+def test_every_result_of_an_element_wise_operator_has_its_shape_or_is_empty(shape, taken):
+    out = [OutSpec((4, 6), torch.float32), OutSpec(shape, torch.float32)]
+    found = apply(Notes(), aten.log_sigmoid_forward.default, _values([X], Notes(), Draw(0), []), {}, out)
+    assert isinstance(found, list) == taken
 
 
 @pytest.mark.parametrize("reason", REFUSED)

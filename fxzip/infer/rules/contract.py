@@ -125,7 +125,7 @@ def attention(
     ctx.mixed(scores, [3], "softmax")
     weights = Value(scores, query.dtype)
     result = ctx.contract("bhls,bhsv->bhlv", [weights, value], out[0].shape)
-    normaliser = ctx.project(scores, [0, 1, 2])  # the log-sum-exp of the scores; the rest is random state
+    normaliser = ctx.project(scores, range(3))  # the log-sum-exp of the scores; the rest is random state
     return [result, *(LabelledType(o.shape, normaliser if o.shape == shape[:3] else ()) for o in out[1:])]
 
 

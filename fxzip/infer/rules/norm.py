@@ -61,7 +61,7 @@ def group_norm(
     names = range(input.dim)
     affine = [(v.type, [1]) for v in (weight, bias) if v is not None]
     result = ctx.einsum([(ctx.relations.reshape(split, input.shape), names), *affine], names, out[0].shape)
-    batch = ctx.project(split, [0, 1])
+    batch = ctx.project(split, range(2))
     return [result, *(LabelledType(o.shape, batch) for o in out[1:])]
 
 
