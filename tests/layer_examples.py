@@ -63,15 +63,16 @@ _CONTRACT = [
         z=(1, 4, 8),
         qkv=nn.Linear(8, 24),
     ),
+    case("tokens", "biased heads", lambda m, h: _attention(m, h, False, m.w), w=(1, 2, 5, 5), qkv=nn.Linear(8, 24)),
     case("tokens", "shared heads", lambda m, h: _grouped_attention(m.qkv(h)), 16, qkv=nn.Linear(8, 24)),
     case("tokens", "lora", lambda m, h: F.linear(h, m.w + m.b @ m.a), 6, w=(6, 8), b=(6, 2), a=(2, 8)),
     case("tokens", "learned queries", lambda m, h: m.k(m.q) @ h.mT @ h, q=(4, 6), k=nn.Linear(6, 8)),
 ]
 
 
-def _attention(m: Any, h: Tensor, causal: bool) -> Tensor:
+def _attention(m: Any, h: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
     q, k, v = m.qkv(h).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
-    out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)[0]
+    out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)[0]
     return out.transpose(1, 2).flatten(2)
 
 
@@ -106,6 +107,10 @@ _CONV = [
     case("tokens", "convolution over features", lambda m, h: m.conv(h), conv=nn.Conv1d(5, 7, 1)),
 ]
 
+def _normalised(m: Any, h: Tensor) -> Tensor:
+    return aten._native_batch_norm_legit_no_training(h, m.w, m.b, m.mean, m.var, 0.1, 1e-5)[0]
+
+
 _NORM = [
     case("image", "native_batch_norm", lambda m, h: m.norm(h).relu(), norm=nn.BatchNorm2d(8)),
     case(
@@ -114,7 +119,7 @@ _NORM = [
     case(
         "features",
         "_native_batch_norm_legit_no_training",
-        lambda m, h: aten._native_batch_norm_legit_no_training(h, m.w, m.b, m.mean, m.var, 0.1, 1e-5)[0],
+        lambda m, h: _normalised(m, h),
         w=(8,),
         b=(8,),
         mean=torch.randn(8),
@@ -136,15 +141,19 @@ _NORM = [
     ),
     case(
         "tokens",
-        "native_batch_norm latents",
-        lambda m, h: m.norm(m.z * h.mean(1, keepdim=True)).tanh().sum(1),
+        "batch norm of latents",
+        lambda m, h: _normalised(m, m.z * h.mean(1, keepdim=True)).tanh().sum(1),
         z=(1, 4, 8),
-        norm=nn.BatchNorm1d(4),
+        w=(4,),
+        b=(4,),
+        mean=torch.randn(4),
+        var=torch.rand(4) + 0.5,
     ),
     case("tokens", "native_layer_norm", lambda m, h: m.norm(h), norm=nn.LayerNorm(8)),
     case("image", "native_layer_norm 3d", lambda m, h: m.norm(h), norm=nn.LayerNorm([8, 6, 6])),
     case("tokens", "rms norm", lambda m, h: F.rms_norm(h, (8,), m.w), w=(8,)),
     case("image", "native_group_norm", lambda m, h: m.norm(h), norm=nn.GroupNorm(2, 8)),
+    case("image", "native_group_norm plain", lambda m, h: m.norm(h), norm=nn.GroupNorm(2, 8, affine=False)),
     case("image", "local response norm", lambda m, h: F.local_response_norm(h, 3)),
     case("tokens", "_softmax", lambda m, h: h.softmax(-1) + h.softmax(1)),
     case("tokens", "_log_softmax", lambda m, h: h.log_softmax(-1)),

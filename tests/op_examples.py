@@ -88,6 +88,13 @@ _POINTWISE = [
         lambda m, h: h + torch.bincount((h[:1] > 0).flatten().long(), minlength=2).sum(),
     ),
     case("features", "bucketize", lambda m, h: h * torch.bucketize(h, m.b), b=torch.linspace(-1, 1, 4)),
+    case(
+        "features",
+        "bucketize a scale",
+        lambda m, h: h + torch.bucketize(h.mean(1, keepdim=True) * m.w, m.b),
+        w=(8,),
+        b=torch.linspace(-1, 1, 4),
+    ),
     case("features", "searchsorted", lambda m, h: h * torch.searchsorted(m.b, h), b=torch.linspace(-1, 1, 4)),
     case("features", "histc", lambda m, h: h + torch.histc(h[:1], 8, -2, 2)),
     case(
@@ -197,6 +204,7 @@ _INDEX = [
     ),
     case("tokens", "gather", lambda m, h: h.gather(1, h.argsort(1))),
     case("tokens", "index_add", lambda m, h: h.index_add(1, m.i, h[:, :2]), i=torch.tensor([3, 0])),
+    case("tokens", "index_add by features", lambda m, h: h.index_add(1, (h[0, 0, :2] > 0).long(), h[:, :2])),
     case(
         "tokens",
         "index_copy",

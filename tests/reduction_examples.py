@@ -125,7 +125,12 @@ _SPATIAL = [
             ),
         ]
     ),
-    case("image", "upsampled table", lambda m, h: h + F.interpolate(m.w, size=(6, 6)), w=(1, 8, 3, 3)),
+    case(
+        "image",
+        "upsampled table",
+        lambda m, h: F.interpolate(h.mean((2, 3), keepdim=True) * m.w, size=(6, 6)),
+        w=(1, 8, 3, 3),
+    ),
     case("image", "im2col", lambda m, h: F.linear(F.unfold(h, 3).mT, m.w), 0, w=(3, 72)),
     case(
         "image",

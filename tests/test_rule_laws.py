@@ -20,7 +20,7 @@ from torch import Tensor
 from fxzip.infer.labels import Group, LabelledType, label_of, tag_of
 from fxzip.infer.relations import Relations
 from fxzip.infer.rules import OutSpec, Refusal, Value, apply
-from fxzip.infer.rules.registry import values_in
+from fxzip.infer.rules.registry import rule, values_in
 
 aten = torch.ops.aten
 DRAWS = 60
@@ -262,6 +262,12 @@ SIXTH = [Shape([1, 2, 3, 3, 3, 3]), Shape([2, 2, 1, 1, 1, 1]), None, [1], [0], [
 REFUSED = {
     "an index of (2, 3) covers part of a tensor of (4, 6)": (aten.gather.default, [X, 1, INDEX]),
     "an index of (3, 5) covers part of a tensor of (4, 6)": (aten.index_add.default, [X, 0, INDEX[0], Shape([3, 5])]),
+    "an index of (1, 3) covers part of a tensor of (4, 6)": (aten.scatter.value, [X, 1, INDEX[:1], 0.0]),
+    "an index of (1, 4, 3) covers part of a tensor of (2, 4, 6)": (
+        aten.gather.default,
+        [Shape([2, 4, 6]), 2, torch.zeros(1, 4, 3, dtype=torch.int64)],
+    ),
+    "no rule for prims.transpose.default": (torch.ops.prims.transpose.default, [X, [1, 0]]),
     "add does not broadcast [(4, 2), (4, 1)] to [(4, 6)]": (aten.add.Tensor, [Shape([4, 2]), Shape([4, 1])]),
     "indexing with a mask and other indices at once": (aten.index.Tensor, [X, [INDEX[0] > 0, INDEX[0]]]),
     "dropout is active": (aten.native_dropout.default, [X, 0.5, True]),
@@ -271,6 +277,11 @@ REFUSED = {
     "no rule for aten.bernoulli.default": (aten.bernoulli.default, [X]),
     "convolution of (1, 2, 3, 3, 3, 3) with a weight of (2, 2, 1, 1, 1, 1)": (aten.convolution.default, SIXTH),
 }  # fmt: skip
+
+
+def test_an_operator_has_one_rule():
+    with pytest.raises(ValueError, match="two rules for mm"):
+        rule("mm")(lambda ctx, out, **_: [])
 
 
 @pytest.mark.parametrize("shape, taken", [((4, 6), True), ((0,), True), ((4, 1), False)])
