@@ -9,7 +9,7 @@ line, those that killed its neighbours first, then the cheapest, until one fails
 survives) or ten times as much within one test (it does not end: killed). Survivors are printed with their line;
 those of mutants.txt, where the reason is written why nothing can or need notice, apart. `--keep` names a file for
 which tests reach which lines, valid as long as the sources stay as they are, and which mutants were killed. SIGTERM
-ends it after the mutant at hand.
+ends it after the mutant at hand. `--again OUTPUT` tries those that an earlier run printed as survivors or unreached.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -108,6 +109,9 @@ class Experiment:
 
     def mutate(self) -> None:
         every = [m for p in self.paths for m in mutants(p) if self.options.only in str(m)]
+        if self.options.again:
+            before = [_unnumbered(line) for line in self.options.again.read_text().splitlines()]
+            every = [m for m in every if any(b.startswith(_unnumbered(f": {m}")) for b in before)]
         random.Random(self.options.seed).shuffle(every)
         reasons = dict(line.rsplit(" | ", 1) for line in EXPLAINED.read_text().splitlines() if " | " in line)
         found: Counter[str] = Counter()
@@ -196,6 +200,12 @@ def _forked(work: Any, seconds: float) -> Any:
     return json.loads(data) if data else None
 
 
+def _unnumbered(line: str) -> str:
+    """A mutant as it is printed, without the outcome and the number of its line: files move."""
+    outcome, _, mutant = line.partition(": ")
+    return re.sub(r":\d+:", ":", mutant, count=1) if outcome in ("", "survives", "unreached") else ""
+
+
 def _cpu() -> float:
     return sum(os.times()[:4])
 
@@ -208,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--without", nargs="*", default=[], help="names of tests to leave out")
     parser.add_argument("--sample", type=int, default=0, help="how many mutants, at random (0: all)")
     parser.add_argument("--only", default="", help="mutants whose line of output would contain this")
+    parser.add_argument("--again", type=Path, help="what an earlier run printed: only its survivors")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of CPU in all, then no further mutant")
     parser.add_argument("--cpu", type=float, default=10, help="CPU seconds of tests per mutant")
     parser.add_argument("--keep", type=Path, help="file for what need not be found out again")

@@ -131,16 +131,22 @@ def _without(body: list[ast.stmt]) -> Iterator[tuple[int, str, Any]]:
 
 
 def become(mutant: Mutant, functions: dict[tuple[str, str], list[FunctionType]]) -> None:
-    """Give every function object of the mutant's name the changed code, and the changed defaults."""
+    """Give every function object of the mutant's name the changed code, and the changed defaults; those that a call of
+    it has returned before, the code too."""
     tree = ast.parse(mutant.path.read_text())
     [change for *_, change in _changes(tree)][mutant.index]()
     module = compile(ast.fix_missing_locations(tree), str(mutant.path), "exec", dont_inherit=True)
     codes = {(c.co_qualname, c.co_firstlineno): c for c in _codes(module)}
     changed = {name: f for name, f in _functions(tree)}[mutant.inside]
-    for function in functions[str(mutant.path), mutant.inside]:
+    inner = f"{mutant.inside}.<locals>."
+    found = [(name, f) for (path, name), fs in functions.items() if path == str(mutant.path) for f in fs]
+    for name, function in found:
+        if name != mutant.inside and not name.startswith(inner):
+            continue
         function.__code__ = codes[function.__code__.co_qualname, function.__code__.co_firstlineno]
-        if function.__defaults__ and all(isinstance(d, ast.Constant) for d in changed.args.defaults):
-            function.__defaults__ = tuple(ast.literal_eval(d) for d in changed.args.defaults)
+        defaults = changed.args.defaults if name == mutant.inside and function.__defaults__ else [None]
+        if all(isinstance(d, ast.Constant) for d in defaults):
+            function.__defaults__ = tuple(ast.literal_eval(d) for d in defaults)
 
 
 REACHED: set[tuple[str, int]] = set()  # file and line of every statement that ran

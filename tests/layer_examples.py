@@ -32,6 +32,7 @@ _CONTRACT = [
     case("features", "addmv", lambda m, h: h * torch.addmv(h[0], m.w, h[0]), w=(8, 8)),
     case("features", "addr", lambda m, h: torch.addr(m.b, h[0], m.w(h)[0]), 4, b=(8, 4), w=nn.Linear(8, 4)),
     case("tokens", "linear", lambda m, h: F.linear(h, m.w, m.b), 4, w=(4, 8), b=(4,)),
+    case("features", "linear of a vector", lambda m, h: F.linear(h, m.w)[:, None], 1, w=(8,)),
     case("features", "_trilinear", lambda m, h: m.bilinear(h, h.tanh()), 4, bilinear=nn.Bilinear(8, 8, 4)),
     case("tokens", "_cdist_forward", lambda m, h: torch.cdist(h, m.w, p=1.0), 4, w=(4, 8)),
     case(
@@ -55,15 +56,30 @@ _CONTRACT = [
         z=(1, 4, 8),
         qkv=nn.Linear(8, 24),
     ),
+    case(
+        "tokens",
+        "latents",
+        lambda m, h: _attention(m, m.z * h.mean(1, keepdim=True), False).tanh().sum(1),
+        z=(1, 4, 8),
+        qkv=nn.Linear(8, 24),
+    ),
+    case("tokens", "biased heads", lambda m, h: _attention(m, h, False, m.w), w=(1, 2, 5, 5), qkv=nn.Linear(8, 24)),
+    case("tokens", "shared heads", lambda m, h: _grouped_attention(m.qkv(h)), 16, qkv=nn.Linear(8, 24)),
     case("tokens", "lora", lambda m, h: F.linear(h, m.w + m.b @ m.a), 6, w=(6, 8), b=(6, 2), a=(2, 8)),
     case("tokens", "learned queries", lambda m, h: m.k(m.q) @ h.mT @ h, q=(4, 6), k=nn.Linear(6, 8)),
 ]
 
 
-def _attention(m: Any, h: Tensor, causal: bool) -> Tensor:
+def _attention(m: Any, h: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
     q, k, v = m.qkv(h).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
-    out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)[0]
+    out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)[0]
     return out.transpose(1, 2).flatten(2)
+
+
+def _grouped_attention(qkv: Tensor) -> Tensor:
+    """Eight heads of queries share two of keys and values."""
+    q, k, v = (x.unflatten(2, (-1, 2)).transpose(1, 2) for x in qkv.split([16, 4, 4], 2))
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0].transpose(1, 2).flatten(2)
 
 
 _CONV = [
@@ -91,6 +107,10 @@ _CONV = [
     case("tokens", "convolution over features", lambda m, h: m.conv(h), conv=nn.Conv1d(5, 7, 1)),
 ]
 
+def _normalised(m: Any, h: Tensor) -> Tensor:
+    return aten._native_batch_norm_legit_no_training(h, m.w, m.b, m.mean, m.var, 0.1, 1e-5)[0]
+
+
 _NORM = [
     case("image", "native_batch_norm", lambda m, h: m.norm(h).relu(), norm=nn.BatchNorm2d(8)),
     case(
@@ -99,7 +119,7 @@ _NORM = [
     case(
         "features",
         "_native_batch_norm_legit_no_training",
-        lambda m, h: aten._native_batch_norm_legit_no_training(h, m.w, m.b, m.mean, m.var, 0.1, 1e-5)[0],
+        lambda m, h: _normalised(m, h),
         w=(8,),
         b=(8,),
         mean=torch.randn(8),
@@ -112,10 +132,28 @@ _NORM = [
         w=(5,),
         b=(5,),
     ),
+    case(
+        "image",
+        "means of a batch norm",
+        lambda m, h: h * aten._native_batch_norm_legit(h, m.w, m.b, True, 0.1, 1e-5)[1][:, None, None],
+        w=(8,),
+        b=(8,),
+    ),
+    case(
+        "tokens",
+        "batch norm of latents",
+        lambda m, h: _normalised(m, m.z * h.mean(1, keepdim=True)).tanh().sum(1),
+        z=(1, 4, 8),
+        w=(4,),
+        b=(4,),
+        mean=torch.randn(4),
+        var=torch.rand(4) + 0.5,
+    ),
     case("tokens", "native_layer_norm", lambda m, h: m.norm(h), norm=nn.LayerNorm(8)),
     case("image", "native_layer_norm 3d", lambda m, h: m.norm(h), norm=nn.LayerNorm([8, 6, 6])),
     case("tokens", "rms norm", lambda m, h: F.rms_norm(h, (8,), m.w), w=(8,)),
     case("image", "native_group_norm", lambda m, h: m.norm(h), norm=nn.GroupNorm(2, 8)),
+    case("image", "native_group_norm plain", lambda m, h: m.norm(h), norm=nn.GroupNorm(2, 8, affine=False)),
     case("image", "local response norm", lambda m, h: F.local_response_norm(h, 3)),
     case("tokens", "_softmax", lambda m, h: h.softmax(-1) + h.softmax(1)),
     case("tokens", "_log_softmax", lambda m, h: h.log_softmax(-1)),

@@ -160,6 +160,10 @@ def cat(d: Draw) -> Call:
         mine = list(shape)
         mine[axis] = d(1, 2, 4)
         parts.append(Shape(mine))
+    if d(*[False] * 9, True):
+        parts, axis = [Shape([0]), Shape([0])], 0
+    elif d(True, False, False):
+        parts.insert(0, Shape([0]))  # skipped
     return aten.cat.default, [parts, axis], {}
 
 
@@ -221,12 +225,42 @@ def channel_shuffle(d: Draw) -> Call:
     return aten.channel_shuffle.default, [Shape([d(1, 2), groups * d(1, 2, 3), d(1, 2), 2]), groups], {}
 
 
+def copy(d: Draw) -> Call:
+    shape = d.shape()
+    source = [d(1, s) for s in shape[int(d.rng.integers(0, len(shape))) :]]
+    return aten.copy.default, [Shape(shape), Shape(source)], {}
+
+
+def im2col(d: Draw) -> Call:
+    shape = [*d([], [1], [2]), d(1, 3), d(3, 4), d(3, 4)]
+    return aten.im2col.default, [Shape(shape), [d(1, 2), d(1, 2)], [d(1, 2), 1], [d(0, 1), 0], [1, d(1, 2)]], {}
+
+
+def col2im(d: Draw) -> Call:
+    """Patches side by side: each entry has one place."""
+    kernel, patches = [d(1, 2), d(1, 3)], [d(1, 2), d(2, 3)]
+    columns = [*d([], [1], [2]), d(1, 3) * kernel[0] * kernel[1], patches[0] * patches[1]]
+    size = [k * n for k, n in zip(kernel, patches, strict=True)]
+    return aten.col2im.default, [Shape(columns), size, kernel, [1, 1], [0, 0], kernel], {}
+
+
+def replicate(d: Draw) -> Call:
+    """Entries at the edges once more, or those beside them."""
+    shape = [*d([], [2]), d(1, 3), d(3, 4), d(3, 4)]
+    return d(aten.replication_pad2d.default, aten.reflection_pad2d.default), [Shape(shape), [d(0, 1), 2, 1, 0]], {}
+
+
+def nearest(d: Draw) -> Call:
+    return aten.upsample_nearest1d.default, [Shape([2, d(1, 3), d(2, 3)]), [d(2, 4, 6)]], {}
+
+
 MOVES: list[Callable[[Draw], Call]] = [
     reshape, permute, transpose, expand, repeat, split, split_with_sizes, unbind, slice_, select, flip, roll,
     index_select, index, index_mask, gather, embedding, cat, stack, pad, slice_scatter, select_scatter, squeeze,
-    unsqueeze, unfold, triangle, pixel_shuffle, pixel_unshuffle, channel_shuffle,
+    unsqueeze, unfold, triangle, pixel_shuffle, pixel_unshuffle, channel_shuffle, copy, im2col, col2im, replicate,
+    nearest,
 ]  # fmt: skip
 FREE = [  # nothing here gives an order to features
     reshape, permute, transpose, expand, repeat, split, split_with_sizes, unbind, slice_, select, flip, roll,
-    index_select, pad, squeeze, unsqueeze, pixel_shuffle, pixel_unshuffle, channel_shuffle,
+    index_select, pad, squeeze, unsqueeze, pixel_shuffle, pixel_unshuffle, channel_shuffle, copy,
 ]  # fmt: skip

@@ -74,6 +74,7 @@ _POINTWISE = [
     case("features", "neg", lambda m, h: F.linear(h, -m.w), 4, w=(4, 8)),
     case("features", "copy", lambda m, h: torch.empty_like(h).copy_(h) + h.clone().copy_(m.w), w=(8,)),
     case("features", "fill", lambda m, h: h * h.tanh().fill_(2.0)),
+    case("features", "fill pairs", lambda m, h: ((x := h.unflatten(1, (4, 2))) * x.tanh().fill_(2.0)).flatten(1)),
     case("features", "zero", lambda m, h: h + h.tanh().zero_()),
     case("features", "native_dropout", lambda m, h: torch.native_dropout(h, 0.5, False)[0]),
     case(
@@ -87,6 +88,13 @@ _POINTWISE = [
         lambda m, h: h + torch.bincount((h[:1] > 0).flatten().long(), minlength=2).sum(),
     ),
     case("features", "bucketize", lambda m, h: h * torch.bucketize(h, m.b), b=torch.linspace(-1, 1, 4)),
+    case(
+        "features",
+        "bucketize a scale",
+        lambda m, h: h + torch.bucketize(h.mean(1, keepdim=True) * m.w, m.b),
+        w=(8,),
+        b=torch.linspace(-1, 1, 4),
+    ),
     case("features", "searchsorted", lambda m, h: h * torch.searchsorted(m.b, h), b=torch.linspace(-1, 1, 4)),
     case("features", "histc", lambda m, h: h + torch.histc(h[:1], 8, -2, 2)),
     case(
@@ -175,9 +183,12 @@ _INDEX = [
         i=torch.tensor([0, 2, 4]),
     ),
     case("features", "argmax of votes", lambda m, h: h * h.reshape(-1, 4, 2).mean(2).argmax(1, keepdim=True)),
+    case("features", "max of votes", lambda m, h: h * h.reshape(-1, 4, 2).mean(2).max(1, keepdim=True)[1]),
+    case("features", "tril", lambda m, h: h.unflatten(1, (4, 2)).tril().flatten(1)),
     case(
         "features", "index mask", lambda m, h: h[:, m.k], 3, k=torch.tensor([1, 0, 0, 1, 0, 1, 0, 0]).bool()
     ),
+    case("features", "index mask of weights", lambda m, h: h * h[:, m.w > 0].amax(1, keepdim=True), w=(8,)),
     case(
         "image",
         "_unsafe_index",
@@ -185,8 +196,15 @@ _INDEX = [
         i=torch.tensor([0, 2, 2]),
     ),
     case("features", "embedding", lambda m, h: h + m.table((h[:, 0] > 0).long()), table=nn.Embedding(4, 8)),
+    case(
+        "features",
+        "embedding of features",
+        lambda m, h: h + m.table((h > 0).long()).tanh().sum(2),
+        table=nn.Embedding(4, 3),
+    ),
     case("tokens", "gather", lambda m, h: h.gather(1, h.argsort(1))),
     case("tokens", "index_add", lambda m, h: h.index_add(1, m.i, h[:, :2]), i=torch.tensor([3, 0])),
+    case("tokens", "index_add by features", lambda m, h: h.index_add(1, (h[0, 0, :2] > 0).long(), h[:, :2])),
     case(
         "tokens",
         "index_copy",
@@ -201,6 +219,8 @@ _INDEX = [
         i=torch.tensor([3, 0]),
     ),
     case("tokens", "index_fill", lambda m, h: h.index_fill(1, m.i, 0.5), i=torch.tensor([3, 0])),
+    case("features", "index_fill", lambda m, h: h.index_fill(1, m.i, 0.5), i=torch.tensor([3, 0])),
+    case("tokens", "index_fill by features", lambda m, h: h.index_fill(1, (h[0, 0] > 0).long(), 0.5)),
     case("tokens", "scatter", lambda m, h: torch.scatter(h, 1, h.argsort(1), h * 2)),
     case(
         "tokens",
@@ -236,6 +256,12 @@ _JOIN = [
         lambda m, h: torch.cat([h.unflatten(1, (4, 2)), m.other(h).unflatten(1, (4, 2))], 2).flatten(1),
         16,
         other=nn.Linear(8, 8),
+    ),
+    case(
+        "features",
+        "cat halves and their means",
+        lambda m, h: torch.cat([x := h.unflatten(1, (2, 4)), x.mean(2, keepdim=True)], 2).flatten(1),
+        10,
     ),
     case("features", "cat constant", lambda m, h: torch.cat([h, torch.zeros_like(h)[:, :3]], 1), 11),
     case(

@@ -19,7 +19,7 @@ _REDUCE = [
             "aminmax": lambda h: torch.aminmax(h, dim=1, keepdim=True)[0],
             "any": lambda h: (h > 0.5).any(2, keepdim=True),
             "argmax": lambda h: h.argmax(2, keepdim=True),
-            "argmin": lambda h: h.argmin(1, keepdim=True),
+            "argmin": lambda h: h.argmin(1)[:, None],
             "count_nonzero": lambda h: torch.count_nonzero(h > 0, dim=1)[:, None],
             "linalg_vector_norm": lambda h: F.normalize(h, dim=2),
             "logsumexp": lambda h: h.logsumexp(2, keepdim=True),
@@ -124,6 +124,12 @@ _SPATIAL = [
                 lambda h: F.grid_sample(h, h[:, :3].permute(0, 2, 3, 4, 1).tanh(), align_corners=False),
             ),
         ]
+    ),
+    case(
+        "image",
+        "upsampled table",
+        lambda m, h: F.interpolate(h.mean((2, 3), keepdim=True) * m.w, size=(6, 6)),
+        w=(1, 8, 3, 3),
     ),
     case("image", "im2col", lambda m, h: F.linear(F.unfold(h, 3).mT, m.w), 0, w=(3, 72)),
     case(

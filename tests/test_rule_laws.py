@@ -20,6 +20,7 @@ from torch import Tensor
 from fxzip.infer.labels import Group, LabelledType, label_of, tag_of
 from fxzip.infer.relations import Relations
 from fxzip.infer.rules import OutSpec, Refusal, Value, apply
+from fxzip.infer.rules.registry import rule, values_in
 
 aten = torch.ops.aten
 DRAWS = 60
@@ -69,17 +70,18 @@ def test_labels_go_where_their_entries_go(make):
             queue = iter(types)
             moved = _results(op, args, kwargs, lambda _, q=queue, g=group: _entries(next(q), g))
             for labelled, entries in zip(found, moved, strict=True):
-                problem = _disagrees(said, labelled, entries.numpy())
+                problem = _disagrees(said, labelled, entries.long().numpy())
                 assert not problem, f"seed {seed}: {op} of {args}, {[_axes(t) for t in types]}: {problem}"
         for labelled in found:
             axes = [a for g in labelled.groups for a in g.axes]
             assert len(set(axes)) == len(axes), f"seed {seed}: {op} of {args}: groups {_axes(labelled)} overlap"
+            assert all(labelled.shape[a] > 1 for a in axes), f"seed {seed}: {op} of {args}: labels along size 1"
         inert = [(k, a) for k, t in enumerate(types) for a in range(len(t.shape)) if t.group_of(a) is None]
         for k, axis in inert:
             numbers = iter(range(len(types)))
             moved = _results(op, args, kwargs, lambda s, n=numbers, k=k, a=axis: _places(s, a, next(n) == k))
             for labelled, entries in zip(found, moved, strict=True):
-                problem = _reorders(said, labelled, entries.numpy())
+                problem = _reorders(said, labelled, entries.long().numpy())
                 assert not problem, f"seed {seed}: {op} of {args}, {[_axes(t) for t in types]}: {problem}"
         homes = {kind for _, _, kind in notes.relations.homes}
         kinds = {int(k) for edges in (notes.relations.one, notes.relations.many) for e in edges for k in e[2]}
@@ -100,7 +102,7 @@ def _axes(labelled: LabelledType) -> list:
 def _results(op: Any, args: list, kwargs: dict, tensor: Callable[[Shape], Tensor]) -> list[Tensor]:
     def made(x: Any) -> Any:
         if isinstance(x, Shape):
-            return tensor(x)
+            return tensor(x).double()  # some operators take no integers
         return [made(y) for y in x] if isinstance(x, list) else x
 
     result = op(*[made(a) for a in args], **kwargs)
@@ -111,7 +113,7 @@ def _values(args: list, notes: Notes, draw: Draw, types: list[LabelledType]) -> 
     def made(x: Any) -> Any:
         if isinstance(x, Shape):
             types.append(some_labels(draw, notes, x))
-            return Value(types[-1], torch.int64)
+            return Value(types[-1], torch.float64)
         if isinstance(x, Tensor):
             return Value(LabelledType(tuple(x.shape)), x.dtype, const=x)
         return [made(y) for y in x] if isinstance(x, list) else x
@@ -213,6 +215,11 @@ def _closure(start: set[int], edges: dict[int, set[int]]) -> set[int]:
     return found
 
 
+def test_tensors_are_found_in_lists_of_lists():
+    a, b = Value(LabelledType(()), torch.int64), Value(LabelledType((2,)), torch.int64)
+    assert values_in([a, [b, (1, a)], None]) == [a, b, a]
+
+
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (3, 2), (2, 8)])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_an_inert_axis_that_was_flattened_in_comes_out_again(shape, axis):
@@ -254,6 +261,14 @@ X, INDEX = Shape([4, 6]), torch.zeros(2, 3, dtype=torch.int64)
 SIXTH = [Shape([1, 2, 3, 3, 3, 3]), Shape([2, 2, 1, 1, 1, 1]), None, [1], [0], [1], False, [0], 1]
 REFUSED = {
     "an index of (2, 3) covers part of a tensor of (4, 6)": (aten.gather.default, [X, 1, INDEX]),
+    "an index of (3, 5) covers part of a tensor of (4, 6)": (aten.index_add.default, [X, 0, INDEX[0], Shape([3, 5])]),
+    "an index of (1, 3) covers part of a tensor of (4, 6)": (aten.scatter.value, [X, 1, INDEX[:1], 0.0]),
+    "an index of (1, 4, 3) covers part of a tensor of (2, 4, 6)": (
+        aten.gather.default,
+        [Shape([2, 4, 6]), 2, torch.zeros(1, 4, 3, dtype=torch.int64)],
+    ),
+    "no rule for prims.transpose.default": (torch.ops.prims.transpose.default, [X, [1, 0]]),
+    "add does not broadcast [(4, 2), (4, 1)] to [(4, 6)]": (aten.add.Tensor, [Shape([4, 2]), Shape([4, 1])]),
     "indexing with a mask and other indices at once": (aten.index.Tensor, [X, [INDEX[0] > 0, INDEX[0]]]),
     "dropout is active": (aten.native_dropout.default, [X, 0.5, True]),
     "rrelu is random in training mode": (aten.rrelu_with_noise_functional.default, [X, X, 0.1, 0.3, True]),
@@ -262,6 +277,18 @@ REFUSED = {
     "no rule for aten.bernoulli.default": (aten.bernoulli.default, [X]),
     "convolution of (1, 2, 3, 3, 3, 3) with a weight of (2, 2, 1, 1, 1, 1)": (aten.convolution.default, SIXTH),
 }  # fmt: skip
+
+
+def test_an_operator_has_one_rule():
+    with pytest.raises(ValueError, match="two rules for mm"):
+        rule("mm")(lambda ctx, out, **_: [])
+
+
+@pytest.mark.parametrize("shape, taken", [((4, 6), True), ((0,), True), ((4, 1), False)])
+def test_every_result_of_an_element_wise_operator_has_its_shape_or_is_empty(shape, taken):
+    out = [OutSpec((4, 6), torch.float32), OutSpec(shape, torch.float32)]
+    found = apply(Notes(), aten.log_sigmoid_forward.default, _values([X], Notes(), Draw(0), []), {}, out)
+    assert isinstance(found, list) == taken
 
 
 @pytest.mark.parametrize("reason", REFUSED)

@@ -70,7 +70,7 @@ def addr(ctx: Context, out: Sequence[OutSpec], self: Value, vec1: Value, vec2: V
 
 @rule("linear")
 def linear(
-    ctx: Context, out: Sequence[OutSpec], input: Value, weight: Value, bias: Value | None = None, **_
+    ctx: Context, out: Sequence[OutSpec], input: Value, weight: Value, bias: Value | None, **_
 ) -> LabelledType:
     """... k, o k -> ... o"""
     lead = ascii_letters[: input.dim - 1]
@@ -110,15 +110,13 @@ def cdist(ctx: Context, out: Sequence[OutSpec], x1: Value, x2: Value, **_) -> La
     "_scaled_dot_product_fused_attention_overrideable",
 )  # fmt: skip
 def attention(
-    ctx: Context, out: Sequence[OutSpec], query: Value, key: Value, value: Value,
-    attn_mask: Value | None = None, attn_bias: Value | None = None,
-    dropout_p: float = 0.0, is_causal: bool = False, **_
+    ctx: Context, out: Sequence[OutSpec], query: Value, key: Value, value: Value, dropout_p: float, is_causal: bool,
+    attn_mask: Value | None = None, attn_bias: Value | None = None, **_
 ) -> list[LabelledType]:  # fmt: skip
     """softmax(b h l e, b h s e -> b h l s), b h s v -> b h l v. Causal: tokens keep their order."""
     if dropout_p:
         raise Refuse("attention drops weights at random; put the model in eval mode")
-    if key.shape[1] != query.shape[1]:
-        key, value = (_shared_heads(ctx, t, query.shape[1] // key.shape[1]) for t in (key, value))
+    key, value = (_shared_heads(ctx, t, query.shape[1] // key.shape[1]) for t in (key, value))
     shape = (*query.shape[:-1], key.shape[-2])
     scores = ctx.contract("bhle,bhse->bhls", [query, key], shape, pin={"l", "s"} if is_causal else ())
     mask = attn_mask or attn_bias
@@ -127,13 +125,13 @@ def attention(
     ctx.mixed(scores, [3], "softmax")
     weights = Value(scores, query.dtype)
     result = ctx.contract("bhls,bhsv->bhlv", [weights, value], out[0].shape)
-    normaliser = ctx.project(scores, [0, 1, 2])  # the log-sum-exp of the scores; the rest is random state
+    normaliser = ctx.project(scores, range(3))  # the log-sum-exp of the scores; the rest is random state
     return [result, *(LabelledType(o.shape, normaliser if o.shape == shape[:3] else ()) for o in out[1:])]
 
 
 def _shared_heads(ctx: Context, value: Value, copies: int) -> Value:
     """b g s d -> b (g copies) s d: grouped queries share a key and value head."""
     b, g, s, d = value.shape
-    groups = [group.renamed([0, 1, 3, 4]) for group in value.type.groups]
-    split = LabelledType((b, g, copies, s, d), (*groups, Group((2,), ctx.relations.fresh([copies]))))
-    return replace(value, type=ctx.relations.reshape(split, (b, g * copies, s, d)))
+    split = ctx.relations.reshape(value.type, (b, g, 1, s, d))
+    widened = LabelledType((b, g, copies, s, d), (*split.groups, Group((2,), ctx.relations.fresh([copies]))))
+    return replace(value, type=ctx.relations.reshape(widened, (b, g * copies, s, d)))

@@ -47,7 +47,7 @@ def _taken(ctx: Context, group: Group, axis: int, chosen: np.ndarray) -> Group:
     if distinct < len(chosen):
         copies = ctx.relations.fresh(labels.shape)
         kinds = ctx.relations.types(int(rank.max()) + 1) + rank
-        along = [-1 if i == p else 1 for i in range(labels.ndim)]
+        along = [len(chosen) if i == p else 1 for i in range(labels.ndim)]
         ctx.relations.one_to_one(copies, labels, np.broadcast_to(kinds.reshape(along), labels.shape))
         labels = copies
     if len(chosen) == 1:
@@ -66,8 +66,8 @@ def _rank_among_repeats(chosen: np.ndarray) -> tuple[int, np.ndarray]:
 
 @rule("slice", moves=True)
 def slice_(
-    ctx: Context, out: Sequence[OutSpec], self: Value, dim: int = 0,
-    start: int | None = None, end: int | None = None, step: int = 1, **_
+    ctx: Context, out: Sequence[OutSpec], self: Value, dim: int,
+    start: int | None, end: int | None, step: int, **_
 ) -> LabelledType:  # fmt: skip
     axis = dim % self.dim
     return take(ctx, self.type, axis, range(self.shape[axis])[start:end:step], out[0].shape)
@@ -90,7 +90,7 @@ def flip(ctx: Context, out: Sequence[OutSpec], self: Value, dims: Sequence[int],
 
 @rule("roll", moves=True)
 def roll(
-    ctx: Context, out: Sequence[OutSpec], self: Value, shifts: Sequence[int], dims: Sequence[int] = (), **_
+    ctx: Context, out: Sequence[OutSpec], self: Value, shifts: Sequence[int], dims: Sequence[int], **_
 ) -> LabelledType:
     """Without dims the flattened tensor is rolled."""
     if not dims:
@@ -154,8 +154,7 @@ def _index_mask(ctx: Context, self: Value, given: dict[int, Value], out: OutSpec
     ((axis, mask),) = given.items()
     ctx.pin(mask.type, range(mask.dim))
     covered = range(axis, axis + mask.dim)
-    rest = [a for a in range(self.dim) if a not in covered]
-    place = {a: a if a < axis else a - mask.dim + 1 for a in rest}
+    place = {a: a if a < axis else a - mask.dim + 1 for a in range(self.dim)}
     return ctx.inert_along(self.type, covered, out.shape, place)
 
 

@@ -14,7 +14,7 @@ from .registry import rule
 
 
 @rule("cat", moves=True)
-def cat(ctx: Context, out: Sequence[OutSpec], tensors: Sequence[Value], dim: int = 0, **_) -> LabelledType:
+def cat(ctx: Context, out: Sequence[OutSpec], tensors: Sequence[Value], dim: int, **_) -> LabelledType:
     """Empty tensors of one dimension are skipped, as PyTorch does."""
     types = [t.type for t in tensors if t.shape != (0,)]
     if not types:
@@ -63,7 +63,7 @@ def _part(ctx: Context, labelled: LabelledType, joint: tuple[int, ...], axis: in
     if group is not None:
         return ctx.relations.marginal(group, joint).aligned(joint)
     sizes: dict[Name, int] = {a: labelled.shape[a] for a in joint}
-    batch = [g for g in ctx.project(labelled, joint) if any(sizes[a] > 1 for a in g.axes)]
+    batch = ctx.project(labelled, joint)
     if batch:  # inert along `axis`: labels of the batch axes, tagged with the position
         return ctx.relations.join(joint, sizes, batch).labels
     labels = ctx.relations.fresh([sizes[a] for a in joint])
@@ -83,7 +83,7 @@ def _distinct(ctx: Context, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 @rule("stack", moves=True)
-def stack(ctx: Context, out: Sequence[OutSpec], tensors: Sequence[Value], dim: int = 0, **_) -> LabelledType:
+def stack(ctx: Context, out: Sequence[OutSpec], tensors: Sequence[Value], dim: int, **_) -> LabelledType:
     """Along the new axis the parts keep their order. One group that all parts share stays apart in each
     (stack([-x2, x1], -1) of a rotary embedding); the labels of other groups are related."""
     shape = out[0].shape
@@ -146,8 +146,8 @@ def _padded(
 
 @rule("slice_scatter", moves=True)
 def slice_scatter(
-    ctx: Context, out: Sequence[OutSpec], self: Value, src: Value, dim: int = 0, start: int | None = None,
-    end: int | None = None, step: int = 1, **_
+    ctx: Context, out: Sequence[OutSpec], self: Value, src: Value, dim: int, start: int | None,
+    end: int | None, step: int, **_
 ) -> LabelledType:  # fmt: skip
     """`self` with a slice replaced: what stays and what is written, in the order of the axis."""
     axis = dim % self.dim

@@ -12,13 +12,13 @@ from .registry import rule
 @rule("_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "native_batch_norm")
 def batch_norm(
     ctx: Context, out: Sequence[OutSpec], input: Value,
-    weight: Value | None = None, bias: Value | None = None,
+    weight: Value | None, bias: Value | None,
     running_mean: Value | None = None, running_var: Value | None = None, training: bool = False, **_
 ) -> list[LabelledType]:  # fmt: skip
     """With running statistics pointwise; with batch statistics every channel mixes its own samples."""
     names = range(input.dim)
     channel = [v for v in (weight, bias, running_mean, running_var) if v is not None]
-    if training or running_mean is None:
+    if training:
         ctx.mixed(input.type, [a for a in names if a != 1], "batch_norm")
     operands = [(input.type, names), *((v.type, [1]) for v in channel)]
     result = ctx.einsum(operands, names, out[0].shape)
@@ -32,7 +32,7 @@ def batch_norm(
 @rule("native_layer_norm")
 def layer_norm(
     ctx: Context, out: Sequence[OutSpec], input: Value, normalized_shape: Sequence[int],
-    weight: Value | None = None, bias: Value | None = None, **_
+    weight: Value | None, bias: Value | None, **_
 ) -> list[LabelledType]:  # fmt: skip
     """Mixes along the last axes; mean and scale keep the others."""
     names = range(input.dim)
@@ -61,7 +61,7 @@ def group_norm(
     names = range(input.dim)
     affine = [(v.type, [1]) for v in (weight, bias) if v is not None]
     result = ctx.einsum([(ctx.relations.reshape(split, input.shape), names), *affine], names, out[0].shape)
-    batch = ctx.project(split, [0, 1])
+    batch = ctx.project(split, range(2))
     return [result, *(LabelledType(o.shape, batch) for o in out[1:])]
 
 
@@ -73,7 +73,7 @@ def softmax(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int, **_) ->
 
 
 @rule("_weight_norm_interface")
-def weight_norm(ctx: Context, out: Sequence[OutSpec], v: Value, g: Value, dim: int = 0, **_) -> list[LabelledType]:
+def weight_norm(ctx: Context, out: Sequence[OutSpec], v: Value, g: Value, dim: int, **_) -> list[LabelledType]:
     """g v / |v|, the norm along all axes but `dim`."""
     names = range(v.dim)
     ctx.mixed(v.type, [a for a in names if a != dim], "weight_norm")

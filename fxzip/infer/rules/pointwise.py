@@ -8,6 +8,7 @@ from ..labels import LabelledType, inert
 from .context import Context, OutSpec, Refuse, Value
 from .index import take
 from .registry import elementwise, rule, values_in
+from .shape import expand
 
 
 @rule("_prelu_kernel", "complex", "floor_divide", "hardswish", "log_sigmoid_forward", "masked_fill", "polar")
@@ -29,9 +30,7 @@ def same(ctx: Context, out: Sequence[OutSpec], self: Value, **_) -> LabelledType
 @rule("copy", moves=True)
 def copy(ctx: Context, out: Sequence[OutSpec], self: Value, src: Value, **_) -> LabelledType:
     """`self` lends only its shape."""
-    source = (1,) * (self.dim - src.dim) + src.shape
-    widened = [1 if s == d else d for s, d in zip(source, self.shape, strict=True)]
-    return ctx.pointwise([src.type, ctx.constant(widened)], self.shape)
+    return expand(ctx, out, src)
 
 
 @rule("fill", "zero")
@@ -42,7 +41,7 @@ def fill(ctx: Context, out: Sequence[OutSpec], **_) -> LabelledType:
 
 @rule("native_dropout")
 def dropout(
-    ctx: Context, out: Sequence[OutSpec], input: Value, p: float, train: bool | None = None, **_
+    ctx: Context, out: Sequence[OutSpec], input: Value, p: float, train: bool | None, **_
 ) -> list[LabelledType]:
     if train or train is None:
         raise Refuse("dropout is active: features are dropped at random; put the model in eval mode")
@@ -51,7 +50,7 @@ def dropout(
 
 @rule("rrelu_with_noise_functional")
 def rrelu(
-    ctx: Context, out: Sequence[OutSpec], self: Value, noise: Value, training: bool = False, **_
+    ctx: Context, out: Sequence[OutSpec], self: Value, noise: Value, training: bool, **_
 ) -> list[LabelledType]:
     if training:
         raise Refuse("rrelu is random in training mode; put the model in eval mode")
@@ -59,7 +58,7 @@ def rrelu(
 
 
 @rule("glu")
-def glu(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int = -1, **_) -> LabelledType:
+def glu(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int, **_) -> LabelledType:
     """One half of the axis times the sigmoid of the other."""
     axis = dim % self.dim
     half = self.shape[axis] // 2

@@ -39,7 +39,7 @@ def _axes(dim: int | Sequence[int] | None, rank: int) -> list[int]:
 
 @rule("argmax", "argmin")
 def argmax(
-    ctx: Context, out: Sequence[OutSpec], self: Value, dim: int | None = None, keepdim: bool = False, **_
+    ctx: Context, out: Sequence[OutSpec], self: Value, dim: int | None, **_
 ) -> LabelledType:
     """A position: the axis (all of them without dim) keeps its order."""
     axes = _axes(dim, self.dim)
@@ -47,7 +47,7 @@ def argmax(
 
 
 @rule("cummax", "cummin", "cumprod", "cumsum", "kthvalue", "logcumsumexp", "mode", "sort", "topk")
-def ordered(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int = -1, **_) -> list[LabelledType]:
+def ordered(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int, **_) -> list[LabelledType]:
     """The axis keeps its order, the others their labels."""
     axes = [dim % self.dim] if self.dim else []
     return [_ordered(ctx, self, axes, o) for o in out]

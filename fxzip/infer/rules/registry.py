@@ -1,7 +1,7 @@
 """The table from ATen ops to rules, and the one function that consults it.
 
-A rule is an ordinary function of types. Its parameters are those of the op's schema, by name, with
-tensors as `Value`s; `out` lists the shapes of the results. It returns one type per result:
+A rule is an ordinary function of types. Its parameters are those of the op's schema, by name, with tensors as
+`Value`s and the schema's defaults filled in; `out` lists the shapes of the results. It returns one type per result:
 
     @rule("flip", moves=True)
     def flip(ctx, out, self, dims, **_): ...

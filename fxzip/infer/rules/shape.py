@@ -55,7 +55,7 @@ def repeat(ctx: Context, out: Sequence[OutSpec], self: Value, repeats: Sequence[
 
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", moves=True)
-def split(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int = 0, **_) -> list[LabelledType]:
+def split(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int, **_) -> list[LabelledType]:
     axis = dim % self.dim
     parts, start = [], 0
     for piece in out:
@@ -66,7 +66,7 @@ def split(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int = 0, **_) 
 
 
 @rule("unbind", moves=True)
-def unbind(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int = 0, **_) -> list[LabelledType]:
+def unbind(ctx: Context, out: Sequence[OutSpec], self: Value, dim: int, **_) -> list[LabelledType]:
     return [take(ctx, self.type, dim % self.dim, i, piece.shape) for i, piece in enumerate(out)]
 
 

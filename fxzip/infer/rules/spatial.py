@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..labels import LabelledType
-from .context import Context, OutSpec, Refuse, Value
-from .registry import rule
+from .context import Context, OutSpec, Value
+from .registry import rule, values_in
 
 
 def _spatial(rank: int) -> Callable[..., list[LabelledType]]:
-    def resample(
-        ctx: Context, out: Sequence[OutSpec], self: Value | None = None, input: Value | None = None, **_
-    ) -> list[LabelledType]:
+    def resample(ctx: Context, out: Sequence[OutSpec], **arguments) -> list[LabelledType]:
         """Channels keep their labels; so do those of a second result, the positions of maxima."""
-        x = self if self is not None else input
-        if x is None or x.dim < rank:
-            raise Refuse(f"no tensor with {rank} spatial axes")
+        (x,) = values_in(arguments.values())  # `self` or `input`
         return [ctx.inert_along(x.type, range(x.dim - rank, x.dim), o.shape) for o in out]
 
     return resample
