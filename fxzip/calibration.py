@@ -64,6 +64,7 @@ def _checkpoint(
     """part: (which pass, of how many, over which spaces), where there are several."""
     spaces = prepared.merged_spaces()
     rows: list[Any] = [(s.name, s.size, [(a.node, a.axes, a.weight) for a in s.anchors]) for s in spaces]
+    rows.append(str(prepared.spaces.lowered.graph))  # other code may have the same weights
     if processes.world > 1:
         folder, rows = Path(folder) / f"rank{processes.rank}of{processes.world}", [*rows, processes.world]
     if part:

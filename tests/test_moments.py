@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import inspect
+import random
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from fxzip.errors import InputError
+from fxzip.measure import read_batches
 from fxzip.measure.collect import _accumulator
 from fxzip.measure.moments import FORMAT, Accumulator, Moments, SpaceMoments, balanced
 
@@ -165,3 +169,29 @@ def test_a_file_of_other_moments_is_refused(tmp_path):
         save_file({"mean/s1": torch.ones(2)}, path, {"format": FORMAT, **facts})
         with pytest.raises(InputError, match="m.safetensors"):
             Moments.load(path)
+
+
+class Refilled:
+    """A loader that writes every batch into one tensor, drawn by Python, numpy and torch."""
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(4, 3)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for _ in range(3):
+            self.buffer.fill_(random.random() + float(np.random.rand()))
+            yield self.buffer.add_(torch.rand(4, 3))
+
+
+def test_batches_of_one_buffer_are_kept_apart_and_drawn_from_the_seed():
+    def read() -> list[torch.Tensor]:
+        return [x for (x,) in read_batches(Refilled(), call, 12, torch.device("cpu"), seed=3)]
+
+    call = inspect.Signature([inspect.Parameter("x", inspect.Parameter.POSITIONAL_ONLY)])
+    first = read()
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    again = read()
+    assert random.getstate() == before[0] and (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert len(first) == 3 and not torch.equal(first[0], first[1])
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))

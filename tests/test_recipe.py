@@ -147,6 +147,7 @@ def test_data_sets_of_torchvision(tmp_path):
     ("text", "said"),
     [
         ("torchvision:CIFAR11", "did you mean CIFAR10"),
+        ("torchvision:LSUN?root=.", "torchvision unpickles a file in that folder, which may run code"),
         ("torchvision:CIFAR10?root=nothing", "RuntimeError: Dataset not found"),
         ("random:3xx8", "write random:3x224x224"),
         ("random:3x8?cuont=3", "write random:3x224x224"),

@@ -84,7 +84,11 @@ def test_other_statistics_are_refused(tmp_path):
     other = nets()
     with torch.no_grad():
         other[0][0].weight[0, 0, 0, 0] += 1e-3
-    for models, batches, options in ((other, BATCHES, {}), (nets(), BATCHES[1:], {}), (nets(), BATCHES, {"seed": 1})):
+    changed = nets()  # of the same weights
+    for net in changed:
+        net[1] = torch.nn.Tanh()
+    calls = [(other, BATCHES, {}), (changed, BATCHES, {}), (nets(), BATCHES[1:], {}), (nets(), BATCHES, {"seed": 1})]
+    for models, batches, options in calls:
         with pytest.raises(InputError, match="was measured with other models, batches, seed or calibration"):
             fxzip.merge(models, batches, method="zip", progress=False, resume=tmp_path, **options)
 

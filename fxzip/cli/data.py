@@ -120,6 +120,8 @@ def _torchvision(spec: Spec, images: Images, folder: Path) -> Samples:
     if spec.name not in datasets.__all__ or kind is None:
         hint = nearest(spec.name, datasets.__all__) or "torchvision.datasets.__all__ lists them"
         raise InputError(f"torchvision has no data set {spec.name!r}: {hint}")
+    if spec.name.startswith("LSUN"):
+        raise InputError(f"data {spec.text!r}: torchvision unpickles a file in that folder, which may run code")
     options = dict(spec.options)
     if "root" in inspect.signature(kind).parameters:
         options["root"] = str(inside(str(options.get("root", ".")), folder))

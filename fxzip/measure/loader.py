@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from inspect import Signature
 from itertools import cycle, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import InputError
 from ..trace import batch_size, bind, plain_batch, rows
+from ..trace.guards import seeded
 
 
 def read_batches(
@@ -21,13 +24,16 @@ def read_batches(
     """The first `count` samples as positional-argument tuples on `device`; labels are dropped unseen.
 
     A dict of loaders is read in turn, a batch each, so that tasks are balanced. Inputs are held in memory:
-    every stage sees the same samples, and a generator is read once. Shuffling loaders draw from `seed`;
-    the global RNG is as it was. Raises InputError when there is no batch or one does not fit the forward.
+    every stage sees the same samples, and a generator is read once. Batches are copied unless they are in a list: a
+    loader may write all into one buffer. Shuffling loaders draw from `seed`, whether by torch, numpy or Python; the
+    random states are as they were. Raises InputError when there is no batch or one does not fit the forward.
     """
     found: list[tuple] = []
     seen = 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    kept = isinstance(loader, (list, tuple))
+    with seeded(seed):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         source = _in_turn(loader) if isinstance(loader, Mapping) and _is_tasks(loader) else loader
         iterator = _watched(source)
         while seen < count:
@@ -37,7 +43,7 @@ def read_batches(
             args = _bound(batch, signature, len(found))
             size = max(batch_size(args), 1)
             args = rows(args, min(size, count - seen)) if size > count - seen else args
-            found.append(tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, args))
+            found.append(tree_map(lambda x: x.to(device, copy=not kept) if isinstance(x, Tensor) else x, args))
             seen += min(size, count - seen)
     if not found:
         raise InputError("the loader yields no batch; pass an iterable of input batches")
