@@ -188,7 +188,7 @@ def merged(
     """The stages of fxzip.merge, from the second on: models are traced and analysed."""
     from fxzip import passes
     from fxzip.passes.job import Job, give, node_names
-    from fxzip.prepare import Clock, Prepared
+    from fxzip.prepared import Clock, Prepared
 
     graph = traced.graph_module
     prepared = Prepared(

@@ -11,7 +11,7 @@ from .errors import InputError
 from .infer import Spaces
 from .match import Matching, lossless
 from .measure.moments import Moments
-from .prepare import Prepared
+from .prepared import Prepared
 from .processes import ALONE, Processes
 from .rewrite import Heads, build, head_parameters, merge_parameters, owned, recompute_statistics, state_of
 from .widths import allocate, cost_terms, probe, resizable

@@ -17,7 +17,7 @@ from .measure import Checkpoint, Programs, collect_moments, fingerprint, form_of
 from .measure.moments import Moments, SpaceMoments
 from .memory import Store
 from .planning import Plan
-from .prepare import Prepared
+from .prepared import Prepared
 from .processes import ALONE, Processes
 from .trace import describe, rows, state_of
 

@@ -14,7 +14,7 @@ from .heatmap import heat_maps
 from .infer import Spaces
 from .match import Matching
 from .measure.moments import Moments
-from .prepare import Prepared
+from .prepared import Prepared
 from .report import LayerRow, NodeRow, Report, Size, SpaceRow
 from .rewrite.zipped import KEY
 from .solve import Record

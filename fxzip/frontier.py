@@ -18,7 +18,8 @@ from .drawing import drawing
 from .errors import InputError
 from .evaluate import Ensemble
 from .merge import collect, merge
-from .prepare import Clock, prepare
+from .prepare import prepare
+from .prepared import Clock
 from .report import report, table
 
 __all__ = ["Frontier", "Point", "frontier"]

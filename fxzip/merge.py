@@ -20,7 +20,8 @@ from .memory import parsed
 from .nested import apart
 from .options import wrong_options, wrong_weights
 from .planning import Plan, make_plan
-from .prepare import Clock, prepare
+from .prepare import prepare
+from .prepared import Clock
 from .processes import Processes
 from .repair import Repair, split
 from .solve import Solve

@@ -17,7 +17,7 @@ from .match.blocks import families
 from .measure import Needs, Programs
 from .measure import needs as measuring_needs
 from .memory import shown
-from .prepare import Prepared
+from .prepared import Prepared
 from .processes import ALONE, Processes
 from .rewrite import owned
 from .solve import CHUNK, Settings, SolveNeeds, solve_needs

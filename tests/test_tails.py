@@ -14,7 +14,8 @@ from toys import randomise
 
 import fxzip
 from fxzip import passes
-from fxzip.prepare import Clock, prepare
+from fxzip.prepare import prepare
+from fxzip.prepared import Clock
 
 IMAGES = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -13,7 +13,8 @@ from ..errors import InputError
 from ..match import Matchings
 from ..measure.moments import Moments
 from ..planning import Plan
-from ..prepare import Clock, Prepared, begin, compare
+from ..prepare import begin, compare
+from ..prepared import Clock, Prepared
 from ..processes import ALONE, Processes
 from ..rewrite import Heads
 from ..solve import Record

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,18 +11,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..errors import InputError, SpaceError
 from .heads import Heads
 from .modules import Tensors, has_path, install, versions
+from .outputs import HEADS, joined, same_outputs
 from .parameters import state_of
 from .partition import Partition
 from .signature import signature
 from .tails import Tails
 from .zipped import KEY, Zipped
-
-HEADS = ("separate", "concat", "average")
 
 
 def build(
@@ -53,7 +51,7 @@ def build(
     """
     suffixes = _check(graph_modules, names, heads)
     if heads != "separate":
-        _same_outputs(tails.own if tails else graph_modules, names, example_args, heads)
+        same_outputs(tails.own if tails else graph_modules, names, example_args, heads)
     equal = not shares or len(set(shares)) == 1
     plan = _Plan(graph_modules, cut, private, tuple(suffixes), () if equal else tuple(shares or ()), tails)
     graph = _graph(plan, names, as_dict, heads)
@@ -154,7 +152,7 @@ def _graph(plan: _Plan, names: Sequence[str], as_dict: bool, heads: str) -> fx.G
     for i, env in enumerate(own):
         outputs.append(map_arg(plan.output(i), lambda n, i=i, env=env: _read(plan, graph, n, i, shared, env)))
     if heads != "separate":
-        graph.output(_joined(graph, outputs, heads, plan.shares))
+        graph.output(joined(graph, outputs, heads, plan.shares))
     else:
         graph.output(dict(zip(names, outputs, strict=True)) if as_dict else tuple(outputs))
     for node in graph.nodes:
@@ -208,33 +206,6 @@ def _read(
         env[name].meta = copy.copy(node.meta)
         return env[name]
     return shared[name]
-
-
-def _joined(graph: fx.Graph, outputs: Sequence[Any], heads: str, shares: Sequence[float]) -> Any:
-    """Every tensor of the output structure side by side over models, or its mean: `extract` knows these forms."""
-    leaves: list[list[fx.Node]] = []
-    for output in outputs:
-        leaves.append([])
-        map_arg(output, lambda n, into=leaves[-1]: into.append(n) or n)
-    joined = []
-    for group in zip(*leaves, strict=True):
-        if heads == "concat":
-            joined.append(graph.call_function(torch.cat, (list(group), 1)))
-        elif not shares:
-            joined.append(graph.call_method("mean", (graph.call_function(torch.stack, (list(group),)), 0)))
-        else:
-            parts = [graph.call_function(operator.mul, (n, s)) for n, s in zip(group, shares, strict=True)]
-            joined.append(graph.call_method("sum", (graph.call_function(torch.stack, (parts,)), 0)))
-    rest = iter(joined)
-    return map_arg(outputs[0], lambda _: next(rest))
-
-
-def own_output(joined: fx.Node, place: int) -> fx.Node:
-    """What model `place` adds to a node of `_joined`."""
-    if joined.target is torch.cat:
-        return cast(Any, joined.args[0])[place]
-    found = cast(Any, joined.args[0]).args[0][place]
-    return found.args[0] if joined.target == "sum" else found
 
 
 def _modules(plan: _Plan, merged: Mapping[str, Tensor]) -> nn.Module:
@@ -310,23 +281,6 @@ def _recipe(plan: _Plan, zipped: fx.GraphModule, names: Sequence[str], args: tup
         ),
         "signature": signature(zipped),
     }
-
-
-def _same_outputs(graph_modules: Sequence[fx.GraphModule], names: Sequence[str], args: tuple, heads: str) -> None:
-    """Raises InputError unless outputs have one shape, or for "concat" one shape but for axis 1."""
-    with torch.no_grad():
-        shapes = [
-            [list(t.shape) for t in tree_leaves(g(*args)) if isinstance(t, Tensor)] for g in graph_modules
-        ]
-    seen = ", ".join(f"{n}: {s}" for n, s in zip(names, shapes, strict=True))
-    if heads == "concat":
-        shapes = [[s[:1] + s[2:] if len(s) > 1 else None for s in of] for of in shapes]
-        if any(s != shapes[0] or None in s for s in shapes):
-            raise InputError(
-                f'heads="concat" needs outputs that differ along axis 1 alone, got {seen}; use heads="separate"'
-            )
-    elif any(s != shapes[0] for s in shapes):
-        raise InputError(f'heads="average" needs outputs of one shape, got {seen}; use heads="separate"')
 
 
 def _check_runs(zipped: fx.GraphModule, args: tuple) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from ..errors import InputError
-from .build import own_output
 from .modules import attribute, has_path, persistent, set_path
+from .outputs import own_output
 from .zipped import KEY, Zipped, notes
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..labels import LabelledType, inert
 from .context import Context, OutSpec, Refuse, Value
 from .index import take
-from .registry import elementwise, rule, values_in
+from .registry import Types, elementwise, rule, values_in
 from .shape import expand
 
 
@@ -28,7 +28,7 @@ def same(ctx: Context, out: Sequence[OutSpec], self: Value, **_) -> LabelledType
 
 
 @rule("copy", moves=True)
-def copy(ctx: Context, out: Sequence[OutSpec], self: Value, src: Value, **_) -> LabelledType:
+def copy(ctx: Context, out: Sequence[OutSpec], self: Value, src: Value, **_) -> Types:
     """`self` lends only its shape."""
     return expand(ctx, out, src)
 
