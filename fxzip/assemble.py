@@ -85,7 +85,9 @@ def agree(p: Prepared, matchings: Mapping[str, Matching], moments: Moments) -> b
     first, *others = (state_of(m) for m in p.graph_modules)
     if all(s[n].shape == first[n].shape and torch.equal(s[n], first[n]) for s in others for n in first):
         return True
-    return bool(moments) and all(lossless(m, moments[n]) for n, m in matchings.items() if n in moments)
+    placed = {parent.space for s in p.spaces for parent in s.parents}  # by what their children are
+    known = all(n in moments or n in placed for n in matchings)
+    return bool(moments) and known and all(lossless(m, moments[n]) for n, m in matchings.items() if n in moments)
 
 
 def calibrate(

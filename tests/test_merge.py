@@ -26,7 +26,10 @@ torch.set_num_threads(1)
 DATA = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 # Their first layer's features are read by position, too (or the blocks they vote for); spaces that remain belong to
 # the heads alone, or lie inside such a block.
-PINNED_BEFORE = {"features: addr", "volume: grid_sampler_3d", "features: argmax of votes"}
+PINNED_BEFORE = {
+    "features: addr", "features: argmax of votes", "features: max of votes", "tokens: index_add by features",
+    "volume: grid_sampler_3d",
+}  # fmt: skip
 STRUCTURES = [e for e in EXAMPLES if e.name in {t[0] for t in [*toys.TOYS, *toy_attention.TOYS]}]
 
 

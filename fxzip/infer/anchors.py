@@ -19,7 +19,8 @@ def anchors_of(reader: Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
     """Where features are measured: what consumers read; and with little weight what producers write, which tells apart
     features that stay silent behind a non-linearity, and what scales and shifts make of it, which tells apart features
     that are one constant before. Without consumers, the latter in full. A space that only parameters meet in (a table
-    of coordinates) is measured in the parameter, where its entries correspond.
+    of coordinates) is measured in the parameter, where its entries correspond; one that no layer reads or makes
+    (latents that scale a value and are summed) where it ends, but for blocks, which are known by what they hold.
 
     Where another axis carries features as well (channels beside hidden tokens), samples along it are in an order of
     each model's own: such a value counts only where there is no other, and then by rank along that axis.
@@ -44,7 +45,24 @@ def anchors_of(reader: Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
             found[family] = [*(a for a in seen if not a.unordered), *(replace(a, weight=QUIET) for a in clear)]
         elif clear or seen or quiet or stored[family]:
             found[family] = clear or seen or quiet or list(stored[family].values())
-    return found
+    return found | _where_they_end(reader, wanted - found.keys() - _blocks(reader, wanted))
+
+
+def _blocks(reader: Reader, wanted: set[int]) -> set[int]:
+    """Families that others are inside of."""
+    columns = (c for f in wanted for c in reader.solution.parents.get(f, (None, ()))[1])
+    return {int(reader.solution.family[c[0]]) for c in columns}
+
+
+def _where_they_end(reader: Reader, wanted: set[int]) -> dict[int, list[Anchor]]:
+    """Values with these features that a node without them is made of."""
+    data, ends = reader.inference.data, defaultdict(dict)
+    for node in (n for n in reader.inference.lowered.graph.nodes if n in data and wanted):
+        for operand in node.all_input_nodes:
+            if operand in data:
+                _collect(reader, operand, wanted & (_families(reader, operand) - _families(reader, node)), ends)
+    seen = {family: list(places.values()) for family, places in ends.items()}
+    return {family: [a for a in places if not a.unordered] or places for family, places in seen.items()}
 
 
 def _families(reader: Reader, node: fx.Node) -> set[int]:
