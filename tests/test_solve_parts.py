@@ -1,0 +1,140 @@
+"""Parts of solve against what they are by definition; most were written because a mutant of theirs survived."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from toys import randomise
+
+import fxzip
+from fxzip.solve import Settings
+from fxzip.solve.fit import _some, wanted_rows
+from fxzip.solve.refine import _retargeting
+from fxzip.solve.ridge import Gram, Ridge
+
+torch.set_num_threads(1)
+IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_error_of_weights_is_that_of_their_residuals():
+    generator = torch.Generator().manual_seed(0)
+    x, t = (torch.randn(50, 2, n, generator=generator) for n in (4, 3))  # rows, groups, columns or outputs
+    weights = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    gram = Gram()
+    gram.add(x, t)
+    residual = t.double() - torch.einsum("gop,rgp->rgo", weights, x.double())
+    assert Ridge(gram, weights, 1e-3).error(weights) == pytest.approx(
+        float((residual**2).sum() / (t.double() ** 2).sum()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, groups, columns, rows",
+    [
+        (Settings(rows=8, least=1000), 1, 50, 1000),  # few columns
+        (Settings(rows=8, least=1000), 1, 500, 4000),  # rows for each column
+        (Settings(rows=8, least=1000, memory=8 * 10 * 600), 1, 10, 600),  # what has room
+        (Settings(rows=8, least=1000, memory=8 * 10 * 600), 3, 10, 200),
+        (Settings(rows=8, least=1000, memory=1), 1, 500, 500),  # never fewer than columns
+    ],
+)
+def test_rows_of_a_fit(settings, groups, columns, rows):
+    assert wanted_rows(settings, groups, columns) == rows
+
+
+def test_some_rows_are_always_the_same_and_no_more_than_there_are():
+    assert _some(5, 5, IMAGES.device) == slice(None)
+    chosen = _some(9, 5, IMAGES.device)
+    assert len(set(chosen.tolist())) == 5 and max(chosen) < 9
+    assert torch.equal(chosen, _some(9, 5, IMAGES.device))
+
+
+def test_targets_move_by_the_slope_or_by_the_secant():
+    """Behind a ReLU a unit that should be alive moves all the way, one that should be dead only where it is not."""
+    now, wanted = torch.tensor([[-3.0, 2.0, 2.0, -1.0]]), torch.tensor([[1.0, 3.0, -2.0, -4.0]])
+    moved = _retargeting(now, wanted, torch.zeros(1, 4), torch.relu)
+    torch.testing.assert_close(moved, torch.tensor([[4.0, 1.0, -2.0, 0.0]]), atol=1e-3, rtol=1e-3)
+    gentle = _retargeting(now, wanted, torch.zeros(1, 4), lambda x: 0.25 * x)
+    torch.testing.assert_close(gentle, 0.25 * (wanted - now), atol=1e-3, rtol=1e-3)
+
+
+class Norms(nn.Module):
+    """Batch norms of inputs, behind a convolution, and behind a function of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv, self.second = nn.BatchNorm2d(3), nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.third, self.head = nn.BatchNorm2d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.conv(self.first(x))).tanh()
+        return self.head(self.third(x).relu().mean((2, 3)))
+
+
+def test_statistics_of_norms_are_those_of_what_they_read():
+    nets = [randomise(Norms(), seed).eval() for seed in range(2)]
+    zipped = fxzip.merge(nets, IMAGES.split(8), progress=False)
+    seen: dict[str, Tensor] = {}
+    for name in ("second", "third"):  # the first reads the same in all models
+        norm = zipped.get_submodule(name)
+        norm.register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0].detach().double()}))
+    zipped(IMAGES)
+    for name, x in seen.items():
+        norm = zipped.get_submodule(name)
+        torch.testing.assert_close(norm.running_mean.double(), x.mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(norm.running_var.double(), x.var((0, 2, 3), unbiased=False), atol=1e-3, rtol=1e-3)
+
+
+def test_scales_of_norms_that_differ_alone_become_their_mean():
+    one = randomise(Norms(), 0).eval()
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other.third.weight *= torch.linspace(0.5, 2, 6)
+    zipped = fxzip.merge([one, other], IMAGES.split(8), method=fxzip.Solve(fxzip.Average()), progress=False)
+    spread = ((zipped.third.running_var + 1e-5) / (one.third.running_var + 1e-5)).sqrt()  # of the data, not of training
+    start, lam = (one.third.weight + other.third.weight) / 2, Settings().lam
+    torch.testing.assert_close(zipped.third.weight, start * (spread + lam) / (1 + lam), atol=1e-5, rtol=2e-3)
+
+
+class ComputedBias(nn.Module):
+    """A convolution that cannot be fitted whole: its bias is made of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.b, self.head = nn.Conv2d(3, 6, 3, bias=False), nn.Parameter(torch.ones(6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.conv2d(x, self.conv.weight, self.b.exp()).relu().mean((2, 3)))
+
+
+class Same(nn.Module):
+    """padding="same"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, (3, 2), padding="same"), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [ComputedBias, Same])
+def test_what_cannot_be_fitted_stays_right(make):
+    net = randomise(make()).eval()
+    twin = fxzip.scramble(net, IMAGES[:2], seed=1)
+    for y in fxzip.merge([net, twin], IMAGES.split(8), progress=False)(IMAGES):
+        torch.testing.assert_close(y, net(IMAGES), atol=1e-4, rtol=1e-3)
+
+
+def test_a_ridge_without_end_leaves_the_zipped_weights():
+    nets = [randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Flatten(),
+                                    nn.Linear(5 * 16, 2)), seed).eval() for seed in range(2)]  # fmt: skip
+    stiff = fxzip.Solve(settings=Settings(lam=1e9, sweeps=0))
+    made = [fxzip.merge(nets, IMAGES.split(8), method=m, progress=False) for m in (stiff, fxzip.Zip(beta=1.0), "solve")]
+    found, wanted, free = (z.get_submodule("2").weight for z in made)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert (free - wanted).abs().max() > 1e-2
