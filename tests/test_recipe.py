@@ -1,5 +1,7 @@
 """Recipes: all problems at once, with lines and suggestions; nothing is read that should not be."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -139,8 +141,20 @@ def test_data_sets_of_torchvision(tmp_path):
     found = data.samples("torchvision:FakeData?size=5&image_size=[3, 8, 8]&num_classes=4", None, tmp_path)
     x, y = next(iter(data.loader(found, 8)))
     assert x.shape == (5, 3, 8, 8) and y.dtype == torch.int64
-    moved = data.relative("torchvision:CIFAR10?root=d&train=false", lambda p: f"../{p.name}", tmp_path)
-    assert moved == "torchvision:CIFAR10?root=../d&train=false"
+
+
+@pytest.mark.parametrize(
+    ("text", "moved"),
+    [
+        ("torchvision:CIFAR10?root=d&train=false", "torchvision:CIFAR10?root=../d&train=false"),
+        ("torchvision:CIFAR10?train=false&root=my%20data", "torchvision:CIFAR10?root=../my%20data&train=false"),
+        ("torchvision:CIFAR10", "torchvision:CIFAR10?root=.."),  # without one it is the recipe's own folder
+        ("torchvision:FakeData?size=5", "torchvision:FakeData?size=5"),
+    ],
+)
+def test_data_sets_are_found_from_the_folder_of_the_result(text, moved, tmp_path):
+    change = lambda p: os.path.relpath(p, (tmp_path / "out").resolve())  # noqa: E731
+    assert data.relative(text, change, tmp_path.resolve()) == moved
 
 
 @pytest.mark.parametrize(

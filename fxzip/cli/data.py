@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -86,8 +87,15 @@ def loader(data: Samples, batch_size: int = 64, count: int | None = None, seed: 
 def relative(text: str, change: Callable[[Path], str], folder: Path) -> str:
     """`text` with the path in it changed; for recipes that are written elsewhere."""
     spec = parse(text, SOURCES)
-    if spec.source == "torchvision" and isinstance(root := spec.options.get("root"), str):
-        return text.replace(f"root={root}", f"root={change(inside(root, folder))}", 1)
+    if spec.source == "torchvision":
+        from torchvision import datasets
+
+        kind = getattr(datasets, spec.name, None)
+        if kind is None or "root" not in inspect.signature(kind).parameters:
+            return text
+        head, _, options = text.partition("?")
+        root = quote(change(inside(str(spec.options.get("root", ".")), folder)), safe="/")
+        return "?".join([head, "&".join([f"root={root}", *(o for o in options.split("&") if o[:5] != "root=" and o)])])
     return text.replace(spec.name, change(inside(spec.name, folder)), 1) if not spec.source else text
 
 
