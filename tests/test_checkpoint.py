@@ -160,10 +160,12 @@ def test_further_files_stay_in_the_folder(merged, tmp_path, name):
 def test_sizes_that_are_not_read(merged, tmp_path, monkeypatch):
     fxzip.save(merged, tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())
-    plan["example"]["tuple"][0]["tensor"][0] = [2, 2, 10**6, 10**6]
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(InputError, match="more than 1,073,741,824 elements"):
-        fxzip.load(tmp_path, Conv)
+    image = {"tensor": [[2, 3, 4000, 4000], "float32"]}
+    for example in ({"tensor": [[2, 2, 10**6, 10**6], "float32"]}, {"list": [image] * 3}):  # one too large, or all
+        plan["example"] = {"tuple": [example]}
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        with pytest.raises(InputError, match="more than 268,435,456 elements"):
+            fxzip.load(tmp_path, Conv)
     monkeypatch.setattr("fxzip.files.plan.LIMIT", 100)
     with pytest.raises(InputError, match="more than any plan"):
         fxzip.load(tmp_path, Conv)
@@ -191,6 +193,30 @@ def test_nothing_of_an_earlier_merge_is_left(merged, tmp_path):
         (old / "model.pt2").write_text("z")
         call()
         assert sorted(contents(old)) == sorted([*contents(out), "notes.txt"])
+
+
+def test_files_of_other_programs_are_not_replaced(merged, tmp_path):
+    """Neither by save nor by push and pull, unless forced; the refusal names every one and comes before any work."""
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    fxzip.save(merged, out)
+    mine.mkdir()
+    for name in ("README.md", "model.safetensors"):
+        (mine / name).write_text("mine")
+    calls = (
+        lambda force: fxzip.save(merged, mine, force=force),
+        lambda force: hub.push(out, str(mine), force=force),
+        lambda force: hub.pull(str(out), mine, force=force),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=r"has a .* and a .* that fxzip did not write: .* force it \(force=True"):
+            call(False)
+        assert contents(mine) == {"README.md": b"mine", "model.safetensors": b"mine"}
+        call(True)
+        call(False)  # now they are of a merge
+        assert contents(mine) == contents(out)
+        (mine / "plan.json").unlink()
+        for name in ("README.md", "model.safetensors"):
+            (mine / name).write_text("mine")
 
 
 def test_what_is_not_whole_is_neither_sent_nor_fetched(merged, tmp_path):

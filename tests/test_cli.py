@@ -167,7 +167,7 @@ def test_merge_refuses_to_replace_what_is_not_its_own(capsys, place):
     (place / "out").mkdir()
     (place / "out" / "README.md").write_text("mine")
     code, _, err = run(capsys, "merge", *FLAGS, "--data", "x.npz", "--out", "out")
-    assert code == 2 and "has a README.md that fxzip did not write: choose another folder, or pass --force" in err
+    assert code == 2 and "has a README.md that fxzip did not write: choose another folder, or force it" in err
     assert (place / "out" / "README.md").read_text() == "mine"
     assert run(capsys, "merge", *FLAGS, "--data", "x.npz", "--out", "out", "--force", "-q")[0] == 0
 

@@ -39,6 +39,7 @@ def option(panel: str, text: str, *names: str, **more: Any) -> Any:
 
 Quiet = Annotated[bool, option(MESSAGES, "Only results and errors.", "-q", "--quiet")]
 Verbose = Annotated[bool, option(MESSAGES, "What is done, and the traceback of an error.", "-v", "--verbose")]
+Force = Annotated[bool, option(RESULT, "Replace files that fxzip did not write.", "--force")]
 TrustCode = Annotated[bool, option(MODEL, "Allow path/to/file.py:FACTORY, which runs that file.", "--trust-code")]
 Folder = Annotated[Path, typer.Argument(help="A folder that merge wrote.", metavar="OUT")]
 MODEL_HELP = "torchvision:NAME, timm:NAME, hf:NAME, hf:FOLDER or path/to/file.py:FACTORY; options as ?key=value"

@@ -15,7 +15,7 @@ import fxzip
 
 from ..errors import InputError
 from ..files.checkpoint import read_checkpoint
-from ..files.plan import CARD, PAGE, PLAN, PROGRAM, RECIPE, TENSORS, Plan, is_merge, read_plan
+from ..files.plan import CARD, PAGE, PLAN, PROGRAM, RECIPE, TENSORS, Plan, is_merge, read_plan, strangers
 from ..files.save import sha256_of
 from ..processes import ALONE, Processes
 from . import data as datas
@@ -97,7 +97,9 @@ def run(
     processes: those that share the work; rank 0 writes.
     """
     html = html or (is_merge(out) and (out / PAGE).is_file())
-    recipe, job = given.recipe, prepared(given, trust_code, [] if force else strangers(out, html))
+    names = (CARD, RECIPE, TENSORS, PLAN, *([PROGRAM] if pt2 else []), *([PAGE] if html else []))
+    problems = [] if force else strangers(out, names)
+    recipe, job = given.recipe, prepared(given, trust_code, problems)
     log.info("merging %s by %s", ", ".join(job.networks), recipe.method)
     zipped = fxzip.merge(
         job.networks if job.named else list(job.networks.values()),
@@ -126,7 +128,7 @@ def run(
     texts = {RECIPE: given.text_for(out, job.hashes)}
     if html:
         texts[PAGE] = fxzip.html.page(fxzip.report(zipped).with_(seconds={}))  # as in plan.json: the same bytes again
-    fxzip.save(zipped, out, pt2=pt2, texts=texts)
+    fxzip.save(zipped, out, pt2=pt2, texts=texts, force=force)
     return zipped
 
 
@@ -148,13 +150,6 @@ def saved_report(folder: Path) -> fxzip.Report:
     if found is None:
         raise InputError(f"{str(folder)!r} holds no report: its network was not made by fxzip.merge")
     return found
-
-
-def strangers(out: Path, html: bool = False) -> list[str]:
-    """The file that is not ours and that writing to `out` would replace, in a sentence; [] if there is none."""
-    names = () if is_merge(out) else (CARD, RECIPE, TENSORS, PROGRAM, PLAN, *([PAGE] if html else []))
-    hint = "choose another folder, or pass --force"
-    return [f"{str(out)!r} has a {n} that fxzip did not write: {hint}" for n in names if (out / n).exists()][:1]
 
 
 def _spec(given: Read, entry: Any) -> str:

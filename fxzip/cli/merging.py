@@ -16,6 +16,7 @@ from .app import (
     MODEL_HELP,
     RECIPE_HELP,
     RESULT,
+    Force,
     Quiet,
     TrustCode,
     Verbose,
@@ -51,7 +52,7 @@ def merge(
     pt2: Annotated[bool, option(RESULT, "Also model.pt2, which runs without fxzip.", "--pt2")] = False,
     html: Annotated[bool, option(RESULT, "Also report.html, which needs no network.", "--html")] = False,
     resume: Annotated[Path | None, option(RESULT, "A folder that keeps what was measured, to go on from.")] = None,
-    force: Annotated[bool, option(RESULT, "Replace files that fxzip did not write.", "--force")] = False,
+    force: Force = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import DATA_HELP, INPUT, LOOK, RESULT, SHARE, Folder, Quiet, TrustCode, Verbose, command, option
+from .app import DATA_HELP, INPUT, LOOK, RESULT, SHARE, Folder, Force, Quiet, TrustCode, Verbose, command, option
 
 Repository = Annotated[str, typer.Argument(help="A repository, user/name, or a local folder.")]
 
@@ -56,13 +56,14 @@ def push(
     out: Folder,
     repository: Repository,
     public: Annotated[bool, option(RESULT, "A new repository is private otherwise.", "--public")] = False,
+    force: Force = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Upload a merge to the Hugging Face hub."""
     from ..files import hub
 
-    where = hub.push(out, repository, private=not public)
+    where = hub.push(out, repository, private=not public, force=force)
     if not quiet:
         print(where)
 
@@ -72,17 +73,13 @@ def pull(
     repository: Repository,
     out: Annotated[Path, typer.Argument(help="Where to write.", metavar="OUT")],
     revision: Annotated[str | None, option(INPUT, "Branch, tag or commit.")] = None,
-    force: Annotated[bool, option(RESULT, "Replace files that fxzip did not write.", "--force")] = False,
+    force: Force = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Download a merge from the Hugging Face hub and check its files. `fxzip report OUT` makes its page."""
-    from ..errors import InputError
     from ..files import hub
-    from .job import strangers
 
-    if not force and (found := strangers(out)):
-        raise InputError(found[0])
-    hub.pull(repository, out, revision=revision)
+    hub.pull(repository, out, revision=revision, force=force)
     if not quiet:
         print(f"wrote {out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..errors import InputError
 from .plan import dtype_name, dtype_of
 
 SCALARS = (bool, int, float, str, type(None))
-LIMIT = 1 << 30  # elements of an invented tensor
+LIMIT = 1 << 28  # elements of all invented tensors together
 
 
 def example_to_json(value: Any) -> Any:
@@ -39,17 +40,22 @@ def example_to_json(value: Any) -> Any:
 
 def example_from_json(data: Any, device: torch.device, generator: torch.Generator) -> Any:
     """Arguments of the structure that `example_to_json` wrote: floats normal, integers and booleans 0."""
+    left = [LIMIT]
+    return _made(data, lambda shape, dtype: _tensor(shape, dtype, device, generator, left))
+
+
+def _made(data: Any, tensor: Callable[[Any, torch.dtype], Tensor]) -> Any:
     if not isinstance(data, dict) or len(data) != 1:
         raise InputError(f"load: plan.json is malformed: example holds {str(data)[:60]}")
     kind, value = next(iter(data.items()))
     try:
         if kind == "tensor":
-            return _tensor(value[0], dtype_of(value[1], "example"), device, generator)
+            return tensor(value[0], dtype_of(value[1], "example"))
         if kind in ("tuple", "list"):
-            items = [example_from_json(v, device, generator) for v in value]
+            items = [_made(v, tensor) for v in value]
             return tuple(items) if kind == "tuple" else items
         if kind == "dict":
-            return {k: example_from_json(v, device, generator) for k, v in value.items()}
+            return {k: _made(v, tensor) for k, v in value.items()}
     except (TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise InputError(f"load: plan.json is malformed: example holds {str(data)[:60]} ({error})") from error
     if kind == "value" and isinstance(value, SCALARS):
@@ -57,8 +63,11 @@ def example_from_json(data: Any, device: torch.device, generator: torch.Generato
     raise InputError(f"load: plan.json is malformed: example holds {str(data)[:60]}")
 
 
-def _tensor(shape: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-    if math.prod(shape) > LIMIT:
+def _tensor(
+    shape: Any, dtype: torch.dtype, device: torch.device, generator: torch.Generator, left: list[int]
+) -> Tensor:
+    left[0] -= math.prod(shape)
+    if left[0] < 0:
         raise RuntimeError(f"more than {LIMIT:,} elements")
     if dtype.is_complex:
         return torch.randn(shape, generator=generator, dtype=torch.complex64).to(device, dtype)

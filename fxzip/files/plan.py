@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -83,6 +84,13 @@ def is_merge(folder: Path) -> bool:
             return f'"format": "{FORMAT}"'.encode() in file.read(64)
     except OSError:
         return False
+
+
+def strangers(folder: Path, names: Iterable[str]) -> list[str]:
+    """The files of these names that `folder` holds and no `save` has written there, in a sentence; [] without any."""
+    found = [] if is_merge(folder) else [n for n in names if os.path.lexists(folder / n)]
+    what = f"{str(folder)!r} has a {' and a '.join(found)} that fxzip did not write"
+    return [f"{what}: choose another folder, or force it (force=True, --force)"] if found else []
 
 
 def read_plan(path: Path) -> Plan:

@@ -35,6 +35,7 @@ from .plan import (
     dtype_name,
     encode,
     is_merge,
+    strangers,
 )
 from .program import export_program, write_program
 
@@ -45,6 +46,7 @@ def save(
     *,
     pt2: bool = False,
     texts: Mapping[str, str] | None = None,
+    force: bool = False,
 ) -> None:
     """Write a merged network to the folder `dir` (made if missing): no pickle.
 
@@ -54,9 +56,9 @@ def save(
     the files that were there are still there. Values, dtypes and requires_grad are kept; the device, the mode and
     the report's timings are not: the same merge gives the same bytes. `zipped` is not changed.
     pt2: also model.pt2, by torch.export, which runs without fxzip; otherwise that of an earlier save is removed.
-    texts: further files by name.
-    Raises InputError when it is not the result of fxzip.merge, or its graph or shapes were changed since, or
-    torch.export refuses it; OSError when the disk does.
+    texts: further files by name. force: replace files of these names that fxzip did not write.
+    Raises InputError when there are such files, when `zipped` is not the result of fxzip.merge, or its graph or shapes
+    were changed since, or torch.export refuses it; OSError when the disk does.
 
     >>> from tempfile import mkdtemp
     >>> from fxzip import load, merge
@@ -78,8 +80,11 @@ def save(
     for name in texts or {}:
         if name in (TENSORS, PLAN, PROGRAM) or Path(name).name != name or name[:1] in ("", "."):
             raise InputError(f"save: {name!r} cannot be the name of a further file")
-    program = export_program(zipped, example_to_json(info["example"])) if pt2 else None
     folder = Path(dir)
+    names = (TENSORS, CARD, PLAN, *([PROGRAM] if pt2 else []), *(texts or {}))
+    if not force and (found := strangers(folder, names)):
+        raise InputError(f"save: {found[0]}")
+    program = export_program(zipped, example_to_json(info["example"])) if pt2 else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
