@@ -55,15 +55,20 @@ def solve_norm(
     chunks.processes.sum(sums, counted)
     count = int(counted)
     mx, mt, xx, xt, tt = sums / count
-    old = lane.state[scale.name].double()
+    old, b = lane.state[scale.name].double(), lane.state[shift.name].double()
     var, cov = xx - mx * mx, xt - mx * mt
     gamma = (cov + settings.lam * var * old) / ((1 + settings.lam) * var).clamp(min=1e-12)
     beta = mt - gamma * mx
-    before = float((tt - 2 * old * xt + old * old * xx).sum() / tt.sum().clamp(min=1e-300))
-    after = float((tt - mt * mt - 2 * gamma * cov + gamma * gamma * var).sum() / tt.sum().clamp(min=1e-300))
+
+    def error(g: Tensor, b: Tensor) -> float:
+        """Mean of (t - g x - b)^2, relative to that of t^2."""
+        squares = tt - 2 * (g * xt + b * mt) + g * g * xx + 2 * g * b * mx + b * b
+        return max(float(squares.sum() / tt.sum().clamp(min=1e-300)), 0.0)
+
+    before, after = error(old, b), error(gamma, beta)
     lane.write(scale.name, gamma)
     lane.write(shift.name, beta)
-    return 2, count, before, max(after, 0.0)
+    return 2, count, before, after
 
 
 def _plain(lane: Lane, node: fx.Node, chunk: int, dynamic: Mapping[str, fx.Node], given: Mapping[str, Tensor]) -> Any:

@@ -195,7 +195,7 @@ class Pass:
             self.dynamic,
         )
         if record is not None:
-            self.records.append(Record(node.meta.get("origin") or node.name, packet(node), *record))
+            self.records.append(Record(node.meta.get("origin") or node.name, packet(node), *record, model))
 
     def _free(self, node: fx.Node) -> None:
         for operand in node.all_input_nodes:
