@@ -96,14 +96,16 @@ def test_norms_of_heads_are_fitted_to_their_own_model():
             assert rows[task].after == pytest.approx(error, rel=1e-3) and rows[task].before > rows[task].after
 
 
-@pytest.mark.parametrize("change", ["no shift", "batch statistics", "scale of two axes"])
+@pytest.mark.parametrize("change", ["no shift", "batch statistics", "instance", "scale of two axes"])
 def test_norms_that_are_left_as_matched(change):
     def net(seed: int) -> nn.Module:
         made = randomise(Net("layer" if change == "scale of two axes" else "batch"), seed).eval()
         if change == "no shift":
             made.norm.bias = None  # type: ignore[assignment]
         elif change == "batch statistics":
-            made.norm = nn.InstanceNorm2d(6, affine=True).eval()
+            made.norm = randomise(nn.BatchNorm2d(6, track_running_stats=False), seed).eval()
+        elif change == "instance":
+            made.norm = randomise(nn.InstanceNorm2d(6, affine=True), seed).eval()
         else:
             made.norm = randomise(nn.LayerNorm([3, 6]), seed)
         return made

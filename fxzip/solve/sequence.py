@@ -38,8 +38,6 @@ class Record:
 
     node: str
     kind: str
-    columns: int
-    rows: int
     before: float
     after: float
     model: int | None = None
