@@ -44,7 +44,8 @@ def chain(
     inside: frozenset[str] | None,
     shape: Callable[[fx.Node], tuple[int, ...]],
 ) -> list[Link]:
-    """Links from `start` while the value has one reader and that is affine in it, entry by entry.
+    """Links from `start` while the value has one reader and that is affine in it, entry by entry. Who gets an output
+    reads it, too: nothing may be folded behind it.
 
     inside: names the way may not leave (the part of the graph that is shared, or private). shape: of a node's value
     on the data.
@@ -52,7 +53,7 @@ def chain(
     links: list[Link] = []
     value = start
     while True:
-        readers = [u for u in value.users if u.name in dynamic]
+        readers = [u for u in value.users if u.name in dynamic or u.op == "output"]
         if len(readers) != 1 or (inside is not None and readers[0].name not in inside):
             return links
         link = _link(readers[0], value, dynamic)
