@@ -15,6 +15,8 @@ from math import isfinite
 import torch
 from torch import Tensor, fx
 
+from .slots import argument
+
 MOVES = frozenset({"reshape", "view", "permute", "transpose", "t", "squeeze", "unsqueeze", "flatten", "clone"})
 BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"})
 
@@ -69,10 +71,10 @@ def _link(node: fx.Node, source: fx.Node, dynamic: Mapping[str, fx.Node]) -> Lin
     name = packet(node)
     if name in MOVES:
         return Link("move", node, source)
-    if name in BATCH_NORMS and node.args[0] is source and _plain_norm(node):
+    if name in BATCH_NORMS and node.args[0] is source and plain_norm(node):
         first = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0 and u.name in dynamic]
         return Link("norm", first[0], source, node) if len(first) == 1 else None
-    if name in ("add", "sub") and not node.kwargs.get("alpha") and len(node.args) == 2:
+    if name in ("add", "sub") and not node.kwargs and len(node.args) == 2:  # without alpha
         a, b = node.args
         if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
             return None
@@ -110,12 +112,13 @@ def _along(axis: int, shape: tuple[int, ...]) -> Tensor:
     return torch.arange(shape[axis]).view([-1 if a == axis else 1 for a in range(len(shape))]).expand(shape)
 
 
-def _plain_norm(node: fx.Node) -> bool:
-    """In eval, with learned scale and shift and running statistics that no other op uses."""
-    operands = node.args[1:5]
-    training = len(node.args) > 5 and node.args[5] is True
-    return not training and all(
-        isinstance(o, fx.Node) and "parameter" in o.meta and len(o.users) == 1 for o in operands
+def plain_norm(node: fx.Node) -> bool:
+    """Whether a batch norm is in eval, with scale, shift and running statistics that are in the checkpoint and that no
+    other op uses: they can be set."""
+    operands = (argument(node, n) for n in ("weight", "bias", "running_mean", "running_var"))
+    return not argument(node, "training") and all(
+        isinstance(o, fx.Node) and "parameter" in o.meta and "const" not in o.meta and len(o.users) == 1
+        for o in operands
     )
 
 
