@@ -99,6 +99,9 @@ ORDERS: list[tuple[str, Branches]] = [
     # up to the addition that has to wait
     ("narrow norm, same add", lambda n, x: n.same(x) + n.norm(n.narrow(x[:, :4]))),
     ("same scalar add, first", lambda n, x: n.first(torch.relu(n.same(x) * 2 + x))),
+    # a product's weight is [columns, outputs], a transposed convolution's [groups * columns, outputs, ...]
+    ("same, addmm add", lambda n, x: torch.addmm(n.bias, twelve(x), n.weight) + n.same(x)),
+    ("turned, conv add", lambda n, x: (n.conv(x[:, :6, None]) + n.turned(x[..., None])).mean(2)),
     # no weights, or no data
     ("same move", lambda n, x: x @ (n.same(x).T @ x).relu()),
     ("same", lambda n, x: n.same(x) * torch.nn.functional.linear(n.matrix, n.weight.T[:, :8], x.sum(0)).mean()),

@@ -122,9 +122,11 @@ class Pass:
         return data.name in self.dynamic and weight.name not in self.dynamic
 
     def _columns(self, node: fx.Node) -> int:
-        shape = argument(node, design_of(node).weight).meta["shape"]  # type: ignore[union-attr]
-        outputs = shape[1] if argument(node, "transposed") else shape[0]
-        return int(torch.tensor(shape).prod()) // max(int(outputs), 1)
+        """How many inputs each output of a merge point has."""
+        design = design_of(node)
+        assert design is not None  # `_contracts` was asked first
+        weight = torch.empty(argument(node, design.weight).meta["shape"], device="meta")
+        return design.matrix(weight, int(argument(node, "groups") or 1)).shape[-1]
 
     # -- one node ---------------------------------------------------------------------------------
 
