@@ -110,7 +110,7 @@ ORDERS: list[tuple[str, Branches]] = [
 
 @pytest.mark.parametrize("order, branches", ORDERS)
 def test_merge_points_are_taken_when_the_other_branches_are_there(order, branches):
-    p = made(Net(branches))
+    p = made(Net(branches), models=1)
     assert layers(p) == f"stem, {order}, head"
 
 
@@ -125,9 +125,9 @@ def test_nodes_are_taken_once_each_behind_what_they_read(order, branches):
 
 
 def test_without_feedback_no_target_is_behind_an_addition():
-    assert layers(made(Net(lambda n, x: n.same(x) + n.norm(n.first(x) * 1)), feedback=False)) == (
-        "stem, same, first scalar, head"
-    )
+    net = Net(lambda n, x: (n.same(x) / 2 + n.bias) * 3 + n.norm(n.first(x)))
+    assert layers(made(net)) == "stem, same scalar add scalar, first norm add, head"
+    assert layers(made(net, feedback=False)) == "stem, same scalar, first norm, head"
 
 
 def test_targets_stay_in_their_part():
@@ -173,6 +173,15 @@ def test_values_are_held_until_their_last_reader(private, feedback):
         for k, x in enumerate((X, -X)):
             torch.testing.assert_close(lane.value(last, k), net(x)[1], atol=1e-3, rtol=1e-3)
     assert {r.model for r in p.records} == ({0, 1} if private else set())
+
+
+@torch.no_grad()
+def test_progress_is_shown_while_it_lasts(capsys):
+    made(TwoOutputs(lambda n, z: z)).run(progress=False)
+    assert not capsys.readouterr().err
+    made(TwoOutputs(lambda n, z: z)).run(progress=True)
+    shown = capsys.readouterr().err.split("\r")
+    assert any("solve: " in line for line in shown) and not shown[-1].strip()
 
 
 @torch.no_grad()

@@ -72,13 +72,10 @@ class Pass:
     def run(self, progress: bool) -> None:
         """All nodes, each once."""
         waiting = [n for n in self.dynamic if n not in self.done]
-        bar = tqdm(total=len(waiting), desc="solve", unit="node", disable=not progress, leave=False)
-        with bar:
-            while waiting:
-                name, links = self._next(waiting)
-                self._step(name, links)
-                waiting.remove(name)
-                bar.update()
+        for _ in tqdm(range(len(waiting)), desc="solve", unit="node", disable=not progress, leave=False):
+            name, links = self._next(waiting)
+            self._step(name, links)
+            waiting.remove(name)
 
     def _next(self, waiting: list[str]) -> tuple[str, list[Link] | None]:
         """The first node that can run; a merge point only once the branches its target subtracts are there.
