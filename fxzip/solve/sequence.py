@@ -64,14 +64,14 @@ class Pass:
         self.lanes = [*self.parents, self.merged, *self.private]
         self.store = self.merged.store
         self.generator = torch.Generator().manual_seed(self.settings.seed)
-        self.done = {n for n, node in self.dynamic.items() if node.op == "placeholder"}
+        self.done: set[str] = set()
         self.folded: set[str] = set()  # norms that a contraction's fit has set already
 
     # -- order ------------------------------------------------------------------------------------
 
     def run(self, progress: bool) -> None:
-        """All nodes, each once."""
-        waiting = [n for n in self.dynamic if n not in self.done]
+        """All nodes, each once; of inputs the values are there."""
+        waiting = list(self.dynamic)
         for _ in tqdm(range(len(waiting)), desc="solve", unit="node", disable=not progress, leave=False):
             name, links = self._next(waiting)
             self._step(name, links)
