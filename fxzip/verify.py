@@ -24,7 +24,7 @@ from .infer import FeatureSpace, Spaces, analyse
 from .infer.group import axis_indices, duplicated, permuted
 from .infer.sampling import sample
 from .rewrite.norms import recompute_statistics
-from .trace import Traced, bind, duplicate, make_plain, rows, state_of, trace, unwrap
+from .trace import Traced, bind, duplicate, make_plain, rows, state_by_all_names, state_of, trace, unwrap
 from .trace.guards import seeded
 from .trace.precision import double_by_default, doubled
 
@@ -226,9 +226,7 @@ def scramble(
     other = duplicate(model)
     make_plain(other)
     bare = unwrap(other)[0]
-    # tied ones under every name: the graph need not call them as named_parameters does
-    tensors: dict[str, Tensor] = {**dict(bare.named_parameters(remove_duplicate=False))}
-    tensors |= dict(bare.named_buffers(remove_duplicate=False))
+    tensors = state_by_all_names(bare)  # the graph need not call tied ones as named_parameters does
     state = {n: t.detach() for n, t in tensors.items()}
     indices = axis_indices(spaces, sample(spaces, np.random.default_rng(seed)), state)
     with torch.no_grad():
