@@ -40,8 +40,8 @@ def verify(
 
     model: any traceable module; it is not changed. example_inputs: a batch (tensor, tuple or dict).
     forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...).
-    Raises TraceError when the model cannot be traced, InputError when it has no values. Takes about ten forward
-    passes of one sample.
+    Raises TraceError when the model cannot be traced, InputError when it has no values, SpaceError when what was
+    inferred contradicts itself. Takes about ten forward passes of one sample.
 
     >>> bool(verify(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4)))
     True
