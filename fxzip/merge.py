@@ -101,10 +101,7 @@ def merge(
          "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments, "resume": resume,
          "memory": memory, "distributed": distributed}
     ) + wrong_weights(model_weights, models)  # fmt: skip
-    try:
-        repair, solver, matcher = choose(method, budget, len(models) if isinstance(models, Sized) else 2)
-    except InputError as error:
-        wrong, repair, solver, matcher = [*wrong, str(error)], None, None, resolve("average")
+    repair, solver, matcher = choose(method, budget, models, wrong)
     compares = bool(needs(matcher) - {"weights"}) or budget is not None
     needs_data = bool(solver or repair) or (compares and moments is None)
     if wrong:
@@ -130,11 +127,19 @@ def merge(
     return graph
 
 
-def choose(method: Any, budget: float | None, models: int) -> tuple[Repair | None, Solve | None, Matcher]:
-    """What repairs, what solves and what matches, of a `method` as `merge` takes it. Raises InputError."""
-    repair, method = split(method, budget)
-    solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
-    return repair, solver, solver.matcher_for(models) if solver else resolve(method)  # type: ignore[arg-type]
+def choose(
+    method: Any, budget: float | None, models: Any, wrong: list[str]
+) -> tuple[Repair | None, Solve | None, Matcher]:
+    """What repairs, what solves and what matches, of a `method` as `merge` takes it. What is wrong with it goes to
+    `wrong`; the choice then means nothing."""
+    try:
+        repair, method = split(method, budget)
+        solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
+        count = len(models) if isinstance(models, Sized) else 2
+        return repair, solver, solver.matcher_for(count) if solver else resolve(method)  # type: ignore[arg-type]
+    except InputError as error:
+        wrong.append(str(error))
+        return None, None, resolve("average")
 
 
 def collect(
@@ -199,10 +204,7 @@ def plan(
     wrong = wrong_options(
         {"until": until, "seed": seed, "device": device, "forward_fn": forward_fn, "memory": memory}
     )
-    try:
-        repair, solver, matcher = choose(method, None, len(models) if isinstance(models, Sized) else 2)
-    except InputError as error:
-        wrong, repair, solver, matcher = [*wrong, str(error)], None, None, resolve("average")
+    repair, solver, matcher = choose(method, None, models, wrong)
     if wrong:
         check_merge(models, loader, calibration=calibration, problems=wrong, call="fxzip.plan")
     p = prepare(

@@ -5,7 +5,7 @@ from .extract import extract
 from .heads import Heads, head_parameters, unreadable
 from .modules import versions
 from .norms import batch_norms, recompute_statistics
-from .parameters import merge_parameters, state_of
+from .parameters import merge_parameters
 from .partition import Partition, cut_points, owned, partition
 from .signature import Signature, difference, signature
 from .tails import Tails, join
@@ -31,7 +31,6 @@ __all__ = [
     "partition",
     "recompute_statistics",
     "signature",
-    "state_of",
     "unreadable",
     "versions",
 ]

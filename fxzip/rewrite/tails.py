@@ -18,10 +18,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..trace import Traced, alike
+from ..trace import Traced, alike, state_by_all_names
 from ..trace.guards import kept_rng
 from .modules import attribute, has_path, persistent, set_path
-from .parameters import state_of
 from .partition import selected
 from .zipped import Zipped
 
@@ -115,7 +114,7 @@ def _tensors(module: nn.Module, node: fx.Node) -> list[Tensor]:
     found = attribute(module, str(node.target)) if node.op in ("call_module", "get_attr") else None
     if isinstance(found, Tensor):
         return [found]
-    return list(state_of(found).values()) if isinstance(found, nn.Module) else []
+    return list(state_by_all_names(found).values()) if isinstance(found, nn.Module) else []
 
 
 def _joined(own: Sequence[fx.GraphModule], trunk: Trunk, read: Sequence[dict[fx.Node, Any]]) -> tuple[list, Tails]:
