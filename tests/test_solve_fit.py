@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from toys import randomise
 
 import fxzip
+from fxzip.errors import InputError
 from fxzip.solve import CHUNK, Settings
+from fxzip.solve.fit import _single
 from fxzip.solve.refine import refine
-from fxzip.solve.ridge import Gram
+from fxzip.solve.ridge import Fit, Gram
 
 torch.set_num_threads(1)
 IMAGES = torch.randn(2 * CHUNK, 3, 5, 4, generator=torch.Generator().manual_seed(0))  # two chunks
@@ -126,6 +128,15 @@ class Linear(Net):
         return target.movedim(1, -1)
 
 
+class Unread(Net):
+    """Something reads the layer that no output depends on."""
+
+    def behind(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y.sum()
+        return y
+
+
 class WithoutBias(Linear):
     def parts(self) -> None:
         self.layer = nn.Linear(6, 8, bias=False)
@@ -215,7 +226,7 @@ def test_a_layer_is_the_ridge_solution_on_what_the_merged_network_has(make):
         assert error == pytest.approx(float(residual.square().sum() / t.double().square().sum()), rel=1e-3)
 
 
-@pytest.mark.parametrize("make", [Net, Normed, Added, Subtracted, Linear])
+@pytest.mark.parametrize("make", [Net, Normed, Added, Subtracted, Linear, Unread])
 def test_the_function_behind_a_layer_is_looked_through(make):
     nets, zipped = merged(make, sweeps=3)
     x, t, full, start = problem(nets, zipped)
@@ -235,6 +246,42 @@ def test_a_folded_norm_has_the_statistics_of_what_it_reads(make):
     torch.testing.assert_close(norm.running_mean.double(), read.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(norm.running_var.double(), read.var((0, 2, 3), unbiased=False), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(norm.weight, (norm.running_var + norm.eps).sqrt(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bent", "all_rows", "some_rows"),
+    [
+        (Settings(rows=2, least=700), 10_000, 702, 702),  # 351 of 768 rows in each of two chunks: one more than half
+        (Settings(rows=2, least=700), 300, 702, 302),
+        (Settings(rows=20, least=100), 10, 1082, 1082),  # 20 for each of 54 columns
+    ],
+)
+def test_rows_are_dealt_over_the_chunks(settings, bent, all_rows, some_rows, monkeypatch):
+    """What the re-targeting looks at is part of what is fitted."""
+    fits: list[tuple[int, int]] = []
+
+    def spied(gram: Gram, start: Tensor, lam: float, sweeps: int, kept: list, *rest: object) -> Fit:
+        fits.append((gram.rows, sum(len(x) for x, _, _ in kept)))
+        return refine(gram, start, lam, sweeps, kept, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fxzip.solve.fit._BENT", bent)
+    monkeypatch.setattr("fxzip.solve.fit.refine", spied)
+    nets = [randomise(Net(), seed).eval() for seed in range(2)]
+    method = fxzip.Solve(fxzip.Average(), settings)
+    fxzip.merge(nets, IMAGES.split(128), method=method, progress=False, verify=False)
+    assert fits[1] == (all_rows, some_rows)  # behind the stem
+
+
+@pytest.mark.parametrize(("given", "made"), [("float16", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
+def test_products_are_not_summed_in_half_precision(given, made):
+    assert _single(torch.ones(2, dtype=getattr(torch, given))).dtype == getattr(torch, made)
+
+
+def test_settings_at_their_bounds():
+    Settings(lam=0, rows=1, least=1, sweeps=0, memory=0)
+    for name, value in (("lam", -1e-9), ("rows", 0), ("least", 0), ("sweeps", -1), ("memory", -1), ("lam", torch.nan)):
+        with pytest.raises(InputError, match=f"{name} must be at least"):
+            Settings(**{name: value})
 
 
 def test_a_folded_scale_is_one():

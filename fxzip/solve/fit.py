@@ -88,8 +88,7 @@ def solve_point(
     mix = _mixer(point, spaces, matchings)
     if mix is None:
         return None
-    folds = [k for k in point.links if k.kind in ("norm", "scale")]
-    intercept = bias is not None or any(k.kind == "norm" for k in folds)
+    intercept = bias is not None or any(k.kind == "norm" for k in point.links)
     groups = int(argument(node, "groups") or 1)
     gram, kept = Gram(), []
     bend = _nonlinearity(point, dynamic) if settings.sweeps else None
@@ -97,8 +96,7 @@ def solve_point(
     def values(j: int) -> dict[str, Any]:
         return {n: _value(v, point.lane, j, dynamic) for n, v in arguments(node).items()}
 
-    operand = _value(arguments(node)[design.weight], point.lane, 0, dynamic)
-    matrix = design.matrix(operand, groups)
+    matrix = design.matrix(point.lane.static(argument(node, design.weight)), groups)
     count = wanted_rows(settings, len(matrix), matrix.shape[-1]) // chunks.total + 1
     few = max(settings.rows * matrix.shape[-1], min(settings.least, _BENT)) // chunks.total + 1
     others = design.rows(values(0), 1, torch.Generator()).of if chunks.own < chunks.total else 0
