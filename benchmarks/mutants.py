@@ -42,7 +42,10 @@ EXPLAINED = Path(__file__).with_name("mutants.txt")
 SETS = {  # name -> files, tests
     "rules": (["fxzip/infer/rules"], ["test_rule_laws", "test_soundness", "test_random_graphs"]),
     "inference": (["fxzip/infer"], ["test_rule_laws", "test_closure", "test_soundness", "test_random_graphs"]),
-    "solve": (["fxzip/solve"], ["test_solve", "test_determinism"]),
+    "solve": (
+        ["fxzip/solve"],
+        [*(f"test_solve_{part}" for part in ("parts", "fit", "norms", "affine")), "test_solve", "test_determinism"],
+    ),
 }
 
 
