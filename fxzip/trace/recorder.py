@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import defaultdict
+from functools import cache
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        writes = func._schema.is_mutable
         if self.closed:
             return args[0] if writes else func(*args, **kwargs)
         node_args, node_kwargs = tree_map(self._node_of, (tuple(args), dict(kwargs)))
@@ -242,12 +243,24 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors on one storage share an element."""
     if a.dtype != b.dtype or a.numel() == 0 or b.numel() == 0:
         return a.numel() > 0 and b.numel() > 0
+    (first_a, last_a), (first_b, last_b) = _reach(a), _reach(b)
+    if last_a < first_b or last_b < first_a:
+        return False
+    if first_a == first_b and a.shape == b.shape and a.stride() == b.stride():
+        return True
     length = a.untyped_storage().nbytes() // a.element_size()
     touched = torch.zeros(length, dtype=torch.bool)
     touched.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
     return bool(touched.as_strided(b.shape, b.stride(), b.storage_offset()).any())
 
 
+def _reach(x: Tensor) -> tuple[int, int]:
+    """The first and the last element of its storage that a tensor has."""
+    first = x.storage_offset()
+    return first, first + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+
+
+@cache
 def _pure(func) -> Any:
     """`aten.add.Tensor` for `aten.add_.Tensor`, `aten.transpose.int` for `aten.transpose_`; None without one."""
     name = func._schema.name.removeprefix("aten::")
