@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from ..errors import TraceError
@@ -129,8 +129,10 @@ class Recorder(TorchDispatchMode):
         writes = func._schema.is_mutable
         if self.closed:
             return args[0] if writes else func(*args, **kwargs)
-        node_args, node_kwargs = tree_map(self._node_of, (tuple(args), dict(kwargs)))
-        operands = [x for x in tree_flatten((node_args, node_kwargs))[0] if isinstance(x, fx.Node)]
+        leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
+        leaves = [self._node_of(x) for x in leaves]
+        node_args, node_kwargs = tree_unflatten(leaves, spec)
+        operands = [x for x in leaves if isinstance(x, fx.Node)]
         constant = func.overloadpacket in SHAPE_ONLY or all("const" in x.meta for x in operands)
         if writes:
             return self._write(func, args, kwargs, node_args, node_kwargs, constant)
@@ -243,21 +245,22 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors on one storage share an element."""
     if a.dtype != b.dtype or a.numel() == 0 or b.numel() == 0:
         return a.numel() > 0 and b.numel() > 0
-    (first_a, last_a), (first_b, last_b) = _reach(a), _reach(b)
-    if last_a < first_b or last_b < first_a:
-        return False
-    if first_a == first_b and a.shape == b.shape and a.stride() == b.stride():
-        return True
-    length = a.untyped_storage().nbytes() // a.element_size()
-    touched = torch.zeros(length, dtype=torch.bool)
-    touched.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
-    return bool(touched.as_strided(b.shape, b.stride(), b.storage_offset()).any())
+    spans: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])  # step -> how often at least, at most
+    for sign, x in ((1, a), (-1, b)):
+        for size, step in zip(x.shape, x.stride(), strict=True):
+            spans[step][sign > 0] += sign * (size - 1)
+    spans.pop(0, None)
+    return _reaches(b.storage_offset() - a.storage_offset(), sorted(spans.items(), reverse=True))
 
 
-def _reach(x: Tensor) -> tuple[int, int]:
-    """The first and the last element of its storage that a tensor has."""
-    first = x.storage_offset()
-    return first, first + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+def _reaches(gap: int, spans: list[tuple[int, list[int]]]) -> bool:
+    """Whether steps of these lengths, each at least and at most so often, can add up to `gap`."""
+    if not spans:
+        return gap == 0
+    (step, (least, most)), rest = spans[0], spans[1:]
+    low, high = (sum(s * span[k] for s, span in rest) for k in (0, 1))
+    counts = range(max(least, -((high - gap) // step)), min(most, (gap - low) // step) + 1)
+    return any(_reaches(gap - count * step, rest) for count in counts)
 
 
 @cache
