@@ -248,9 +248,9 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     spans: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])  # step -> how often at least, at most
     for sign, x in ((1, a), (-1, b)):
         for size, step in zip(x.shape, x.stride(), strict=True):
-            spans[int(step)][sign > 0] += sign * (size - 1)
+            spans[step][sign > 0] += sign * (size - 1)
     spans.pop(0, None)
-    return _reaches(b.storage_offset() - a.storage_offset(), sorted(spans.items(), reverse=True))
+    return _reaches(int(b.storage_offset() - a.storage_offset()), sorted(spans.items(), reverse=True))
 
 
 def _reaches(gap: int, spans: list[tuple[int, list[int]]]) -> bool:
