@@ -58,6 +58,14 @@ class Grouped(Net):
         self.layer = nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2)
 
 
+class WithoutBias(Net):
+    def parts(self) -> None:
+        self.layer = nn.Conv2d(6, 8, 3, bias=False)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        return self.layer.weight.flatten(1), torch.zeros(8)
+
+
 class Normed(Net):
     def parts(self) -> None:
         self.layer, self.norm = nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8, eps=1e-2)
@@ -142,12 +150,16 @@ class Unread(Net):
         return y
 
 
-class WithoutBias(Linear):
+class NormedAndAdded(Normed):
     def parts(self) -> None:
-        self.layer = nn.Linear(6, 8, bias=False)
+        super().parts()
+        self.other = nn.Conv2d(6, 8, 1)
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        return self.layer.weight, torch.zeros(8)
+    def behind(self, x: Tensor) -> Tensor:
+        return super().behind(x) + self.other(x[:, :, 1:-1, 1:-1])
+
+    def undone(self, target: Tensor, merged: nn.Module) -> Tensor:
+        return target - seen(merged, "other")[1]
 
 
 CASES = [Net, *(c for b in (Net, *Net.__subclasses__()) for c in b.__subclasses__())]
