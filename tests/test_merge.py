@@ -276,6 +276,18 @@ def test_average_of_heads():
         merge(models, heads="mean")
 
 
+@pytest.mark.parametrize("method", ["permute", "cca"])
+def test_what_needs_an_operator_of_ours_does_not_load_into_the_users_class(method):
+    """Half of such a network, under the user's own names, would be another function."""
+    a, b = (nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Sigmoid(), nn.Linear(12, 3)) for _ in "ab")
+    x = torch.randn(64, 8)
+    zipped = fxzip.merge([a, b], [x], method=method, until="1", progress=False)
+    single = fxzip.extract(zipped, 1)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*_0_unmerge_task1"):
+        copy.deepcopy(b).load_state_dict(single.state_dict())
+    assert torch.equal(single(x), zipped(x)[1])
+
+
 def test_extract_loads_strictly():
     model, twin = twins(5)
     zipped = merge({"a": model, "b": twin})
