@@ -22,7 +22,8 @@ def extract(zipped: fx.GraphModule, task: str | int) -> fx.GraphModule:
     task: a task name, or the position of its model. What the merged graph never used (auxiliary heads) comes
     back from that task's model, so after a full same-width merge the state_dict loads with strict=True into
     the user's class. Where the task reads merged features through an operator of its own, the state_dict has its
-    buffers (`..._unmerge_<task>.`): the class lacks it, and load_state_dict says so. Works on a deepcopy or an unpickled copy, too. Mode (train or eval) is kept.
+    buffers (`..._unmerge_<task>.`): the class lacks it, and load_state_dict says so. Works on a deepcopy or an
+    unpickled copy, too. Mode (train or eval) is kept.
     Raises InputError for an unknown task, or a module that fxzip.merge did not make.
     """
     info = notes(zipped)
