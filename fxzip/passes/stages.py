@@ -194,11 +194,13 @@ class Respread(Stage):
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         p = now.prepared
+        name = self.repair.name.rpartition("+")[2]
+        if agree(p, now.measured_matchings, now.moments):  # the norms keep the models' own statistics, see Calibrate
+            return graph, replace(now, method=f"{now.method}+{name}")
         shared, found = repair_parameters(
             p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.batches, self.repair.shift,
             p.shares,
         )
-        name = self.repair.name.rpartition("+")[2]
         return graph, replace(
             now, shared=shared, notices=(*now.notices, *found), method=f"{now.method}+{name}"
         )  # fmt: skip
