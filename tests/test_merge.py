@@ -288,6 +288,15 @@ def test_what_needs_an_operator_of_ours_does_not_load_into_the_users_class(metho
     assert torch.equal(single(x), zipped(x)[1])
 
 
+def test_a_tie_across_the_cut_is_said_to_be_cut():
+    """A language model's class would take both weights, by their names, for one."""
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6), nn.Linear(6, 9))
+    model[4].weight = model[0].weight
+    zipped = fxzip.merge([model, copy.deepcopy(model)], [torch.randint(9, (40, 3))], method="zip", progress=False)
+    assert "0.weight and 4.weight are one in the models and two in the result: a class that ties them cannot hold the" \
+        " state_dict that extract gives" in fxzip.report(zipped).notices  # fmt: skip
+
+
 def test_extract_loads_strictly():
     model, twin = twins(5)
     zipped = merge({"a": model, "b": twin})
