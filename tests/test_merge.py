@@ -541,3 +541,7 @@ def test_moments_from_a_file_are_enough(tmp_path):
     assert same_bytes(with_data, fxzip.merge(models, moments=again, method="zip", progress=False))
     with pytest.raises(InputError, match="loader is missing: this method reads batches"):
         fxzip.merge(models, moments=again, method="solve", progress=False)
+    with pytest.raises(InputError, match="moments= were collected from these models in another order"):
+        fxzip.merge(models[::-1], moments=again, method="zip", progress=False)
+    with pytest.raises(InputError, match="moments= were collected from other models, or other weights"):
+        fxzip.merge([models[0], fxzip.scramble(models[1], DATA[:2])], moments=again, method="zip", progress=False)
