@@ -52,6 +52,20 @@ def measure(
     return Moments(found, form_of(prepared.args))
 
 
+def identities(prepared: Prepared) -> tuple[str, ...]:
+    """Of every model, what is another one where a value is."""
+    states = ({k: v for k, v in m.state_dict().items() if isinstance(v, Tensor)} for m in prepared.models)
+    return tuple(fingerprint([state], []) for state in states)
+
+
+def refuse_others(prepared: Prepared, moments: Moments) -> None:
+    """Raises InputError for moments of other models than these, or of these in another order."""
+    if moments.of and moments.of != (here := identities(prepared)):
+        same = sorted(moments.of) == sorted(here)
+        why = "these models in another order" if same else "other models, or other weights"
+        raise InputError(f"{prepared.call}: moments= were collected from {why}: collect them anew")
+
+
 def samples(batches: Sequence[tuple]) -> int:
     """In all of them."""
     return sum(max((x.shape[0] for x in b if isinstance(x, Tensor) and x.dim()), default=1) for b in batches)

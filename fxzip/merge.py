@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from . import passes
-from .calibration import calibration_batches, measure
+from .calibration import calibration_batches, identities, measure
 from .check import check_merge
 from .errors import InputError
 from .match import MATCHERS, Matcher, needs, resolve
@@ -68,7 +69,7 @@ def merge(
     heads: "separate"; "concat", all outputs side by side along axis 1, as logits over all classes; or "average".
     model_weights: what each model counts wherever a mean over models is taken, by position or name (default: all
         alike). example_inputs: one batch, if there is no loader.
-    moments: from `collect`, instead of measuring; methods that need no more then work without a loader.
+    moments: from `collect` of these models, instead of measuring; methods that need no more then work without a loader.
     device: "auto" uses a GPU if there is one.
     verify: prove the inferred spaces on model 0 first; "report": go on when the proof fails, and say so in the
         report. strict: refuse if any op has no rule.
@@ -174,7 +175,8 @@ def collect(
     batches = calibration_batches(p, calibration, seed, processes)
     processes.same("memory", cap := parsed(memory))
     capped = None if cap is None else make_plan(p, batches, cap, resume=resume is not None)
-    return measure(p, batches, seed, progress and processes.rank == 0, resume, processes, capped)
+    found = measure(p, batches, seed, progress and processes.rank == 0, resume, processes, capped)
+    return replace(found, of=identities(p))
 
 
 def plan(

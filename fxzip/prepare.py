@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from .check import Checked, check_merge, compare_graphs, compare_shapes
@@ -150,7 +150,17 @@ def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
         raise InputError.listing(p.call, problems)
     for module in p.graph_modules:
         annotate(module, p.spaces, cut.private)
-    return replace(p, cut=cut, notices=(*p.notices, *notices))
+    return replace(p, cut=cut, notices=(*p.notices, *notices, *_untied(first, cut)))
+
+
+def _untied(first: fx.GraphModule, cut: Partition) -> Iterable[str]:
+    """A sentence for every parameter of the shared part that is one of the private part, too, by another name."""
+    shared, private = (owned(first, nodes) for nodes in (cut.shared, cut.private))
+    own = dict(first.named_parameters(remove_duplicate=False))
+    for name in private:
+        for other in (n for n in shared if n in own and name in own and n != name and own[n] is own[name]):
+            yield (f"{other} and {name} are one in the models and two in the result: a class that ties them cannot hold"
+                   " the state_dict that extract gives")  # fmt: skip
 
 
 def _above_other_shapes(p: Prepared, cut: Partition, until: str | None) -> tuple[Partition, tuple[str, ...]]:

@@ -699,6 +699,25 @@ def test_statistics_are_those_of_the_data(pair):
         assert zipped.get_submodule(name).num_batches_tracked == 3
 
 
+def test_batches_count_by_their_size_and_one_sample_is_no_error():
+    """A last batch of one sample, without a variance, came to a ValueError after all the work."""
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    x = torch.randn(66, 3, generator=torch.Generator().manual_seed(0))
+    recompute_statistics(net, [x[:40], x[40:60], x[60:]], lambda b: (b,))
+    bn: Any = net[0]
+    close(bn.running_mean, x.mean(0))
+    close(bn.running_var, (40 * x[:40].var(0) + 20 * x[40:60].var(0) + 6 * x[60:].var(0)) / 66)
+    recompute_statistics(net, [x[:1], x[1:65], x[65:]], lambda b: (b,))
+    close(bn.running_var, x.var(0))
+    recompute_statistics(net, list(x.split(1)), lambda b: (b,))
+    close(bn.running_mean, x.mean(0))
+    twice = nn.Sequential(bn, nn.Linear(3, 3), bn)  # a norm that runs twice: every run counts
+    recompute_statistics(twice, [x[:40], x[40:]], lambda b: (b,))
+    first = [(b - b.mean(0)) / (b.var(0, correction=0) + bn.eps).sqrt() for b in (x[:40], x[40:])]
+    second = [twice[1](b * bn.weight + bn.bias) for b in first]
+    close(bn.running_mean, (torch.cat([x, *second]).mean(0)).detach())
+
+
 def test_statistics_without_batches_or_norms_are_left_alone(pair):
     model = copy.deepcopy(pair[0])
     kept = model.bn.running_mean.clone()
