@@ -7,15 +7,16 @@ own output undoes moves and scalars and subtracts what the merged network really
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, prod
 
 import torch
 from torch import Tensor, fx
 
-MOVES = frozenset({"reshape", "view", "permute", "transpose", "t", "squeeze", "unsqueeze", "flatten", "clone"})
+from .slots import argument
+
+MOVES = frozenset({"reshape", "permute", "transpose", "t", "squeeze", "unsqueeze"})  # as lowering writes them
 BATCH_NORMS = frozenset({"native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"})
 
 
@@ -41,10 +42,11 @@ def packet(node: fx.Node) -> str:
 def chain(
     start: fx.Node,
     dynamic: Mapping[str, fx.Node],
-    inside: frozenset[str] | None,
+    inside: frozenset[str],
     shape: Callable[[fx.Node], tuple[int, ...]],
 ) -> list[Link]:
-    """Links from `start` while the value has one reader and that is affine in it, entry by entry.
+    """Links from `start` while the value has one reader and that is affine in it, entry by entry. Who gets an output
+    reads it, too: nothing may be folded behind it.
 
     inside: names the way may not leave (the part of the graph that is shared, or private). shape: of a node's value
     on the data.
@@ -52,8 +54,8 @@ def chain(
     links: list[Link] = []
     value = start
     while True:
-        readers = [u for u in value.users if u.name in dynamic]
-        if len(readers) != 1 or (inside is not None and readers[0].name not in inside):
+        readers = [u for u in value.users if u.name in dynamic or u.op == "output"]
+        if len(readers) != 1 or readers[0].name not in inside:
             return links
         link = _link(readers[0], value, dynamic)
         if link is None or (link.kind != "move" and shape(link.node) != shape(value)):
@@ -68,23 +70,21 @@ def _link(node: fx.Node, source: fx.Node, dynamic: Mapping[str, fx.Node]) -> Lin
     name = packet(node)
     if name in MOVES:
         return Link("move", node, source)
-    if name in BATCH_NORMS and node.args[0] is source and _plain_norm(node):
-        first = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0 and u.name in dynamic]
-        return Link("norm", first[0], source, node) if len(first) == 1 else None
-    if name in ("add", "sub") and not node.kwargs.get("alpha") and len(node.args) == 2:
-        a, b = node.args
-        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
-            return None
-        if name == "sub" and b is source:
-            return None
-        return Link("add" if name == "add" else "subtract", node, source, b if a is source else a)
-    if name in ("mul", "div") and node.args[0] is source and isinstance(node.args[1], (int, float)):
-        factor = float(node.args[1])  # zero leaves nothing to undo; a rounding mode is not affine
-        return Link("scalar", node, source) if factor and isfinite(factor) and not node.kwargs else None
-    if name == "mul":
-        other = node.args[1] if node.args[0] is source else node.args[0]
-        if isinstance(other, fx.Node) and "parameter" in other.meta and "const" not in other.meta:
-            return Link("scale", node, source, other) if len(other.users) == 1 else None
+    if name in BATCH_NORMS and plain_norm(node):
+        first = first_result(node, dynamic)
+        return Link("norm", first, source, node) if first else None
+    if node.kwargs:  # alpha of an addition, the rounding mode of a division
+        return None
+    if name in ("mul", "div") and isinstance(node.args[1], (int, float)):
+        factor = float(node.args[1])  # zero leaves nothing to undo
+        return Link("scalar", node, source) if factor and isfinite(factor) else None
+    other = next((n for n in node.all_input_nodes if n is not source), None)  # None: a number, or the source again
+    if other is None:
+        return None
+    if name == "add" or (name == "sub" and node.args[0] is source):
+        return Link("add" if name == "add" else "subtract", node, source, other)
+    if name == "mul" and "parameter" in other.meta and "const" not in other.meta and len(other.users) == 1:
+        return Link("scale", node, source, other)
     return None
 
 
@@ -101,7 +101,7 @@ def _per_feature(start: fx.Node, way: Sequence[Link], link: Link) -> bool:
     if link.kind == "norm":
         return torch.equal(_along(1, tuple(place.shape)), place)
     own = link.other.meta["shape"]  # type: ignore[union-attr]
-    return torch.equal(torch.arange(int(torch.tensor(own).prod())).view(own).expand_as(place), place)
+    return torch.equal(torch.arange(prod(own)).view(own).expand_as(place), place)
 
 
 def _along(axis: int, shape: tuple[int, ...]) -> Tensor:
@@ -109,12 +109,18 @@ def _along(axis: int, shape: tuple[int, ...]) -> Tensor:
     return torch.arange(shape[axis]).view([-1 if a == axis else 1 for a in range(len(shape))]).expand(shape)
 
 
-def _plain_norm(node: fx.Node) -> bool:
-    """In eval, with learned scale and shift and running statistics that no other op uses."""
-    operands = node.args[1:5]
-    training = len(node.args) > 5 and node.args[5] is True
-    return not training and all(
-        isinstance(o, fx.Node) and "parameter" in o.meta and len(o.users) == 1 for o in operands
+def first_result(node: fx.Node, dynamic: Mapping[str, fx.Node]) -> fx.Node | None:
+    """The first of an op's several results, if an output depends on it."""
+    return next((u for u in node.users if u.args[1] == 0 and u.name in dynamic), None)
+
+
+def plain_norm(node: fx.Node) -> bool:
+    """Whether a batch norm is in eval, with scale, shift and running statistics that are in the checkpoint and that no
+    other op uses: they can be set."""
+    operands = (argument(node, n) for n in ("weight", "bias", "running_mean", "running_var"))
+    return not argument(node, "training") and all(
+        isinstance(o, fx.Node) and "parameter" in o.meta and "const" not in o.meta and len(o.users) == 1
+        for o in operands
     )
 
 

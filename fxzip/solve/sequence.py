@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..infer import Spaces
 from ..match import Matching
-from .affine import Link, chain, packet
+from .affine import BATCH_NORMS, Link, chain, packet, plain_norm
 from .design import design_of
 from .fit import Point, Settings, solve_point
 from .lanes import Chunks, Lane, dynamic_nodes, nbytes
@@ -176,6 +176,8 @@ class Pass:
     def _fit_norm(self, node: fx.Node, lane: Lane, model: int | None) -> None:
         first = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
         if first is None or first.name not in self.dynamic:
+            return
+        if packet(node) in BATCH_NORMS and not plain_norm(node):
             return
         parents = self.parents if model is None else [self.parents[model]]
         for parent in parents:

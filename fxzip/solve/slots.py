@@ -23,25 +23,29 @@ class Slot:
         """None when the operand is not moved from exactly one parameter that nothing else uses."""
         if not isinstance(node, fx.Node):
             return None
-        sources, stack = set(), [node]
+        sources, stack = [], [node]
         while stack:
             current = stack.pop()
-            if len(current.users) != 1 or "const" in current.meta:
+            if len(current.users) != 1 or "const" in current.meta or current in lane.lowered.inputs:
                 return None
             if "parameter" in current.meta:
-                sources.add(current)
+                sources.append(current)
             stack.extend(current.all_input_nodes)
         if len(sources) != 1:
             return None
-        name = lane.parameter(sources.pop())
+        name = lane.parameter(sources[0])
         tensor = lane.state[name]
         numbered = torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape)
         try:
             index = lane.static(node, {name: numbered})
         except RuntimeError:  # an op that does not take integers is no data movement
             return None
-        moved = index.dtype == torch.int64 and len(index.unique()) == index.numel()
-        return cls(name, index) if moved and torch.equal(lane.static(node), tensor.flatten()[index]) else None
+        distinct = index.dtype == torch.int64 and len(index.unique()) == index.numel()
+        if not distinct or not ((index >= 0) & (index < tensor.numel())).all():
+            return None
+        # not on what it holds: abs(w) is w while all of w is positive, which the fit need not be
+        other = (1000 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))).to(tensor)
+        return cls(name, index) if torch.equal(lane.static(node, {name: other}), other.flatten()[index]) else None
 
     def write(self, lane: Lane, value: Tensor) -> None:
         flat = lane.state[self.name].flatten().clone()
