@@ -95,14 +95,14 @@ def solve_parameters(
     room = settings.memory if memory is None else memory
     store = Store(room)
     parents = [_lane(programs, i, dict(programs.states[i]), chunks[0], store) for i in range(len(graph_modules))]
-    state = {**state_of(graph_modules[0]), **shared}
+    state = _state(graph_modules[0], shared, spaces)
     merged = (
         _lane(programs, 0, state, chunks[0], store)
         if resized is None
         else _resized_lane(resized, spaces, state, chunks[0], store)
     )
     private = [
-        _lane(programs, i, {**state_of(m), **heads.states[i]}, chunks[0], store) for i, m in enumerate(graph_modules)
+        _lane(programs, i, _state(m, heads.states[i], spaces), chunks[0], store) for i, m in enumerate(graph_modules)
     ]
     origin = {n.name: n.meta.get("origin") for n in spaces.lowered.graph.nodes}
     is_private = frozenset(n for n, o in origin.items() if o in cut.private)
@@ -163,6 +163,14 @@ def _whole(column: Sequence[Any], batches: Sequence[tuple]) -> tuple[Any, bool]:
             " sample, differs between batches: repeat it for each sample, or take another method"
         )
     return first, False
+
+
+def _state(model: fx.GraphModule, own: Mapping[str, Tensor], spaces: Spaces) -> dict[str, Tensor]:
+    """`own`, and the model's tensors for all else. One that is tied to an own one is left out: `Lane.parameter` goes by
+    any name of a tied tensor, and what one part merged another may have kept."""
+    tied = spaces.lowered.tied
+    taken = {tied.get(n, n) for n in own}
+    return {n: t for n, t in state_of(model).items() if tied.get(n, n) not in taken} | dict(own)
 
 
 def _lane(programs: Programs, model: int, state: dict[str, Tensor], args: tuple, store: Store) -> Lane:
