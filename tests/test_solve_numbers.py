@@ -115,13 +115,16 @@ def test_without_a_ridge_too_what_the_data_do_not_determine_stays(scale):
     start = start_of(2, 3, 10)
     start[..., 4] /= scale
     with pytest.warns(RuntimeWarning, match="ill-conditioned") as warned:
-        found = Ridge(summed((x.float(), t.float())), start, 0.0).solve()
-    assert [w.filename for w in warned] == [__file__]
+        problem = Ridge(summed((x.float(), t.float())), start, 0.0)
+        found, odd = problem.solve(), problem.solve(start_of(2, 3, 10))  # which no target gives
+    assert [w.filename for w in warned] == [__file__] * 2
     size = (x**2).mean(0).sqrt().clamp(min=1e-12)[:, None]  # [g, 1, p]
     for g in range(2):
         units, target = x[:, g] / size[g], t[:, g] - x[:, g] @ start[g].T
         nearest = torch.linalg.lstsq(units, target, driver="gelsd", rcond=1e-6).solution.T / size[g] + start[g]
         torch.testing.assert_close(found[g] * size[g], nearest * size[g], rtol=1e-4, atol=1e-4)
+        unseen = torch.linalg.svd(units).Vh[6:]
+        torch.testing.assert_close((odd[g] - start[g]) * size[g] @ unseen.T, torch.zeros(3, 4).double(), rtol=0, atol=1e-4)
 
 
 # -- re-targeting ------------------------------------------------------------------------------------
