@@ -157,12 +157,19 @@ def mixer_at(name: str, parents: Sequence[Lane], shared: bool, spaces: Spaces, m
     visible = {s for k in layouts for s, _ in k.runs}
     if not shared:  # a head's own coordinates, unless merged features only pass through here
         return None if visible & parents[0].absorbed else lambda values: values[0]
-    value = parents[0].value(name, 0)
-    analysed = next(n for n in spaces.lowered.graph.nodes if n.name == name).meta["shape"]
-    if any(value.shape[a] != analysed[a] for k in layouts for a in k.axes):
-        return None  # at this batch size the batch is flattened into the features
-    found: Mixer | None = mixer(layouts, value.shape, matchings, [p.share for p in parents], f"%{name}")
+    if not mixable(name, parents[0], spaces):
+        return None
+    shape = parents[0].nodes[name].meta["shape"]
+    found: Mixer | None = mixer(layouts, shape, matchings, [p.share for p in parents], f"%{name}")
     return found
+
+
+def mixable(name: str, parent: Lane, spaces: Spaces) -> bool:
+    """Whether the parents' values can be mixed at this node: on the data, too, the axes of features hold nothing else
+    (a reshape may put heads and batch into one)."""
+    analysed = next(n for n in spaces.lowered.graph.nodes if n.name == name).meta["shape"]
+    here = parent.nodes[name].meta["shape"]
+    return all(here[a] == analysed[a] for k in spaces.layouts(name) for a in k.axes)
 
 
 def _target(point: Point, mix, chunk: int, dynamic: Mapping[str, fx.Node]) -> tuple[Tensor, Tensor]:
