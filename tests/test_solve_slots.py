@@ -70,6 +70,7 @@ def test_an_operand_that_is_moved_from_a_parameter_can_be_written(make):
 NOT_MOVED: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "twice": lambda n, t: n.w * 2,
     "less one": lambda n, t: n.w - 1,
+    "and one": lambda n, t: n.w + 1,
     "negative": lambda n, t: -n.w,
     "positive": lambda n, t: n.w.abs(),  # as all entries are
     "what is above zero": lambda n, t: n.w.clamp(min=0),

@@ -12,7 +12,6 @@ No gradients, no labels, deterministic for a seed.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..infer import Spaces
 from ..match import Matching
-from .affine import BATCH_NORMS, Link, chain, packet, plain_norm
+from .affine import BATCH_NORMS, Link, chain, first_result, packet, plain_norm
 from .design import design_of
 from .fit import Point, Settings, mixable, solve_point
 from .lanes import Chunks, Lane, dynamic_nodes, nbytes
@@ -62,26 +61,21 @@ class Pass:
     def __post_init__(self) -> None:
         self.dynamic = dynamic_nodes(self.spaces.lowered)
         self.shared_names = frozenset(self.dynamic) - self.is_private
-        self.readers = {n: sum(u.name in self.dynamic for u in node.users) for n, node in self.dynamic.items()}
-        self.outputs = {n.name for n in self.spaces.lowered.graph.output_node().all_input_nodes}
+        self.lanes = [*self.parents, self.merged, *self.private]
         self.store = self.merged.store
         self.generator = torch.Generator().manual_seed(self.settings.seed)
-        self.done: set[str] = set()
+        self.done = {n for n, node in self.dynamic.items() if node.op == "placeholder"}
         self.folded: set[str] = set()  # norms that a contraction's fit has set already
 
     # -- order ------------------------------------------------------------------------------------
 
     def run(self, progress: bool) -> None:
         """All nodes, each once."""
-        waiting = [n for n in self.dynamic if self.dynamic[n].op != "placeholder"]
-        self.done = {n for n in self.dynamic if self.dynamic[n].op == "placeholder"}
-        bar = tqdm(total=len(waiting), desc="solve", unit="node", disable=not progress, leave=False)
-        with bar:
-            while waiting:
-                name, links = self._next(waiting)
-                self._step(name, links)
-                waiting.remove(name)
-                bar.update()
+        waiting = [n for n in self.dynamic if n not in self.done]
+        for _ in tqdm(range(len(waiting)), desc="solve", unit="node", disable=not progress, leave=False):
+            name, links = self._next(waiting)
+            self._step(name, links)
+            waiting.remove(name)
 
     def _next(self, waiting: list[str]) -> tuple[str, list[Link] | None]:
         """The first node that can run; a merge point only once the branches its target subtracts are there.
@@ -115,12 +109,9 @@ class Pass:
         return links
 
     def _there(self, link: Link) -> bool:
-        other = link.other
-        return (
-            link.kind not in ("add", "subtract")
-            or other is None
-            or (other.name not in self.dynamic or other.name in self.done)
-        )
+        """Whether the other branch of an addition is computed."""
+        other = link.other if link.kind in ("add", "subtract") else None
+        return other is None or other.name not in self.dynamic or other.name in self.done
 
     def _contracts(self, node: fx.Node) -> bool:
         """Data times parameters, as one of DESIGNS knows to regress."""
@@ -128,61 +119,56 @@ class Pass:
         if design is None:
             return False
         data, weight = (argument(node, n) for n in (design.data, design.weight))
-        return (
-            isinstance(weight, fx.Node)
-            and weight.name not in self.dynamic
-            and isinstance(data, fx.Node)
-            and data.name in self.dynamic
-        )
+        return data.name in self.dynamic and weight.name not in self.dynamic
 
     def _columns(self, node: fx.Node) -> int:
-        shape = argument(node, design_of(node).weight).meta["shape"]  # type: ignore[union-attr]
-        outputs = shape[1] if argument(node, "transposed") else shape[0]
-        return int(torch.tensor(shape).prod()) // max(int(outputs), 1)
+        """How many inputs each output of a merge point has."""
+        design = design_of(node)
+        assert design is not None  # `_contracts` was asked first
+        weight = torch.empty(argument(node, design.weight).meta["shape"], device="meta")
+        return design.matrix(weight, int(argument(node, "groups") or 1)).shape[-1]
 
     # -- one node ---------------------------------------------------------------------------------
 
     def _step(self, name: str, links: list[Link] | None) -> None:
-        private = name in self.is_private
-        self.store.room = self.memory - nbytes([*self.parents, self.merged, *self.private])
-        lanes = list(self.private) if private else [self.merged]
+        self.store.room = self.memory - nbytes(self.lanes)
         for parent in self.parents:
             parent.compute(name, self.chunks.own, self.dynamic)
         node = self.dynamic[name]
-        for i, lane in enumerate(lanes):
+        for model, lane in enumerate(self.private) if name in self.is_private else [(None, self.merged)]:
             if links is not None:
-                self._fit(name, lane, links, i if private else None)
+                self._fit(node, lane, links, model)
             elif packet(node) in NORMS and name not in self.folded:
-                self._fit_norm(node, lane, i if private else None)
+                self._fit_norm(node, lane, model)
             lane.compute(name, self.chunks.own, self.dynamic)
         self.done.add(name)
-        self.peak = max(self.peak, nbytes([*self.parents, self.merged, *self.private]))
+        self.peak = max(self.peak, nbytes(self.lanes))
         self._free(node)
 
-    def _fit(self, name: str, lane: Lane, links: list[Link], model: int | None) -> None:
-        last = links[-1].node.name if links else name
+    def _parents(self, model: int | None) -> Sequence[Lane]:
+        """Those that a fit aims at: all, or the model whose private layer it is."""
+        return self.parents if model is None else [self.parents[model]]
+
+    def _fit(self, node: fx.Node, lane: Lane, links: list[Link], model: int | None) -> None:
+        parents, last = self._parents(model), links[-1].node.name if links else node.name
         for link in links:
-            for parent in self.parents if model is None else [self.parents[model]]:
-                if link.kind == "norm" and link.other is not None:
-                    parent.compute(link.other.name, self.chunks.own, self.dynamic)
+            for parent in parents:
+                if link.kind == "norm":
+                    parent.compute(link.other.name, self.chunks.own, self.dynamic)  # type: ignore[union-attr]
                 parent.compute(link.node.name, self.chunks.own, self.dynamic)
-        point = Point(name, last, links, lane, self.parents if model is None else [self.parents[model]], model is None)
+        point = Point(node.name, last, links, lane, parents, model is None)
         record = solve_point(
             point, self.spaces, self.matchings, self.settings, self.chunks, self.dynamic, self.generator
         )
         if record is not None:
-            self.records.append(
-                Record(self.dynamic[name].meta.get("origin") or name, packet(self.dynamic[name]), *record, model)
-            )
-            self.folded.update(k.other.name for k in links if k.kind == "norm" and k.other is not None)
+            self.records.append(Record(node.meta["origin"], packet(node), *record, model))
+            self.folded.update(k.other.name for k in links if k.kind == "norm")  # type: ignore[union-attr]
 
     def _fit_norm(self, node: fx.Node, lane: Lane, model: int | None) -> None:
-        first = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
-        if first is None or first.name not in self.dynamic:
+        first = first_result(node, self.dynamic)
+        if first is None or (packet(node) in BATCH_NORMS and not plain_norm(node)):
             return
-        if packet(node) in BATCH_NORMS and not plain_norm(node):
-            return
-        parents = self.parents if model is None else [self.parents[model]]
+        parents = self._parents(model)
         for parent in parents:
             parent.compute(first.name, self.chunks.own, self.dynamic)
         record = solve_norm(
@@ -198,13 +184,11 @@ class Pass:
             self.dynamic,
         )
         if record is not None:
-            self.records.append(Record(node.meta.get("origin") or node.name, packet(node), *record, model))
+            self.records.append(Record(node.meta["origin"], packet(node), *record, model))
 
     def _free(self, node: fx.Node) -> None:
+        """Forget the operands that no node will read any more."""
         for operand in node.all_input_nodes:
-            if operand.name not in self.readers:
-                continue
-            self.readers[operand.name] -= 1
-            if self.readers[operand.name] == 0 and operand.name not in self.outputs:
-                for lane in (*self.parents, self.merged, *self.private):
+            if all(u.name in self.done for u in operand.users if u.name in self.dynamic):
+                for lane in self.lanes:
                     lane.values.pop(operand.name, None)

@@ -63,5 +63,5 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     found = {}
     for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         given = node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
-        found[a.name] = a.default_value if given is None and a.has_default_value() else given
+        found[a.name] = a.default_value if given is None else given  # None where there is no default
     return found
