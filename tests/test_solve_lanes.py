@@ -42,7 +42,7 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor, m: Tensor) -> Tensor:
         x.cos()
-        kept, at = (self.fc(x) * self.w.exp().sum(0) + torch.arange(4.0)).max(-1)
+        kept, at = torch.add(self.fc(x) * self.w.exp().sum(0), torch.arange(4.0), alpha=2).clamp(max=m + 1).max(-1)
         return self.copy(kept[..., None] * m) + at[..., None]
 
 
@@ -247,7 +247,7 @@ def errors(zipped: nn.Module, nets: list[nn.Module], x: Tensor) -> list[float]:
 @pytest.mark.parametrize(
     "make, x, count, options",
     [(Tied, TOKENS, 2, {}), (Block, ROWS, 3, {"model_weights": [1, 2, 3]}), (Block, ROWS, 2, {"until": "up"}),
-     (Block, ROWS, 2, {"budget": 1.4}), (Block, ROWS[:200], 2, {})],
+     (Block, ROWS[:200], 2, {"budget": 1.4}), (Block, ROWS[:200], 2, {})],
     ids=["tied", "three", "cut", "wider", "some"],
 )  # fmt: skip
 def test_the_error_that_is_reported_of_a_head_is_that_of_the_network(make, x, count, options):
@@ -258,7 +258,10 @@ def test_the_error_that_is_reported_of_a_head_is_that_of_the_network(make, x, co
     assert not any("solve" in n for n in fxzip.report(zipped).notices)
 
 
-def solved(nets: list[nn.Module], batches: list[Tensor], processes: Processes, **given) -> Solved:
+FEW = Settings(rows=1, least=64)
+
+
+def solved(nets: list[nn.Module], batches: list, settings: Settings | None = FEW, **given) -> Solved:
     """`solve_parameters` on what the passes before it make."""
     graph = passes.start(nets, batches, progress=False)
     for stage in (passes.Infer(), passes.Cut(), passes.Read(), passes.Measure(), passes.Match(), passes.Average()):
@@ -266,13 +269,13 @@ def solved(nets: list[nn.Module], batches: list[Tensor], processes: Processes, *
     job = passes.job(graph)
     p = job.prepared
     return solve_parameters(p.graph_modules, p.spaces, p.cut, job.matchings, job.shared, job.heads, job.batches,
-                            Settings(rows=1, least=64), False, processes=processes, **given)  # fmt: skip
+                            settings, False, **given)  # fmt: skip
 
 
 def test_ranks_fit_what_one_process_fits():
     nets, batches = [randomise(Block(), seed).eval() for seed in range(2)], [ROWS[:384]]
-    one = solved(nets, batches, Processes())
-    for other in in_ranks(lambda processes: solved(nets, batches, processes)):
+    one = solved(nets, batches)
+    for other in in_ranks(lambda processes: solved(nets, batches, processes=processes)):
         assert list(other.shared) == list(one.shared) and not other.notices
         for name, value in one.shared.items():
             torch.testing.assert_close(other.shared[name], value, rtol=1e-4, atol=1e-5)
@@ -283,17 +286,40 @@ def test_ranks_fit_what_one_process_fits():
 
 def test_fewer_chunks_than_processes_are_solved_in_each():
     nets = [randomise(Block(), seed).eval() for seed in range(2)]
-    one, other = (solved(nets, [ROWS[:300]], p) for p in (Processes(), Processes(2, 3)))
+    one, other = (solved(nets, [ROWS[:300]], processes=p) for p in (Processes(), Processes(2, 3)))
     text = "solve: 2 chunks of 128 samples do not go round 3 processes, so every process solved on all of them"
     assert other.notices == (text,)
     assert all(torch.equal(one.shared[n], other.shared[n]) for n in one.shared)
 
 
-def test_a_cap_of_memory_is_no_surprise():
+def test_files_that_nobody_asked_for_are_told():
     nets = [randomise(Block(), seed).eval() for seed in range(2)]
-    free, capped = (solved(nets, [ROWS], Processes(), memory=m) for m in (None, 0.0))
+    free, capped = (solved(nets, [ROWS], memory=m) for m in (None, 0.0))
     assert not free.notices and not capped.notices and capped.peak < free.peak
     assert all(torch.equal(free.shared[n], capped.shared[n]) for n in free.shared)
+    (text,) = solved(nets, [ROWS], Settings(memory=0)).notices
+    assert text == ("solve kept 0.0 GB of activations in temporary files: they would take over 0.0 GB of memory; "
+                    "memory= allows more")  # fmt: skip
+
+
+class Beside(nn.Module):
+    """Features beside what is none, under one norm; an argument of which a part is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.out, self.head = nn.Linear(4, 6), nn.LayerNorm(10), nn.Linear(10, 8), nn.Linear(8, 2)
+
+    def forward(self, pair: tuple[Tensor, int]) -> Tensor:
+        x = self.norm(torch.cat([self.fc(pair[0]).relu(), pair[0]], 1))
+        return self.head(self.out(x).relu() * pair[1])
+
+
+def test_models_count_alike_and_settings_are_the_usual_ones_unless_told():
+    nets, batches = [randomise(Beside(), seed).eval() for seed in range(2)], [((ROWS[:, :4], 3),)]
+    plain, same, other = (solved(nets, batches, *given, shares=shares) for given, shares in (
+        ([None], None), ([Settings()], [0.5, 0.5]), ([Settings(lam=0.1)], [0.3, 0.7])))  # fmt: skip
+    for name, value in plain.shared.items():
+        assert torch.equal(value, same.shared[name]) and not torch.equal(value, other.shared[name])
 
 
 def test_more_models_are_matched_in_larger_groups():

@@ -82,5 +82,5 @@ def _fit(node: fx.Node, batch: int, samples: int, chunk: int, settings: Settings
 
 def _outputs(node: fx.Node, shape: Sequence[int], weight: str) -> int:
     if argument(node, "transposed"):
-        return shape[1] * int(argument(node, "groups") or 1)
+        return shape[1] * argument(node, "groups")
     return shape[0] if weight == "weight" else shape[-1]  # [o, i, ...]; a matrix product has [p, o]
