@@ -112,7 +112,7 @@ def merge(
     graph = passes.start(
         models, loader, call="fxzip.merge", clock=clock, progress=progress, example_inputs=example_inputs,
         device=device, calibration=calibration, needs_data=needs_data, forward_fn=forward_fn,
-        distributed=distributed, model_weights=model_weights, until=until,
+        distributed=distributed, model_weights=model_weights, until=until, heads=heads,
     )  # fmt: skip
     stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]
     stages += [passes.Prove(seed, strict=verify != "report")] if verify else []

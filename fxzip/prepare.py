@@ -18,7 +18,7 @@ from .nested import apart
 from .options import shares, wrong_weights
 from .padding import pad
 from .prepared import Clock, Prepared, shared_spaces
-from .rewrite import Partition, Tails, join, owned, partition, unreadable
+from .rewrite import Partition, Tails, join, owned, partition, same_outputs, unreadable
 from .trace import Traced, bind, compare_sizes, first_rows, state_of, trace
 from .verify import verify_spaces
 
@@ -56,6 +56,7 @@ def begin(
     needs_data: bool = True,
     forward_fn: Callable[..., Any] | None = None,
     model_weights: Any = None,
+    heads: str = "separate",
 ) -> Prepared:
     """Check the call and trace every model. See `fxzip.merge` for arguments.
 
@@ -78,7 +79,10 @@ def begin(
         t.graph_module.to(where)
     args = bind(few, signature(traced[0].graph_module.forward))
     args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
+    own = [t.graph_module for t in traced]
     traced, tails = ends(call, traced, checked.names, args, until)
+    if heads != "separate":
+        same_outputs(own, checked.names, args, heads)
     for t in traced:
         _in_the_order_of(traced[0].graph_module, t.graph_module)
     return Prepared(

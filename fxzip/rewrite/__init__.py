@@ -5,6 +5,7 @@ from .extract import extract
 from .heads import Heads, head_parameters, unreadable
 from .modules import versions
 from .norms import batch_norms, recompute_statistics
+from .outputs import same_outputs
 from .parameters import merge_parameters
 from .partition import Partition, cut_points, owned, partition
 from .signature import Signature, difference, signature
@@ -30,6 +31,7 @@ __all__ = [
     "owned",
     "partition",
     "recompute_statistics",
+    "same_outputs",
     "signature",
     "unreadable",
     "versions",

@@ -190,14 +190,16 @@ def _target(point: Point, mix, chunk: int, dynamic: Mapping[str, fx.Node]) -> tu
 
 
 def _nonlinearity(point: Point, dynamic: Mapping[str, fx.Node]) -> Callable[[Tensor], Tensor] | None:
-    """The element-wise op of one tensor that alone reads the value at `last`, if there is one."""
-    readers = [u for u in dynamic[point.last].users if u.name in dynamic]
+    """The element-wise op of one tensor that alone reads the value at `last`, if there is one and it gives numbers. Who
+    gets an output reads it, too."""
+    readers = [u for u in dynamic[point.last].users if u.name in dynamic or u.op == "output"]
     if len(readers) != 1 or any(k.kind == "scalar" for k in point.links):
         return None
     node = readers[0]
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     if (
         not pointwise
+        or not node.meta["dtype"].is_floating_point  # a comparison
         or packet(node) in MOVES
         or len(node.all_input_nodes) != 1
         or node.args[0] is not dynamic[point.last]
