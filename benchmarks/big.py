@@ -137,8 +137,8 @@ def merge(
         rows.append([stage, time.process_time() - start, *watch.peaks[stage], watch.now()[0] - watch.base[0]])
         return found
 
-    repair, solver, matcher = choose(method, None, 2)
-    assert repair is None, "big.py: no repair"
+    repair, solver, matcher = choose(method, None, models, wrong := [])
+    assert not wrong and repair is None, wrong or "big.py: no repair"
     graph = measured("Trace", lambda: passes.start(models, loader, progress=False))
     stages = [passes.Infer(), passes.Cut(until), *([passes.Prove()] if verify else []), passes.Read()]
     stages += [passes.Cap(memory or "1000TB", matcher, solver), passes.Measure(), passes.Match(matcher)]

@@ -42,7 +42,10 @@ EXPLAINED = Path(__file__).with_name("mutants.txt")
 SETS = {  # name -> files, tests
     "rules": (["fxzip/infer/rules"], ["test_rule_laws", "test_soundness", "test_random_graphs"]),
     "inference": (["fxzip/infer"], ["test_rule_laws", "test_closure", "test_soundness", "test_random_graphs"]),
-    "solve": (["fxzip/solve"], ["test_solve", "test_determinism"]),
+    "solve": (
+        ["fxzip/solve"],
+        [*(f"test_solve_{part}" for part in ("parts", "fit", "norms", "affine")), "test_solve", "test_determinism"],
+    ),
 }
 
 
@@ -73,14 +76,14 @@ class Experiment:
 
     def survey(self) -> None:
         """Which lines each test reaches, and what it costs; each in a fork, so that nothing is cached here."""
-        sources = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in self.paths}
+        sources = {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in self.paths}
         kept = self.options.keep
-        empty = {"sources": {}, "reach": {}, "killed": {}}
+        empty = {"root": str(ROOT), "sources": {}, "reach": {}, "killed": {}}
         self.kept = json.loads(kept.read_text()) if kept and kept.exists() else empty
-        if self.kept["sources"] != sources:
+        if (self.kept["root"], self.kept["sources"]) != (str(ROOT), sources):
             same = {p for p, digest in sources.items() if self.kept["sources"].get(p) == digest}
-            killed = {k: by for k, by in self.kept["killed"].items() if str(ROOT / k.split()[0]) in same}
-            self.kept = {"sources": sources, "reach": {}, "killed": killed}
+            killed = {k: by for k, by in self.kept["killed"].items() if k.split()[0] in same}
+            self.kept = {"root": str(ROOT), "sources": sources, "reach": {}, "killed": killed}
         new = [(n, i) for n, i in self.items.items() if n not in self.kept["reach"]]
         with probes(self.paths, self.functions) if new else contextlib.nullcontext():
             for k, (name, item) in enumerate(new):

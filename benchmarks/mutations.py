@@ -87,9 +87,10 @@ def _changes(tree: ast.Module) -> Iterator[tuple[int, str, str, Any]]:
 
 
 def _said(part: ast.AST) -> set[ast.AST]:
-    """What is raised: texts for people, mostly; and `strict=`, a check of the code by itself."""
+    """What is raised: texts for people, mostly; `strict=`, a check of the code by itself; types of local names."""
     spoken = [n for n in ast.walk(part) if isinstance(n, (ast.Raise, ast.JoinedStr))]
     spoken += [n for n in ast.walk(part) if isinstance(n, ast.keyword) and n.arg == "strict"]
+    spoken += [n.annotation for n in ast.walk(part) if isinstance(n, ast.AnnAssign)]
     return {inner for n in spoken for inner in ast.walk(n)}
 
 

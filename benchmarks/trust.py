@@ -1,10 +1,11 @@
 """Attempts to make fxzip merge wrongly in silence, lose work, or take a damaged file: how many, and how many got by.
 
-    OMP_NUM_THREADS=1 python benchmarks/trust.py --graphs 2000 --kills 50 --files 200
+    OMP_NUM_THREADS=1 python benchmarks/trust.py --graphs 2000 --kills 50 --files 200 --mutants 2000
 
 Random networks and the rest are those of tests/. Prints one Markdown table, a row as soon as it is known; what got by
 goes to stderr with its seed. `--kills 0` and the like leave a row out; SIGTERM ends the row of random networks early.
-Exit code 1 if anything got by. Mutants: benchmarks/mutants.py.
+Exit code 1 if anything got by. Mutants are tried by benchmarks/mutants.py, at random of all or all of them; one got by
+that no test notices and mutants.txt does not explain.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import argparse
 import collections
 import os
 import random
+import re
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -41,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--graphs", type=int, default=1000, help="random networks: spaces, scramble, merge back")
     parser.add_argument("--kills", type=int, default=50, help="kill -9 while measuring, at random moments")
     parser.add_argument("--files", type=int, default=400, help="damaged files")
+    parser.add_argument("--mutants", type=int, default=50, help="small changes of the rules, and of the solver")
+    parser.add_argument("--keep", type=Path, help="folder for what mutants.py need not find out again")
     parser.add_argument("--no-inputs", action="store_true", help="leave out the table of bad inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of CPU for the random networks, at most")
@@ -63,6 +68,8 @@ def _rows(options: argparse.Namespace) -> Iterator[Row]:
         yield from files(options.files, options.seed)
     if not options.no_inputs:
         yield inputs()
+    for name in ("rules", "solve") if options.mutants else ():
+        yield mutants(name, options.mutants, options.seed, options.keep)
     if options.graphs:
         yield rules()
         yield graphs(options.graphs, options.seed, options.seconds)
@@ -98,6 +105,21 @@ def graphs(count: int, seed: int, seconds: float) -> Row:
     words = ", ".join(f"{n} {k}" for k, n in found.most_common())
     proven = "random networks: spaces proven, a scrambled copy merged back"
     return proven, sum(found.values()), words, unsound + lost
+
+
+def mutants(name: str, count: int, seed: int, keep: Path | None) -> Row:
+    """Small changes of one part of fxzip: which share is killed."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "mutants.py"), name, "--sample", str(count), "--cpu", "60"]
+    command += ["--seed", str(seed), *(["--keep", str(keep / f"{name}.json")] if keep else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+    *lines, summary = done.stdout.strip().splitlines()
+    found = re.match(r"(\d+) of (\d+) mutants: (\d+) killed \(([\d.]+%)\)(.*);", summary)
+    if found is None:
+        raise RuntimeError(f"mutants.py {name}: {summary}")
+    print(*lines, sep="\n", file=sys.stderr)
+    tried, every, killed, share, rest = found.groups()
+    left = sum(int(n) for n in re.findall(r"(\d+) (?:survives|unreached)", rest))
+    return f"mutants of {name}, of {every}", int(tried), f"{killed} killed ({share}){rest}".rstrip(", "), left
 
 
 def rules() -> Row:

@@ -24,7 +24,8 @@ from .report import Report, report
 from .rewrite import cut_points, extract
 from .solve import Solve
 from .soup import greedy_soup
-from .verify import Verification, scramble, verify
+from .verification import Verification
+from .verify import scramble, verify
 from .version import installed
 
 __version__ = installed()

@@ -13,14 +13,15 @@ from .match import Matching, lossless
 from .measure.moments import Moments
 from .prepared import Prepared
 from .processes import ALONE, Processes
-from .rewrite import Heads, build, head_parameters, merge_parameters, owned, recompute_statistics, state_of
+from .rewrite import Heads, build, head_parameters, merge_parameters, owned, recompute_statistics
+from .trace import state_by_all_names
 from .widths import allocate, cost_terms, probe, resizable
 
 
 def merged_parameters(p: Prepared, matchings: Mapping[str, Matching]) -> tuple[dict[str, Tensor], Heads]:
     """Zipped weights of the shared part, and what every model keeps with U absorbed or explicit."""
     modules = p.graph_modules
-    states = [state_of(m) for m in modules]
+    states = [state_by_all_names(m) for m in modules]
     shared = merge_parameters(states, p.spaces, matchings, owned(modules[0], p.cut.shared), p.shares)
     return shared, head_parameters(modules, p.cut, p.spaces, matchings, feature_axis(p.spaces), p.args)
 
@@ -82,7 +83,7 @@ def feature_axis(spaces: Spaces):
 
 def agree(p: Prepared, matchings: Mapping[str, Matching], moments: Moments) -> bool:
     """Whether the models are equal, or compute the same features in another order."""
-    first, *others = (state_of(m) for m in p.graph_modules)
+    first, *others = (state_by_all_names(m) for m in p.graph_modules)
     if all(s[n].shape == first[n].shape and torch.equal(s[n], first[n]) for s in others for n in first):
         return True
     placed = {parent.space for s in p.spaces for parent in s.parents}  # by what their children are

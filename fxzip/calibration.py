@@ -20,6 +20,7 @@ from .planning import Plan
 from .prepared import Prepared
 from .processes import ALONE, Processes
 from .trace import describe, rows, state_of
+from .version import installed
 
 
 def measure(
@@ -44,12 +45,27 @@ def measure(
     found: dict[str, SpaceMoments] = {}
     for k, names in enumerate(passes):
         part = (k, len(passes), names) if len(passes) > 1 else None
-        checkpoint = resume and _checkpoint(resume, prepared, programs, batches, seed, processes, part)
+        with processes.alike():
+            checkpoint = resume and _checkpoint(resume, prepared, programs, batches, seed, processes, part)
         found |= collect_moments(
             programs, prepared.merged_spaces(), batches, samples(batches), seed=seed, progress=progress,
             checkpoint=checkpoint or None, processes=processes, only=names, keep=keep,
         )  # fmt: skip
     return Moments(found, form_of(prepared.args))
+
+
+def identities(prepared: Prepared) -> tuple[str, ...]:
+    """Of every model, what is another one where a value is."""
+    states = ({k: v for k, v in m.state_dict().items() if isinstance(v, Tensor)} for m in prepared.models)
+    return tuple(fingerprint([state], []) for state in states)
+
+
+def refuse_others(prepared: Prepared, moments: Moments) -> None:
+    """Raises InputError for moments of other models than these, or of these in another order."""
+    if moments.of and moments.of != (here := identities(prepared)):
+        same = sorted(moments.of) == sorted(here)
+        why = "these models in another order" if same else "other models, or other weights"
+        raise InputError(f"{prepared.call}: moments= were collected from {why}: collect them anew")
 
 
 def samples(batches: Sequence[tuple]) -> int:
@@ -64,7 +80,8 @@ def _checkpoint(
     """part: (which pass, of how many, over which spaces), where there are several."""
     spaces = prepared.merged_spaces()
     rows: list[Any] = [(s.name, s.size, [(a.node, a.axes, a.weight) for a in s.anchors]) for s in spaces]
-    rows.append(str(prepared.spaces.lowered.graph))  # other code may have the same weights
+    rows += [str(prepared.spaces.lowered.graph)]  # other code may have the same weights
+    rows += [installed(), torch.__version__]  # and measure otherwise
     if processes.world > 1:
         folder, rows = Path(folder) / f"rank{processes.rank}of{processes.world}", [*rows, processes.world]
     if part:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Signature, signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def frontier(
     models, loader: as for `merge`. budgets: FLOPs over one model's; 1.0 keeps the widths. untils: cuts to try.
     evaluate: merged network -> anything (a number, an `Accuracy`); also called with the ensemble. holdout: samples
     read after the `calibration` ones, for the drift; if the loader has no more, the last calibration samples are
-    used again, and the drift is optimistic. options: passed on to `merge`.
+    used again, and the drift is optimistic. options: passed on to `merge`; of a resume folder every cut has one inside.
     Raises InputError for a budget below 0.1 or no point at all, and what `merge` raises.
 
     >>> a, b = (nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)) for _ in range(2))
@@ -120,7 +121,8 @@ def frontier(
     total = sum(_size(b) for b in batches)
     fitted = _named(_slice(batches, 0, calibration), signature(p.graph_modules[0].forward))
     held = _slice(batches, max(min(calibration, total - holdout), 0), total)
-    moments = collect(models, fitted, calibration=calibration, seed=seed, progress=progress,
+    kept = options.pop("resume", None)
+    moments = collect(models, fitted, calibration=calibration, seed=seed, progress=progress, resume=kept,
                       memory=options.get("memory"), **reading)  # fmt: skip
     given: dict[str, Any] = options | {
         "verify": False, "calibration": calibration, "seed": seed, "progress": progress,
@@ -128,7 +130,7 @@ def frontier(
     plans: list[tuple[str, dict[str, Any]]] = [
         (f"{b:g}x", {"budget": None if b == 1 else b, "moments": moments}) for b in budgets
     ]
-    plans += [(f"until {u}", {"until": u}) for u in untils]
+    plans += [(f"until {u}", {"until": u, "resume": kept and Path(kept) / f"until {u}"}) for u in untils]
     points: list[Point] = []
     zipped = p.graph_modules[0]
     for name, plan in tqdm(plans, desc="frontier", unit="merge", disable=not progress, leave=False):
@@ -154,6 +156,9 @@ def _check(budgets: Any, untils: Any, evaluate: Any, holdout: Any, options: Mapp
     )
     taken = sorted(options.keys() & {"budget", "until", "moments"})
     found += [f"{name}= is what frontier varies: pass budgets= and untils=" for name in taken]
+    found += ["heads= joins outputs, the drift is each model's own: leave it out, and pass it to merge then"] * (
+        options.get("heads", "separate") != "separate"
+    )
     if found:
         raise InputError.listing("fxzip.frontier", found)
 

@@ -18,8 +18,9 @@ from .errors import InputError
 from .match import Average, Matcher
 from .repair import Repair, repair_parameters, split
 from .report import table
-from .rewrite import recompute_statistics, state_of
+from .rewrite import recompute_statistics
 from .rewrite.zipped import notes
+from .trace import state_by_all_names
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -213,7 +214,7 @@ def plane(
         )
     names = [str(t) for t in notes(zipped)["tasks"]]
     network = copy.deepcopy(zipped)
-    merged = {n: t for n, t in state_of(network).items() if t.is_floating_point()}
+    merged = {n: t for n, t in state_by_all_names(network).items() if t.is_floating_point()}
     corners = [_corner(zipped, given, i, merged) for i in (0, 1)]
     origin = _flat(corners[0])
     to_second, to_merge = _flat(corners[1]) - origin, _flat(merged) - origin
@@ -245,7 +246,7 @@ def _corner(
     zipped: fx.GraphModule, models: Sequence[nn.Module], model: int, merged: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The tensors of the merged network with one model's body, and every model's own head."""
-    info, states = notes(zipped), [dict(state_of(m)) for m in models]
+    info, states = notes(zipped), [dict(state_by_all_names(m)) for m in models]
     found = {}
     for name, tensor in merged.items():
         owner = next((t for t in info["targets"] if name == t or name.startswith(t + ".")), None)

@@ -25,7 +25,12 @@ def first_batches(loader: Any, tasks: list[str], found: list[str]) -> tuple[Any,
     if set(loader) != set(tasks):
         found.append(f"loader has the keys {sorted(map(str, loader))}, the models are named {sorted(tasks)}")
         return None, {}
-    pairs = {task: _peek_into(loader[task], f"loader[{task!r}]", found) for task in tasks}
+    given = {task: loader[task] for task in tasks}
+    once: dict[int, tuple[Any, Iterable]] = {}  # by loader: an iterator that serves two tasks runs once for both
+    for task, own in given.items():
+        if id(own) not in once:
+            once[id(own)] = _peek_into(own, f"loader[{task!r}]", found)
+    pairs = {task: once[id(own)] for task, own in given.items()}
     again = {task: pair[1] for task, pair in pairs.items()}
     return again, {task: pair[0] for task, pair in pairs.items() if pair[0] is not None}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from . import passes
-from .calibration import calibration_batches, measure
+from .calibration import calibration_batches, identities, measure
 from .check import check_merge
 from .errors import InputError
 from .match import MATCHERS, Matcher, needs, resolve
@@ -68,7 +69,7 @@ def merge(
     heads: "separate"; "concat", all outputs side by side along axis 1, as logits over all classes; or "average".
     model_weights: what each model counts wherever a mean over models is taken, by position or name (default: all
         alike). example_inputs: one batch, if there is no loader.
-    moments: from `collect`, instead of measuring; methods that need no more then work without a loader.
+    moments: from `collect` of these models, instead of measuring; methods that need no more then work without a loader.
     device: "auto" uses a GPU if there is one.
     verify: prove the inferred spaces on model 0 first; "report": go on when the proof fails, and say so in the
         report. strict: refuse if any op has no rule.
@@ -101,10 +102,7 @@ def merge(
          "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments, "resume": resume,
          "memory": memory, "distributed": distributed}
     ) + wrong_weights(model_weights, models)  # fmt: skip
-    try:
-        repair, solver, matcher = choose(method, budget, len(models) if isinstance(models, Sized) else 2)
-    except InputError as error:
-        wrong, repair, solver, matcher = [*wrong, str(error)], None, None, resolve("average")
+    repair, solver, matcher = choose(method, budget, models, wrong)
     compares = bool(needs(matcher) - {"weights"}) or budget is not None
     needs_data = bool(solver or repair) or (compares and moments is None)
     if wrong:
@@ -114,7 +112,7 @@ def merge(
     graph = passes.start(
         models, loader, call="fxzip.merge", clock=clock, progress=progress, example_inputs=example_inputs,
         device=device, calibration=calibration, needs_data=needs_data, forward_fn=forward_fn,
-        distributed=distributed, model_weights=model_weights, until=until,
+        distributed=distributed, model_weights=model_weights, until=until, heads=heads,
     )  # fmt: skip
     stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]
     stages += [passes.Prove(seed, strict=verify != "report")] if verify else []
@@ -130,11 +128,19 @@ def merge(
     return graph
 
 
-def choose(method: Any, budget: float | None, models: int) -> tuple[Repair | None, Solve | None, Matcher]:
-    """What repairs, what solves and what matches, of a `method` as `merge` takes it. Raises InputError."""
-    repair, method = split(method, budget)
-    solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
-    return repair, solver, solver.matcher_for(models) if solver else resolve(method)  # type: ignore[arg-type]
+def choose(
+    method: Any, budget: float | None, models: Any, wrong: list[str]
+) -> tuple[Repair | None, Solve | None, Matcher]:
+    """What repairs, what solves and what matches, of a `method` as `merge` takes it. What is wrong with it goes to
+    `wrong`; the choice then means nothing."""
+    try:
+        repair, method = split(method, budget)
+        solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
+        count = len(models) if isinstance(models, Sized) else 2
+        return repair, solver, solver.matcher_for(count) if solver else resolve(method)  # type: ignore[arg-type]
+    except InputError as error:
+        wrong.append(str(error))
+        return None, None, resolve("average")
 
 
 def collect(
@@ -169,7 +175,8 @@ def collect(
     batches = calibration_batches(p, calibration, seed, processes)
     processes.same("memory", cap := parsed(memory))
     capped = None if cap is None else make_plan(p, batches, cap, resume=resume is not None)
-    return measure(p, batches, seed, progress and processes.rank == 0, resume, processes, capped)
+    found = measure(p, batches, seed, progress and processes.rank == 0, resume, processes, capped)
+    return replace(found, of=identities(p))
 
 
 def plan(
@@ -199,10 +206,7 @@ def plan(
     wrong = wrong_options(
         {"until": until, "seed": seed, "device": device, "forward_fn": forward_fn, "memory": memory}
     )
-    try:
-        repair, solver, matcher = choose(method, None, len(models) if isinstance(models, Sized) else 2)
-    except InputError as error:
-        wrong, repair, solver, matcher = [*wrong, str(error)], None, None, resolve("average")
+    repair, solver, matcher = choose(method, None, models, wrong)
     if wrong:
         check_merge(models, loader, calibration=calibration, problems=wrong, call="fxzip.plan")
     p = prepare(

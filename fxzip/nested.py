@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .errors import InputError
 from .rewrite import extract
 from .rewrite.zipped import KEY
 
@@ -16,7 +17,8 @@ def apart(models: Any, loader: Any, model_weights: Any) -> tuple[Any, Any, Any]:
 
     In a list they stand where it stood; in a dict task "a" of network "old" is called "old_a", and a loader of "old"
     is that of all its tasks. A weight is shared out evenly; without any, every task counts alike. Anything that is
-    no such call comes back as it is: the checks of `merge` say what is wrong with it.
+    no such call comes back as it is: the checks of `merge` say what is wrong with it. Raises InputError where two
+    models would have one name.
 
     >>> from torch import ones; from fxzip import merge
     >>> a, b, c = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(3))
@@ -38,6 +40,12 @@ def apart(models: Any, loader: Any, model_weights: Any) -> tuple[Any, Any, Any]:
     def parts(key: Any, model: Any) -> Iterable[Any]:
         return (extract(model, t) for t in tasks[key]) if tasks[key] else (model,)
 
+    called = [str(name) for key, _ in given for name in names(key)] if keyed else []
+    if twice := sorted({n for n in called if called.count(n) > 1}):
+        raise InputError(
+            f"two models would be called {twice[0]!r}: task t of a merged network N becomes 'N_t', so give one of"
+            " them another name"
+        )
     flat = [(name, part) for key, m in given for name, part in zip(names(key), parts(key, m), strict=True)]
     if isinstance(loader, Mapping) and keyed:
         loader = {name: loader[key] for key in loader for name in (names(key) if key in tasks else [key])}

@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from .check import Checked, check_merge, compare_graphs, compare_shapes
@@ -18,7 +18,7 @@ from .nested import apart
 from .options import shares, wrong_weights
 from .padding import pad
 from .prepared import Clock, Prepared, shared_spaces
-from .rewrite import Partition, Tails, join, owned, partition, unreadable
+from .rewrite import Partition, Tails, join, owned, partition, same_outputs, unreadable
 from .trace import Traced, bind, compare_sizes, first_rows, state_of, trace
 from .verify import verify_spaces
 
@@ -56,6 +56,7 @@ def begin(
     needs_data: bool = True,
     forward_fn: Callable[..., Any] | None = None,
     model_weights: Any = None,
+    heads: str = "separate",
 ) -> Prepared:
     """Check the call and trace every model. See `fxzip.merge` for arguments.
 
@@ -78,7 +79,10 @@ def begin(
         t.graph_module.to(where)
     args = bind(few, signature(traced[0].graph_module.forward))
     args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
+    own = [t.graph_module for t in traced]
     traced, tails = ends(call, traced, checked.names, args, until)
+    if heads != "separate":
+        same_outputs(own, checked.names, args, heads)
     for t in traced:
         _in_the_order_of(traced[0].graph_module, t.graph_module)
     return Prepared(
@@ -150,7 +154,17 @@ def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
         raise InputError.listing(p.call, problems)
     for module in p.graph_modules:
         annotate(module, p.spaces, cut.private)
-    return replace(p, cut=cut, notices=(*p.notices, *notices))
+    return replace(p, cut=cut, notices=(*p.notices, *notices, *_untied(first, cut)))
+
+
+def _untied(first: fx.GraphModule, cut: Partition) -> Iterable[str]:
+    """A sentence for every parameter of the shared part that is one of the private part, too, by another name."""
+    shared, private = (owned(first, nodes) for nodes in (cut.shared, cut.private))
+    own = dict(first.named_parameters(remove_duplicate=False))
+    for name in private:
+        for other in (n for n in shared if n in own and name in own and n != name and own[n] is own[name]):
+            yield (f"{other} and {name} are one in the models and two in the result: a class that ties them cannot hold"
+                   " the state_dict that extract gives")  # fmt: skip
 
 
 def _above_other_shapes(p: Prepared, cut: Partition, until: str | None) -> tuple[Partition, tuple[str, ...]]:

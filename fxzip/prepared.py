@@ -18,7 +18,7 @@ from .measure.moments import Moments, SpaceMoments
 from .padding import Real
 from .rewrite import Partition, Tails, owned
 from .trace import Traced
-from .verify import Verification
+from .verification import Verification
 
 
 @dataclass

@@ -17,9 +17,10 @@ from .errors import InputError
 from .infer import Spaces
 from .match import Matcher, Matching, Permute, resolve
 from .measure import Programs
-from .rewrite import Partition, merge_parameters, state_of
+from .rewrite import Partition, merge_parameters
 from .solve.affine import packet
 from .solve.slots import arguments
+from .trace import state_by_all_names
 
 # operator: (argument of the weight, of the bias, output axis of the weight, feature axis of the value)
 AFFINE = {
@@ -149,7 +150,7 @@ def repair_parameters(
 
     target = merged([{n: s.result() for n, s in p.items()} for p in parents])
     by_batch = [merged([{n: s.batches[k] for n, s in p.items()} for p in parents]) for k in range(len(batches))]
-    corrected = replace(programs, states=[{**state_of(graph_modules[0]), **shared}, *programs.states[1:]])
+    corrected = replace(programs, states=[{**state_by_all_names(graph_modules[0]), **shared}, *programs.states[1:]])
     first = _pass(corrected, sites, batches, lambda k, name, own: _correction(own, by_batch[k][name], shift))
     change = {n: _correction(s.result(), target[n], shift) for n, s in first.items()}
     second = _pass(corrected, sites, batches, lambda k, name, own: change[name])

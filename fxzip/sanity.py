@@ -15,7 +15,7 @@ from .match import Matching
 from .measure import Moments
 from .rewrite import batch_norms, extract
 from .trace import batch_size, rows
-from .verify import Verification
+from .verification import Verification
 
 FEW = 16  # samples below which correlations say little
 LOW = 0.1  # a mean correlation that no useful match has

@@ -9,7 +9,6 @@ taken from one copy only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -19,103 +18,19 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .errors import InputError, VerificationError
+from .errors import InputError
 from .infer import FeatureSpace, Spaces, analyse
 from .infer.group import axis_indices, duplicated, permuted
 from .infer.sampling import sample
 from .rewrite.norms import recompute_statistics
-from .trace import Traced, bind, duplicate, make_plain, rows, state_of, trace, unwrap
+from .trace import Traced, bind, duplicate, make_plain, rows, state_by_all_names, state_of, trace, unwrap
 from .trace.guards import seeded
 from .trace.precision import double_by_default, doubled
+from .verification import TOLERANCE, Verification, fires
 
-TOLERANCE = 1e-6  # relative, float64; wrong rules give 1e-3 and more, rounding 1e-12
 _CONTROLS = 3  # that are always tried
 _MORE_CONTROLS = 64  # while none fires
 _DRAWS = 4
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Figures are relative to the largest output, in float64.
-
-    error: output change under random group elements. controls: output change with one use left out, by use.
-    roles: output change when weight moves between copies (nan: no unit can be copied); roles_control: when
-    it is taken from one. sensitivity: output change between two inputs (0: the output tells nothing). rounding:
-    output change when parameters move by 1e-15 of themselves; measured when `error` or `roles` is not small.
-    redrawn: the parameters were random, because the model's own showed nothing (silent units, zeros). What group
-    elements do to the output is then the proof by itself: if no control fires there either, which feature is which
-    makes no difference to the output (a branch that nobody reads, a mean), and no merge of them can either.
-    """
-
-    error: float
-    controls: Mapping[str, float]
-    roles: float
-    roles_control: float
-    sensitivity: float
-    spaces: int
-    rounding: float = 0.0
-    redrawn: bool = False
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """Why this is no proof; empty when it is one."""
-        found = []
-        noise = max(self.error, 1e-13)
-        if self.chaotic:
-            return (
-                f"rounding alone changes the output by {self.rounding:.1e} (tolerance {TOLERANCE:.0e}):"
-                " nothing is proven on this input; give another example, such as a larger image",
-            )
-        if not self.error < TOLERANCE:
-            found.append(f"a random group element changes the output by {self.error:.1e} (tolerance {TOLERANCE:.0e})")
-        if not self.sensitivity > 1e3 * noise:
-            found.append(f"the output hardly depends on the input ({self.sensitivity:.1e}): nothing is proven")
-        fired = [_fires(c, self.error) for c in self.controls.values()]
-        if fired and not any(fired) and not self.redrawn:
-            found.append("no negative control fired: leaving a use out changes nothing, so nothing is proven")
-        if not np.isnan(self.roles) and not self.roles < TOLERANCE:
-            found.append(
-                f"moving weight between copies of a unit changes the output by {self.roles:.1e}: a role is wrong"
-            )
-        if not self.redrawn and not np.isnan(self.roles) and not _fires(self.roles_control, self.roles):
-            found.append("the negative control for roles did not fire")
-        return tuple(found)
-
-    @property
-    def chaotic(self) -> bool:
-        """Rounding alone comes near the tolerance (in a network that does not amplify it, 1e-14)."""
-        return self.rounding >= TOLERANCE / 100
-
-    @property
-    def inconclusive(self) -> bool:
-        """Nothing is known to be wrong, and nothing proven: a control did not fire, or rounding drowns it all."""
-        right = self.error < TOLERANCE and not self.roles >= TOLERANCE
-        return (right or self.chaotic) and bool(self.problems)
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def __bool__(self) -> bool:
-        return self.ok
-
-    def __str__(self) -> str:
-        fired = sum(_fires(c, self.error) for c in self.controls.values())
-        head = "sound" if self.ok else "NOT SOUND"
-        text = (
-            f"{head}: {self.spaces} spaces, error {self.error:.1e}, controls {fired}/{len(self.controls)} fired,"
-            f" roles {self.roles:.1e} (control {self.roles_control:.1e}), sensitivity {self.sensitivity:.1e}"
-            + ", on random parameters: the model's own show nothing" * self.redrawn
-        )
-        return "\n  - ".join([text, *self.problems])
-
-    def check(self) -> None:
-        """Raises VerificationError unless ok."""
-        if not self.ok:
-            raise VerificationError(
-                f"{self}\nNothing was merged. Run fxzip.inspect(model, example_inputs) and report "
-                "the graph, or keep the part from the failing node on per model with until=."
-            )
 
 
 def verify(
@@ -125,8 +40,8 @@ def verify(
 
     model: any traceable module; it is not changed. example_inputs: a batch (tensor, tuple or dict).
     forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...).
-    Raises TraceError when the model cannot be traced, InputError when it has no values. Takes about ten forward
-    passes of one sample.
+    Raises TraceError when the model cannot be traced, InputError when it has no values, SpaceError when what was
+    inferred contradicts itself. Takes about ten forward passes of one sample.
 
     >>> bool(verify(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4)))
     True
@@ -176,7 +91,7 @@ def _one_proof(
         several = {(g.parameter, g.axis) for space in spaces if _uses(space) > 1 for g in space.segments}
         candidates = [use for use in indices if use in several]  # leaving out an only use is no change at all
         for tried, i in enumerate(rng.permutation(len(candidates))[:_MORE_CONTROLS]):
-            if tried >= _CONTROLS and any(_fires(c, error) for c in controls.values()):
+            if tried >= _CONTROLS and any(fires(c, error) for c in controls.values()):
                 break
             use = candidates[i]
             left_out = outputs(permuted(state, indices, leave_out=[use]))
@@ -186,10 +101,6 @@ def _one_proof(
         small = error < TOLERANCE and not roles >= TOLERANCE
         rounding = 0.0 if small else _distance(outputs(nudged), reference)
     return Verification(error, controls, roles, roles_control, sensitivity, len(spaces), rounding, redrawn)
-
-
-def _fires(control: float, error: float) -> bool:
-    return control > 100 * max(error, 1e-13)
 
 
 def _uses(space: FeatureSpace) -> int:
@@ -226,9 +137,7 @@ def scramble(
     other = duplicate(model)
     make_plain(other)
     bare = unwrap(other)[0]
-    # tied ones under every name: the graph need not call them as named_parameters does
-    tensors: dict[str, Tensor] = {**dict(bare.named_parameters(remove_duplicate=False))}
-    tensors |= dict(bare.named_buffers(remove_duplicate=False))
+    tensors = state_by_all_names(bare)  # the graph need not call tied ones as named_parameters does
     state = {n: t.detach() for n, t in tensors.items()}
     indices = axis_indices(spaces, sample(spaces, np.random.default_rng(seed)), state)
     with torch.no_grad():

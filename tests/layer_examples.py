@@ -49,20 +49,8 @@ _CONTRACT = [
         qkv=nn.Linear(8, 24),
     ),
     case("tokens", "causal attention", lambda m, h: _attention(m, h, True), qkv=nn.Linear(8, 24)),
-    case(
-        "tokens",
-        "causal latents",
-        lambda m, h: _attention(m, m.z * h.mean(1, keepdim=True), True).tanh().sum(1),
-        z=(1, 4, 8),
-        qkv=nn.Linear(8, 24),
-    ),
-    case(
-        "tokens",
-        "latents",
-        lambda m, h: _attention(m, m.z * h.mean(1, keepdim=True), False).tanh().sum(1),
-        z=(1, 4, 8),
-        qkv=nn.Linear(8, 24),
-    ),
+    case("tokens", "causal latents", lambda m, h: _latents(m, h, True), z=(1, 4, 8), qkv=nn.Linear(8, 24)),
+    case("tokens", "latents", lambda m, h: _latents(m, h, False), z=(1, 4, 8), qkv=nn.Linear(8, 24)),
     case("tokens", "biased heads", lambda m, h: _attention(m, h, False, m.w), w=(1, 2, 5, 5), qkv=nn.Linear(8, 24)),
     case("tokens", "shared heads", lambda m, h: _grouped_attention(m.qkv(h)), 16, qkv=nn.Linear(8, 24)),
     case("tokens", "lora", lambda m, h: F.linear(h, m.w + m.b @ m.a), 6, w=(6, 8), b=(6, 2), a=(2, 8)),
@@ -74,6 +62,10 @@ def _attention(m: Any, h: Tensor, causal: bool, mask: Tensor | None = None) -> T
     q, k, v = m.qkv(h).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
     out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)[0]
     return out.transpose(1, 2).flatten(2)
+
+
+def _latents(m: Any, h: Tensor, causal: bool) -> Tensor:
+    return _attention(m, m.z * h.mean(1, keepdim=True), causal).tanh().sum(1)
 
 
 def _grouped_attention(qkv: Tensor) -> Tensor:

@@ -109,6 +109,35 @@ def test_merge_by_options_writes_a_folder_that_merges_again(capsys, place):
     assert str(place) not in (place / "out" / "recipe.yaml").read_text()
 
 
+def test_a_recipe_of_a_data_set_by_name_merges_again_from_where_it_went(capsys, place):
+    """The data lie in the recipe's own folder, which is not that of the result."""
+    (place / "MNIST" / "raw").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in (("images-idx3", (30, 28, 28)), ("labels-idx1", (30,))):
+        sizes = b"".join(n.to_bytes(4, "big") for n in shape)
+        values = torch.randint(10, shape, generator=generator, dtype=torch.uint8)
+        for part in ("train", "t10k"):
+            path = place / "MNIST" / "raw" / f"{part}-{name}-ubyte"
+            path.write_bytes(bytes([0, 0, 8, len(shape)]) + sizes + values.numpy().tobytes())
+    (place / "gray.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 4, 3, 2), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))\n"
+    )
+    made = architecture("gray.py:net", place, trust_code=True)
+    for seed, name in enumerate(("g.pt", "h.pt")):
+        torch.save(build(made, seed=seed).state_dict(), place / name)
+    (place / "gray.yaml").write_text(
+        "model: gray.py:net\nmodels: [g.pt, h.pt]\n"
+        'data: {source: "torchvision:MNIST?train=false", mean: [0.5], std: [0.5]}\n'
+    )
+    assert run(capsys, "merge", "gray.yaml", "deep/out", "--trust-code", "-q") == (0, "", "")
+    assert run(capsys, "merge", "deep/out", "again", "--trust-code", "-q") == (0, "", "")
+    for name in ("model.safetensors", "plan.json", "README.md"):
+        assert (place / "deep" / "out" / name).read_bytes() == (place / "again" / name).read_bytes()
+
+
 def test_merge_by_recipe_then_everything_that_reads_its_folder(capsys, place):
     assert run(capsys, "merge", "recipe.yaml", "out", "--trust-code", "-q", "--pt2") == (0, "", "")
     assert torch.export.load(place / "out" / "model.pt2").module()(torch.zeros(7, 3, 8, 8))["dogs"].shape == (7, 2)

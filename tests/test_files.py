@@ -23,7 +23,8 @@ from fxzip.errors import InputError
 from fxzip.files.example import example_from_json, example_to_json
 from fxzip.files.plan import decode, encode
 from fxzip.files.save import sha256_of
-from fxzip.rewrite import Unmerge, state_of
+from fxzip.rewrite import Unmerge
+from fxzip.trace import state_by_all_names
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
@@ -75,7 +76,7 @@ def test_everything_of_the_module_comes_back(saved, name):
     old, again = saved[1][name], fxzip.load(folder_of(saved, name), CASES[name].model_fn)
     assert again.code == old.code and [n.name for n in again.graph.nodes] == [n.name for n in old.graph.nodes]
     assert list(again.state_dict()) == list(old.state_dict())
-    a, b = state_of(old), state_of(again)
+    a, b = state_by_all_names(old), state_by_all_names(again)
     assert a.keys() == b.keys()
     for key, tensor in a.items():
         assert torch.equal(b[key], tensor) and b[key].dtype == tensor.dtype
@@ -106,8 +107,8 @@ def test_the_cases_hold_what_they_promise(saved):
     assert any(m.groups for m in modules["unmerge by matrix"])
     assert any(m.index is not None for m in modules["unmerge by gather"])
     assert modules["skip unmerged"] and not modules["tuple"]
-    assert {"mid.weight", "mid2.weight"} in ties(state_of(saved[1]["tied"]))
-    assert {"mid_task1.weight", "mid2_task1.weight"} in ties(state_of(saved[1]["tied, cut"]))
+    assert {"mid.weight", "mid2.weight"} in ties(state_by_all_names(saved[1]["tied"]))
+    assert {"mid_task1.weight", "mid2_task1.weight"} in ties(state_by_all_names(saved[1]["tied, cut"]))
     assert any(t.is_complex() for t in saved[1]["complex"].parameters())
     assert not saved[1]["channels last"].conv2.weight.is_contiguous()
     assert not saved[1]["trained"].conv1.weight.requires_grad

@@ -82,6 +82,18 @@ def test_all_problems_at_once():
         fxzip.frontier([network(0), network(1)], batches(), [])
 
 
+def test_what_was_measured_is_kept_for_every_cut(tmp_path):
+    """Once the second cut refused what the first had left in the folder."""
+    given = {"untils": ["2", "4"], "calibration": 32, "holdout": 32, "progress": False}
+    models = [network(0), network(1)]
+    plain = fxzip.frontier(models, batches(), [1.0], **given)
+    for _ in range(2):
+        assert fxzip.frontier(models, batches(), [1.0], resume=tmp_path, **given) == plain
+    assert sorted(p.parent.name for p in tmp_path.rglob("*.safetensors")) == [tmp_path.name, "until 2", "until 4"]
+    with pytest.raises(InputError, match="heads= joins outputs"):
+        fxzip.frontier(models, batches(), [1.0], heads="concat", progress=False)
+
+
 def test_models_are_called_as_the_user_says():
     class Two(nn.Module):
         def __init__(self, seed: int):

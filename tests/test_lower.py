@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from helpers import unchanged
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import fx, nn
 
 from fxzip.errors import InputError, TraceError
 from fxzip.trace import corresponding, lower, run, state_of, trace
+from fxzip.trace.recorder import _overlap
 
 torch.set_num_threads(1)
 
@@ -167,6 +170,19 @@ def test_index_tables_come_from_the_state_and_missing_ones_are_named():
     assert torch.allclose(run(low, state, (x,)), other(x))
     with pytest.raises(InputError, match="state has no buffer '(index|scale)'. state_of"):
         run(low, model.state_dict(), (x,))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_views_overlap_where_they_share_an_element(data):
+    def view() -> torch.Tensor:
+        axes = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 7)), max_size=3))
+        sizes, steps = [n for n, _ in axes], [step for _, step in axes]
+        return memory.as_strided(sizes, steps, data.draw(st.integers(0, 36)))
+
+    memory = torch.arange(100)
+    a, b = view(), view()
+    assert _overlap(a, b) == bool(set(a.flatten().tolist()) & set(b.flatten().tolist()))
 
 
 def test_a_tensor_changed_in_place_later_keeps_its_earlier_value():

@@ -276,6 +276,27 @@ def test_average_of_heads():
         merge(models, heads="mean")
 
 
+@pytest.mark.parametrize("method", ["permute", "cca"])
+def test_what_needs_an_operator_of_ours_does_not_load_into_the_users_class(method):
+    """Half of such a network, under the user's own names, would be another function."""
+    a, b = (nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Sigmoid(), nn.Linear(12, 3)) for _ in "ab")
+    x = torch.randn(64, 8)
+    zipped = fxzip.merge([a, b], [x], method=method, until="1", progress=False)
+    single = fxzip.extract(zipped, 1)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*_0_unmerge_task1"):
+        copy.deepcopy(b).load_state_dict(single.state_dict())
+    assert torch.equal(single(x), zipped(x)[1])
+
+
+def test_a_tie_across_the_cut_is_said_to_be_cut():
+    """A language model's class would take both weights, by their names, for one."""
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6), nn.Linear(6, 9))
+    model[4].weight = model[0].weight
+    zipped = fxzip.merge([model, copy.deepcopy(model)], [torch.randint(9, (40, 3))], method="zip", progress=False)
+    assert "0.weight and 4.weight are one in the models and two in the result: a class that ties them cannot hold the" \
+        " state_dict that extract gives" in fxzip.report(zipped).notices  # fmt: skip
+
+
 def test_extract_loads_strictly():
     model, twin = twins(5)
     zipped = merge({"a": model, "b": twin})
@@ -520,3 +541,7 @@ def test_moments_from_a_file_are_enough(tmp_path):
     assert same_bytes(with_data, fxzip.merge(models, moments=again, method="zip", progress=False))
     with pytest.raises(InputError, match="loader is missing: this method reads batches"):
         fxzip.merge(models, moments=again, method="solve", progress=False)
+    with pytest.raises(InputError, match="moments= were collected from these models in another order"):
+        fxzip.merge(models[::-1], moments=again, method="zip", progress=False)
+    with pytest.raises(InputError, match="moments= were collected from other models, or other weights"):
+        fxzip.merge([models[0], fxzip.scramble(models[1], DATA[:2])], moments=again, method="zip", progress=False)

@@ -86,6 +86,15 @@ def test_a_repaired_copy_is_the_model(example):
         assert far(output, wanted) < (2e-2 if norms else 1e-4), str(fxzip.report(zipped))
 
 
+@pytest.mark.parametrize("method", ["permute+repair", "zip+rescale"])
+def test_models_that_agree_are_not_repaired_to_the_data(method):
+    """Norms keep the statistics of training there; rescaled to other data, they would compute something else."""
+    model = randomise(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), 0).eval()
+    zipped = merge([model, copy.deepcopy(model)], method, [2 * X + 1])
+    assert far(outputs(zipped, X)[0], outputs(model, X)) < 1e-6
+    assert fxzip.report(zipped).method == method
+
+
 def test_batch_norms_hold_the_models_statistics():
     """Of a network with batch norms repair leaves ordinary statistics: recomputing them changes nothing."""
     nets = [nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2)]
@@ -118,7 +127,7 @@ def test_the_report_says_what_was_done():
     assert fxzip.report(zipped).method == "zip+rescale"
     assert "repair: 3 layers rescaled" in fxzip.report(zipped).notices
     layers = (nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-    bare = [nn.Sequential(*map(copy.deepcopy, layers)) for _ in range(2)]
+    bare = [randomise(nn.Sequential(*map(copy.deepcopy, layers)), seed) for seed in range(2)]
     notices = fxzip.report(merge(bare, "permute+repair")).notices
     assert "repair: 1 layers rescaled; 1 without a bias of their own keep their scale" in notices
 

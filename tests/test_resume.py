@@ -79,7 +79,7 @@ def test_without_signals_nothing_changes(tmp_path, whole):
     assert job(tmp_path) == whole
 
 
-def test_other_statistics_are_refused(tmp_path):
+def test_other_statistics_are_refused(tmp_path, monkeypatch):
     job(tmp_path)
     other = nets()
     with torch.no_grad():
@@ -89,8 +89,11 @@ def test_other_statistics_are_refused(tmp_path):
         net[1] = torch.nn.Tanh()
     calls = [(other, BATCHES, {}), (changed, BATCHES, {}), (nets(), BATCHES[1:], {}), (nets(), BATCHES, {"seed": 1})]
     for models, batches, options in calls:
-        with pytest.raises(InputError, match="was measured with other models, batches, seed or calibration"):
+        with pytest.raises(InputError, match="was measured with other models, batches, seed, calibration or versions"):
             fxzip.merge(models, batches, method="zip", progress=False, resume=tmp_path, **options)
+    monkeypatch.setattr("fxzip.calibration.installed", lambda: "0.0.1")
+    with pytest.raises(InputError, match="versions of fxzip and torch"):
+        job(tmp_path)
 
 
 def test_a_damaged_file_is_refused(tmp_path):

@@ -27,9 +27,9 @@ from fxzip.rewrite import (
     owned,
     partition,
     recompute_statistics,
-    state_of,
 )
 from fxzip.rewrite.parameters import axis_map, layout
+from fxzip.trace import state_by_all_names
 
 torch.set_num_threads(1)
 WIDTH, INNER = 6, 5
@@ -131,7 +131,7 @@ def random_model(make: Any, seed: int) -> Any:
 def permuted(model: nn.Module, spaces: Spaces, seed: int) -> tuple[Any, dict[str, Matching]]:
     """A copy with permuted features, and the matching that undoes it."""
     rng, twin = np.random.default_rng(seed), copy.deepcopy(model)
-    state, matchings = state_of(twin), {}
+    state, matchings = state_by_all_names(twin), {}
     for s in spaces:
         order = rng.permutation(s.size)
         for g in s.segments:
@@ -148,7 +148,7 @@ def zipped_of(
 ):
     graphs = [fx.symbolic_trace(m) for m in models]
     cut = partition(graphs[0], spaces.opaque, until)
-    merged = merge_parameters([state_of(g) for g in graphs], spaces, matchings, owned(graphs[0], cut.shared))
+    merged = merge_parameters([state_by_all_names(g) for g in graphs], spaces, matchings, owned(graphs[0], cut.shared))
     private = head_parameters(graphs, cut, spaces, matchings, feature_axis, (x,))
     originals = [m.state_dict() for m in models]
     return build(graphs, cut, merged, private, names, (x,), originals=originals, **options), private
@@ -177,7 +177,7 @@ def pair():
 
 def test_matching_a_permuted_copy_gives_the_weights_back(pair):
     model, twin, spaces, matchings = pair
-    states = [state_of(model), state_of(twin)]
+    states = [state_by_all_names(model), state_by_all_names(twin)]
     merged = merge_parameters(states, spaces, matchings, [n for n in states[0] if not n.startswith("aux")])
     for name, value in merged.items():
         close(value, states[0][name], 1e-6)
@@ -265,7 +265,8 @@ def test_models_of_different_widths_and_a_wider_result():
     )
     nets: list[Any] = [nn.Sequential(nn.Linear(3, k), nn.ReLU(), nn.Linear(k, 1)) for k in (2, 4)]
     matching = Matching(torch.eye(6), torch.eye(6), (2, 4))  # kept apart
-    merged = merge_parameters([state_of(n) for n in nets], spaces, {"s0": matching}, list(state_of(nets[0])))
+    states = [state_by_all_names(n) for n in nets]
+    merged = merge_parameters(states, spaces, {"s0": matching}, list(states[0]))
     close(merged["0.weight"], torch.cat([n[0].weight for n in nets]))
     close(merged["2.weight"], torch.cat([n[2].weight for n in nets], 1) / 2)
 
@@ -371,8 +372,8 @@ def test_a_permuted_copy_merges_back_at_every_cut(pair, until):
     assert bool(private.unmerge) == (until not in (None, "mean"))
     for m, kept in zip((model, twin), before, strict=True):
         assert all(torch.equal(v, kept[k]) for k, v in m.state_dict().items())
-    storage = {t.data_ptr() for m in (model, twin) for t in state_of(m).values()}
-    assert not storage & {t.data_ptr() for t in state_of(zipped).values()}
+    storage = {t.data_ptr() for m in (model, twin) for t in state_by_all_names(m).values()}
+    assert not storage & {t.data_ptr() for t in state_by_all_names(zipped).values()}
 
 
 def test_heads_absorb_the_unmerge(pair):
@@ -489,7 +490,7 @@ def test_node_notes_and_gradients_survive(pair):
     for p in graphs[0].get_submodule("conv").parameters():
         p.requires_grad_(False)
     cut = partition(graphs[0], {"fc"})
-    states = [state_of(g) for g in graphs]
+    states = [state_by_all_names(g) for g in graphs]
     merged = merge_parameters(states, spaces, matchings, owned(graphs[0], cut.shared))
     private = head_parameters(graphs, cut, spaces, matchings, features, (X,))
     zipped = build(graphs, cut, merged, private, ("a", "b"), (X,))
@@ -648,8 +649,8 @@ def test_extract_loads_strictly_into_the_users_class(pair):
         close(single(X), zipped(X)[i], 0)
         assert torch.equal(fresh.aux.weight, source.aux.weight)
         assert "fc" in [n.name for n in single.graph.nodes] and not single.training
-        shared = {t.data_ptr() for t in state_of(single).values()} & {
-            t.data_ptr() for t in state_of(zipped).values()
+        shared = {t.data_ptr() for t in state_by_all_names(single).values()} & {
+            t.data_ptr() for t in state_by_all_names(zipped).values()
         }
         assert not shared
 
@@ -696,6 +697,25 @@ def test_statistics_are_those_of_the_data(pair):
     assert bn.momentum == 0.1 and bn.num_batches_tracked == 3
     for name in ("block2.bn1_a", "block2.bn1_b"):
         assert zipped.get_submodule(name).num_batches_tracked == 3
+
+
+def test_batches_count_by_their_size_and_one_sample_is_no_error():
+    """A last batch of one sample, without a variance, came to a ValueError after all the work."""
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    x = torch.randn(66, 3, generator=torch.Generator().manual_seed(0))
+    recompute_statistics(net, [x[:40], x[40:60], x[60:]], lambda b: (b,))
+    bn: Any = net[0]
+    close(bn.running_mean, x.mean(0))
+    close(bn.running_var, (40 * x[:40].var(0) + 20 * x[40:60].var(0) + 6 * x[60:].var(0)) / 66)
+    recompute_statistics(net, [x[:1], x[1:65], x[65:]], lambda b: (b,))
+    close(bn.running_var, x.var(0))
+    recompute_statistics(net, list(x.split(1)), lambda b: (b,))
+    close(bn.running_mean, x.mean(0))
+    twice = nn.Sequential(bn, nn.Linear(3, 3), bn)  # a norm that runs twice: every run counts
+    recompute_statistics(twice, [x[:40], x[40:]], lambda b: (b,))
+    first = [(b - b.mean(0)) / (b.var(0, correction=0) + bn.eps).sqrt() for b in (x[:40], x[40:])]
+    second = [twice[1](b * bn.weight + bn.bias) for b in first]
+    close(bn.running_mean, (torch.cat([x, *second]).mean(0)).detach())
 
 
 def test_statistics_without_batches_or_norms_are_left_alone(pair):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
+import os
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from toys import randomise
 
 import fxzip
+from fxzip.errors import InputError
 from fxzip.solve import CHUNK, Settings
+from fxzip.solve.fit import _single
 from fxzip.solve.refine import refine
-from fxzip.solve.ridge import Gram
+from fxzip.solve.ridge import Fit, Gram
 
 torch.set_num_threads(1)
 IMAGES = torch.randn(2 * CHUNK, 3, 5, 4, generator=torch.Generator().manual_seed(0))  # two chunks
@@ -49,6 +56,14 @@ class Net(nn.Module):
 class Grouped(Net):
     def parts(self) -> None:
         self.layer = nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2)
+
+
+class WithoutBias(Net):
+    def parts(self) -> None:
+        self.layer = nn.Conv2d(6, 8, 3, bias=False)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        return self.layer.weight.flatten(1), torch.zeros(8)
 
 
 class Normed(Net):
@@ -126,12 +141,25 @@ class Linear(Net):
         return target.movedim(1, -1)
 
 
-class WithoutBias(Linear):
-    def parts(self) -> None:
-        self.layer = nn.Linear(6, 8, bias=False)
+class Unread(Net):
+    """Something reads the layer that no output depends on."""
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        return self.layer.weight, torch.zeros(8)
+    def behind(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y.sum()
+        return y
+
+
+class NormedAndAdded(Normed):
+    def parts(self) -> None:
+        super().parts()
+        self.other = nn.Conv2d(6, 8, 1)
+
+    def behind(self, x: Tensor) -> Tensor:
+        return super().behind(x) + self.other(x[:, :, 1:-1, 1:-1])
+
+    def undone(self, target: Tensor, merged: nn.Module) -> Tensor:
+        return target - seen(merged, "other")[1]
 
 
 CASES = [Net, *(c for b in (Net, *Net.__subclasses__()) for c in b.__subclasses__())]
@@ -215,7 +243,7 @@ def test_a_layer_is_the_ridge_solution_on_what_the_merged_network_has(make):
         assert error == pytest.approx(float(residual.square().sum() / t.double().square().sum()), rel=1e-3)
 
 
-@pytest.mark.parametrize("make", [Net, Normed, Added, Subtracted, Linear])
+@pytest.mark.parametrize("make", [Net, Normed, Added, Subtracted, Linear, Unread])
 def test_the_function_behind_a_layer_is_looked_through(make):
     nets, zipped = merged(make, sweeps=3)
     x, t, full, start = problem(nets, zipped)
@@ -237,5 +265,80 @@ def test_a_folded_norm_has_the_statistics_of_what_it_reads(make):
     torch.testing.assert_close(norm.weight, (norm.running_var + norm.eps).sqrt(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("settings", "bent", "all_rows", "some_rows"),
+    [
+        (Settings(rows=2, least=700), 10_000, 702, 702),  # 351 of 768 rows in each of two chunks: one more than half
+        (Settings(rows=2, least=700), 300, 702, 302),
+        (Settings(rows=20, least=100), 10, 1082, 1082),  # 20 for each of 54 columns
+    ],
+)
+def test_rows_are_dealt_over_the_chunks(settings, bent, all_rows, some_rows, monkeypatch):
+    """What the re-targeting looks at is part of what is fitted."""
+    fits: list[tuple[int, int]] = []
+
+    def spied(gram: Gram, start: Tensor, lam: float, sweeps: int, kept: list, *rest: object) -> Fit:
+        fits.append((gram.rows, sum(len(x) for x, _, _ in kept)))
+        return refine(gram, start, lam, sweeps, kept, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fxzip.solve.fit._BENT", bent)
+    monkeypatch.setattr("fxzip.solve.fit.refine", spied)
+    nets = [randomise(Net(), seed).eval() for seed in range(2)]
+    method = fxzip.Solve(fxzip.Average(), settings)
+    fxzip.merge(nets, IMAGES.split(128), method=method, progress=False, verify=False)
+    assert fits[1] == (all_rows, some_rows)  # behind the stem
+
+
+@pytest.mark.parametrize(("given", "made"), [("float16", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
+def test_products_are_not_summed_in_half_precision(given, made):
+    assert _single(torch.ones(2, dtype=getattr(torch, given))).dtype == getattr(torch, made)
+
+
+def test_settings_at_their_bounds():
+    Settings(lam=0, rows=1, least=1, sweeps=0, memory=0)
+    for name, value in (("lam", -1e-9), ("rows", 0), ("least", 0), ("sweeps", -1), ("memory", -1), ("lam", torch.nan)):
+        with pytest.raises(InputError, match=f"{name} must be at least"):
+            Settings(**{name: value})
+
+
 def test_a_folded_scale_is_one():
     assert torch.equal(merged(Scaled)[1].get_parameter("scale"), torch.ones(8, 1, 1))
+
+
+class Everything(Net):
+    """Layers, norms that they take along and norms that they do not."""
+
+    def parts(self) -> None:
+        self.layer, self.norm = nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8)
+        self.tail = nn.Sequential(nn.Tanh(), nn.BatchNorm2d(8), nn.Tanh(), nn.GroupNorm(2, 8))
+
+    def behind(self, x: Tensor) -> Tensor:
+        return self.tail(self.norm(self.layer(x)))
+
+
+def solved(rank: int, folder: Path | None) -> dict[str, Tensor]:
+    """What one rank of two has solved on its chunks of three; without a folder, one process on all."""
+    if folder is not None:
+        dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    try:
+        nets = [randomise(Everything(), seed).eval() for seed in range(2)]
+        method = fxzip.Solve(settings=Settings(rows=1, least=256))  # fewer rows than there are: the draws must agree
+        batches = torch.cat([IMAGES, IMAGES[:128].flip(1)]).split(128)
+        zipped = fxzip.merge(nets, batches, method=method, progress=False, verify=False, distributed=folder is not None)
+    finally:
+        if folder is not None:
+            dist.destroy_process_group()
+    return dict(zipped.state_dict())
+
+
+@pytest.mark.skipif(not dist.is_available() or os.name != "posix", reason="no torch.distributed, or no fork")
+def test_two_ranks_solve_what_one_process_solves(tmp_path):
+    """One of them a fork of this process, which runs the same code; test_processes.py has real ones."""
+    other = mp.get_context("fork").Process(target=lambda: torch.save(solved(1, tmp_path), tmp_path / "second.pt"))
+    other.start()
+    first = solved(0, tmp_path)
+    other.join(60)
+    one, second = solved(0, None), torch.load(tmp_path / "second.pt")
+    for name, value in one.items():
+        torch.testing.assert_close(first[name], value, atol=1e-4, rtol=1e-4)
+        assert torch.equal(first[name], second[name])

@@ -20,13 +20,16 @@ from toys import Residual, randomise
 
 import fxzip
 from examples import EXAMPLES, UNREACHABLE, Example
-from fxzip.infer import Spaces, analyse
+from fxzip.infer import FeatureSpace, Parent, Segment, Spaces, analyse, counted_outputs
+from fxzip.infer.engine import Inference, tensor_nodes
+from fxzip.infer.families import read_spaces
 from fxzip.infer.labels import Group, LabelledType
 from fxzip.infer.rules import names
 from fxzip.infer.rules.registry import _RULES, Rule
 from fxzip.infer.sampling import sample
 from fxzip.infer.show import typed
-from fxzip.trace import Traced, trace
+from fxzip.infer.spaces import MAKES
+from fxzip.trace import Traced, lower, trace
 from fxzip.verify import Verification, _distance, verify_spaces
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -406,3 +409,25 @@ def test_no_output_of_several_is_left_out_of_the_proof():
     one, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
     assert all(np.isnan(_distance(given, [one, one])) for given in ([one, nan], [nan, one]))
     assert _distance([one, 2 * one, one[:0]], [one, one, one[:0]]) == 1
+
+
+def test_spaces_that_are_no_group_are_named():
+    """Two blocks of one and of two features cannot change places."""
+    block = FeatureSpace("s0", 2)
+    rows = Segment("fc.weight", 0, np.arange(3), MAKES)
+    inside = FeatureSpace("s1", 3, (Parent("s0", np.array([0, 0, 1])),), (rows,))
+    said = r"^s1 \(fc.weight\): it cannot follow .* blocks s0, .*; please report it, and merge a part of the model"
+    with pytest.raises(fxzip.SpaceError, match=said):
+        sample([block, inside], np.random.default_rng(0), draws=16)
+
+
+def test_features_that_come_twice_along_an_axis_are_named():
+    """As if inference had taken the first column of a weight for its second, too."""
+    traced = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 4))
+    inference = Inference(lower(traced.graph_module, (torch.randn(1, 4),)))
+    solution = inference.run(tensor_nodes(counted_outputs(inference.lowered.outputs)))
+    rows, columns = inference.axes["2.weight"]
+    inference.axes["2.weight"] = rows, columns[[0, 0, *range(2, 8)]]
+    said = r"^2.weight\[axis 1\]: the features of s0 do not .*; please report it, and merge a part of the model without"
+    with pytest.raises(fxzip.SpaceError, match=said):
+        read_spaces(inference, solution)

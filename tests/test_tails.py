@@ -133,6 +133,31 @@ def test_a_trunk_once_and_every_head_once():
     assert len(found.layers) == 3 + 2 + 1  # convolutions of the trunk, of the masks, and the linear layer
 
 
+class Plain(Net):
+    """Its head is a layer; and the name that this layer would get beside another network's is taken."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 2, 1))
+        self.head_0 = self.head_1 = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head_0(self.head(self.trunk(x)))
+
+
+@pytest.mark.parametrize("makers", [(Plain, MAKE["name"]), (MAKE["name"], Plain), (MAKE["segment"], Plain)])
+def test_a_layer_beside_a_stack_of_layers_of_the_same_name(makers, tmp_path):
+    """Their targets, `head` and `head.1`, cannot both be in one graph; once, looking for another never ended."""
+    models = {task: randomise(make(), seed=i).eval() for i, (task, make) in enumerate(zip("ab", makers, strict=True))}
+    for model in models.values():
+        model.trunk.load_state_dict(models["a"].trunk.state_dict())
+    zipped = fxzip.merge(models, IMAGES.split(16), method="permute", until="head", progress=False)
+    fxzip.save(zipped, tmp_path)
+    again = fxzip.load(tmp_path, [make() for make in makers])
+    for task, model in models.items():
+        assert torch.allclose(zipped(IMAGES)[task], model(IMAGES), atol=1e-5)
+        assert torch.equal(zipped(IMAGES)[task], again(IMAGES)[task])
+
+
 def test_within_a_budget():
     models = networks("segment", "classify")
     zipped = fxzip.merge(models, IMAGES.split(16), until="head", method="zip", budget=1.5, progress=False)

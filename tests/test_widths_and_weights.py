@@ -199,6 +199,22 @@ def test_a_merged_network_is_merged_again():
     assert torch.equal(by_hand(X)[0], outputs["old_a"])
 
 
+def test_names_of_tasks_that_would_meet_are_refused():
+    """Once the later of the two was all that came out."""
+    both = merge({"a": mlp(0), "b": mlp(1)})
+    with pytest.raises(InputError, match="two models would be called 'old_a'"):
+        merge({"old": both, "old_a": mlp(2)})
+
+
+def test_a_generator_of_a_merged_network_is_for_all_its_tasks():
+    both = merge({"a": mlp(0), "b": mlp(1)})
+    from_list, from_generator = (
+        fxzip.merge({"old": both, "c": mlp(2)}, {"old": old, "c": [X]}, method="zip", progress=False)(X)
+        for old in ([X], (x for x in [X]))
+    )
+    assert all(torch.equal(from_generator[task], y) for task, y in from_list.items())
+
+
 def test_concatenated_logits(tmp_path):
     models = {"a": mlp(0), "b": nn.Sequential(*mlp(1)[:5], nn.Linear(6, 5)).eval()}
     apart, joined = merge(models)(X), merge(models, heads="concat")

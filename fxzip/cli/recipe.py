@@ -17,8 +17,9 @@ from ..memory import wrong_memory
 from . import data as datas
 from . import models
 from .spec import inside, moved
+from .yaml_lines import dumped, lines_of, parsed
 
-LIMIT, DEPTH = 1 << 18, 20  # bytes; levels of nesting
+LIMIT = 1 << 18  # bytes
 HEAD = "# fxzip merge recipe.yaml OUT makes this folder again. Paths are relative to this file.\n"
 
 
@@ -128,7 +129,7 @@ class Read:
             if "weights" in entry:
                 entry["sha256"] = hashes[entry["weights"]]
                 entry["weights"] = change(inside(entry["weights"], self.folder))
-        return HEAD + yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+        return HEAD + dumped(raw)
 
 
 def read(path: Path, files: bool = True) -> Read:
@@ -140,7 +141,7 @@ def read(path: Path, files: bool = True) -> Read:
         if size > LIMIT:
             raise InputError(f"{path}: {size:,} bytes; a recipe has at most {LIMIT:,}")
         text = path.read_text(encoding="utf-8")
-        node = _node(text)
+        node = parsed(text)
         raw = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise InputError(f"no recipe {str(path)!r}") from error
@@ -148,7 +149,7 @@ def read(path: Path, files: bool = True) -> Read:
         raise InputError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: must hold keys such as models, method, data; it holds {type(raw).__name__}")
-    return check(raw, path.parent, str(path), dict(_lines(node)), files)
+    return check(raw, path.parent, str(path), dict(lines_of(node)), files)
 
 
 def check(
@@ -234,50 +235,6 @@ def _made(kind: Any, given: Mapping[str, Any]) -> Any:
             if not fits or (isinstance(value, bool) and not isinstance(default, bool)):
                 raise InputError(f"parameter {f.name} must be a {type(default).__name__}, not {value!r}")
     return kind(**given)
-
-
-# ---------------------------------------------------------------------------------------------------- YAML
-
-
-class _Dumper(yaml.SafeDumper):
-    """Lists of plain values on one line."""
-
-    def represent_list(self, data: list[Any]) -> yaml.Node:
-        flow = not any(isinstance(x, (list, dict)) for x in data)
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
-
-
-_Dumper.add_representer(list, _Dumper.represent_list)
-
-
-def _node(text: str) -> yaml.Node | None:
-    """The document, if it is not nested without end and has no anchors; else YAMLError."""
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEPTH:
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: nested too deep")
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: anchors and aliases are not supported")
-    return yaml.compose(text, yaml.SafeLoader)
-
-
-def _lines(node: yaml.Node | None, place: tuple = ()) -> Iterator[tuple[tuple, int]]:
-    """(place, line) of every key and item."""
-    if node is None:
-        return
-    yield place, node.start_mark.line + 1
-    if isinstance(node, yaml.SequenceNode):
-        for k, item in enumerate(node.value):
-            yield from _lines(item, (*place, k))
-    elif isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise InputError(f"line {key.start_mark.line + 1}: {key.value} comes twice")
-            seen.add(key.value)
-            yield from _lines(value, (*place, key.value))
-            yield (*place, key.value), key.start_mark.line + 1
 
 
 def _said(error: Any, lines: Mapping[tuple, int]) -> str:

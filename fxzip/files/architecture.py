@@ -10,8 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import FxzipError, InputError
-from ..rewrite import state_of
-from ..trace import Traced, plain, trace
+from ..trace import Traced, plain, state_by_all_names, trace
 from .example import example_from_json
 from .plan import PLAN, Plan, dtype_name
 
@@ -83,7 +82,7 @@ def _takes_task(maker: Callable) -> bool:
 
 def _usable(module: nn.Module, task: str) -> nn.Module:
     module = plain(module)[0]
-    meta = next((n for n, t in state_of(module).items() if t.is_meta), None)
+    meta = next((n for n, t in state_by_all_names(module).items() if t.is_meta), None)
     if meta is not None:
         raise InputError(
             f"load: {meta} of model_fn's module for {task!r} is on the meta device; build it on a real one"
@@ -99,7 +98,7 @@ def traced(
     here = _kinds(module)  # what the graph does not use is in neither, its constants only in `expected`
     both = [n for n in expected if n in here]
     _same_tensors(plan, task, {n: expected[n] for n in both}, {n: here[n] for n in both})
-    device = next((t.device for t in state_of(module).values()), torch.device("cpu"))
+    device = next((t.device for t in state_by_all_names(module).values()), torch.device("cpu"))
     args = example_from_json(plan.example, device, torch.Generator().manual_seed(0))
     names = [target for _, op, target, _ in plan.signature.nodes if op == "placeholder"]
     if not isinstance(args, tuple) or len(args) != len(names):
@@ -117,7 +116,7 @@ def traced(
 
 
 def _kinds(module: nn.Module) -> dict[str, Kind]:
-    return {n: (tuple(t.shape), dtype_name(t.dtype)) for n, t in state_of(module).items()}
+    return {n: (tuple(t.shape), dtype_name(t.dtype)) for n, t in state_by_all_names(module).items()}
 
 
 def _same_tensors(plan: Plan, task: str, expected: Mapping[str, Kind], found: Mapping[str, Kind]) -> None:

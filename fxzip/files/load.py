@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from ..errors import FxzipError, InputError
-from ..rewrite import Heads, Tails, Unmerge, build, difference, join, signature, state_of, versions
+from ..rewrite import Heads, Tails, Unmerge, build, difference, join, signature, versions
 from ..rewrite.zipped import KEY
-from ..trace import Traced, compare_graphs
+from ..trace import Traced, compare_graphs, state_by_all_names
 from ..trace.guards import kept_rng
 from .architecture import modules, same_nodes, traced, wrong
 from .example import example_from_json
@@ -99,7 +99,7 @@ def _alike(plan: Plan, graphs: Sequence[Traced]) -> tuple[Sequence[Traced], Tail
 
 
 def _example(plan: Plan, graph_module: fx.GraphModule) -> tuple:
-    device = next((t.device for t in state_of(graph_module).values()), torch.device("cpu"))
+    device = next((t.device for t in state_by_all_names(graph_module).values()), torch.device("cpu"))
     return example_from_json(plan.example, device, torch.Generator().manual_seed(0))
 
 
@@ -120,7 +120,7 @@ def _rebuilt(
             held[target][name[len(target) + 1 :]] = tensor
         else:
             shared[name] = tensor
-    device = next((t.device for t in state_of(graph_modules[0]).values()), torch.device("cpu"))
+    device = next((t.device for t in state_by_all_names(graph_modules[0]).values()), torch.device("cpu"))
     try:
         heads = Heads(tuple(private), _unmerges(plan, held, device), frozenset(), plan.cloned)
         args = _example(plan, graph_modules[0])
@@ -206,6 +206,6 @@ def _fill(zipped: fx.GraphModule, plan: Plan, tensors: Mapping[str, Tensor]) -> 
                 trained = plan.tensors[first].requires_grad
                 made[first] = nn.Parameter(value, trained) if isinstance(old, nn.Parameter) else value
             setattr(module, name, made[first])
-    for name, tensor in state_of(zipped).items():
+    for name, tensor in state_by_all_names(zipped).items():
         if tensor is not made[plan.tied.get(name, name)]:
             raise wrong(plan, f"{name} is the same tensor as another there, and its own as saved")

@@ -12,8 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InputError
-from ..rewrite import state_of
-from ..trace import batch_size, rows
+from ..trace import batch_size, rows, state_by_all_names
 from .example import example_from_json
 
 BATCH = 5  # 0 and 1 are special to torch.export, 2 to 4 are sizes of other axes
@@ -22,7 +21,7 @@ BATCH = 5  # 0 and 1 are special to torch.export, 2 to 4 are sizes of other axes
 def export_program(zipped: fx.GraphModule, example: Any) -> ExportedProgram:
     """`zipped` by torch.export, on invented inputs like `example` (see `example_to_json`), for any batch size where
     that is possible. Raises InputError with torch's reason."""
-    first = next(iter(state_of(zipped).values()), None)
+    first = next(iter(state_by_all_names(zipped).values()), None)
     device = first.device if first is not None else torch.device("cpu")
     args = example_from_json(example, device, torch.Generator().manual_seed(0))
     dtype = next((t.dtype for t in zipped.parameters() if t.is_floating_point()), torch.float32)

@@ -17,8 +17,9 @@ from torch import Tensor, fx
 
 from ..errors import InputError
 from ..report import Report
-from ..rewrite import difference, signature, state_of
+from ..rewrite import difference, signature
 from ..rewrite.zipped import notes
+from ..trace import state_by_all_names
 from ..version import installed
 from .card import card
 from .example import example_to_json
@@ -124,7 +125,7 @@ def _checked(zipped: fx.GraphModule) -> Mapping[str, Any]:
 def _own_tensors(zipped: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, str], set[str]]:
     """Tensors by first name, other name -> first name, and the names of trainable ones."""
     tensors, tied, first = {}, {}, {}
-    state = state_of(zipped)
+    state = state_by_all_names(zipped)
     for name, tensor in state.items():
         if first.setdefault(id(tensor), name) == name:
             tensors[name] = tensor.detach()

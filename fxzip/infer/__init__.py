@@ -27,7 +27,8 @@ def infer(lowered: Lowered, outputs: Callable[[Any], Any] | None = None) -> Spac
     """The feature spaces of a lowered graph.
 
     outputs: picks what counts as output from the model's output pytree (of lowered nodes); default see
-    `counted_outputs`. Counted outputs are inert. Raises SpaceError when inference finds no fixpoint.
+    `counted_outputs`. Counted outputs are inert. Raises SpaceError when inference finds no fixpoint
+    or contradicts itself.
 
     >>> from torch import nn, ones; from fxzip.trace import lower
     >>> gm = fx.symbolic_trace(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)))

@@ -9,6 +9,7 @@ another name, are recognised structurally; otherwise grouped-query attention doe
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from .relations import Edges
 
 
 class Table(NamedTuple):
-    """children: atoms [n]; columns: (slot, parent labels [n]) aligned with children."""
+    """children: atoms [n], ascending; columns: (slot, parent labels [n]) aligned with children."""
 
     children: np.ndarray
     columns: list[tuple[np.uint64, np.ndarray]]
@@ -32,7 +33,8 @@ class _Side(NamedTuple):
     distinct: np.ndarray  # distinct parent atoms [k]
     index: np.ndarray  # which distinct atom, per child [n]
     first: np.ndarray  # first child of every distinct atom [k]
-    block: np.ndarray  # component of the overlap, per distinct atom [k]
+    slot: np.uint64
+    block: np.ndarray  # component of the overlap with another side, per distinct atom [k]
 
 
 class Closure:
@@ -43,7 +45,6 @@ class Closure:
         self.one: list[Edges] = []
         self.many: list[Edges] = []
         self.blocks: list[int] = []
-        self._rows: dict[int, dict[int, int]] = {}
 
     @property
     def changed(self) -> bool:
@@ -51,19 +52,21 @@ class Closure:
 
     def run(self) -> None:
         for table in self.tables.values():
-            columns = table.columns
-            for i in range(len(columns)):
-                for j in range(i + 1, len(columns)):
-                    self._pair(columns[i], columns[j])
+            for a, b in combinations([self._side(*column) for column in table.columns], 2):
+                self._pair(a, b)
 
-    def _pair(self, p: tuple[np.uint64, np.ndarray], q: tuple[np.uint64, np.ndarray]) -> None:
-        a, b, count = _overlap(self.atom, p[1], q[1])
+    def _side(self, slot: np.uint64, labels: np.ndarray) -> _Side:
+        atoms = self.atom[labels]
+        distinct, first, index = np.unique(atoms, return_index=True, return_inverse=True)
+        return _Side(labels, atoms, distinct, index, first, slot, np.arange(len(distinct)))
+
+    def _pair(self, a: _Side, b: _Side) -> None:
+        a, b, count = _overlap(a, b)
         if count == 1:
             return  # independent: the partitions say nothing about each other
-        kind = pair(np.array([p[0]]), np.array([q[0]]))[0]
+        kind = pair(np.array([a.slot]), np.array([b.slot]))[0]
         if count == len(a.distinct) == len(b.distinct):
-            both = np.unique(np.stack([a.index, b.index], 1), axis=0, return_index=True)[1]
-            self._same(p[1][both], q[1][both], kind)
+            self._same(a.labels[a.first], b.labels[a.first], kind)
         elif count == len(b.distinct):
             self._nested(a, b, kind)
         elif count == len(a.distinct):
@@ -113,30 +116,29 @@ class Closure:
         table = self.tables.get(number)
         if table is None:
             return None
-        if number not in self._rows:
-            self._rows[number] = {int(x): i for i, x in enumerate(table.children)}
-        rows = self._rows[number]
-        chosen = np.array([rows[int(x)] for x in side.distinct])
+        chosen = np.searchsorted(table.children, side.distinct, side="right") - 1
         for _, labels in table.columns:
             if _same_partition(self.atom[labels[chosen]], side.block):
                 return labels[chosen]
         return None
 
 
-def _overlap(atom: np.ndarray, p: np.ndarray, q: np.ndarray) -> tuple[_Side, _Side, int]:
+def _overlap(a: _Side, b: _Side) -> tuple[_Side, _Side, int]:
     """Both partitions with the components of the bipartite graph 'share a child' (the join of the two)."""
-    ap, aq = atom[p], atom[q]
-    up, fp, ip = np.unique(ap, return_index=True, return_inverse=True)
-    uq, fq, iq = np.unique(aq, return_index=True, return_inverse=True)
-    size = len(up) + len(uq)
+    k, m = len(a.distinct), len(b.distinct)
+    in_a, in_b = np.divmod(np.unique(a.index * m + b.index), m)  # its edges, ascending
+    if len(in_a) == k * m:  # each meets each: most pairs
+        return a, b, 1
+    if len(in_a) == k:  # each of a lies within one of b
+        return a._replace(block=in_b), b, m
+    if len(in_a) == m:
+        return a, b._replace(block=in_a[np.argsort(in_b)]), k
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    graph = coo_matrix((np.ones(len(ip), np.int8), (ip, iq + len(up))), shape=(size, size))
+    graph = coo_matrix((np.ones(len(in_a), np.int8), (in_a, in_b + k)), shape=(k + m, k + m))
     count, block = connected_components(graph, directed=False)
-    a = _Side(p, ap, up, ip, fp, block[: len(up)])
-    b = _Side(q, aq, uq, iq, fq, block[len(up) :])
-    return a, b, int(count)
+    return a._replace(block=block[:k]), b._replace(block=block[k:]), int(count)
 
 
 def _representative(labels: np.ndarray, block: np.ndarray, count: int) -> np.ndarray:
@@ -146,5 +148,5 @@ def _representative(labels: np.ndarray, block: np.ndarray, count: int) -> np.nda
 
 
 def _same_partition(p: np.ndarray, q: np.ndarray) -> bool:
-    both = np.unique(np.stack([p, q], 1), axis=0)
-    return len(np.unique(p)) == len(np.unique(q)) == len(both)
+    p, q = (np.unique(x, return_inverse=True)[1] for x in (p, q))
+    return int(p.max()) == int(q.max()) == len(np.unique(p * (q.max() + 1) + q)) - 1

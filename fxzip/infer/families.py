@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from ..errors import SpaceError
 from .anchors import Layouts, anchors_of
 from .engine import Inference
 from .labels import LabelledType
@@ -102,7 +103,10 @@ def _space(
         labels = reader.inference.axes[name][axis]
         positions = reader.positions(family, labels, run)
         if positions is None or positions.shape[1] != 1:
-            raise ValueError(f"{name} axis {axis}: a role of a family covers it unevenly")
+            raise SpaceError(
+                f"{name}[axis {axis}]: the features of {names[family]} do not come once each, so inference is wrong"
+                " about this graph; please report it, and merge a part of the model without this parameter"
+            )
         segments.append(Segment(name, axis, positions[:, 0], roles_of(reader.roles[labels[run]])))
     consumers = [s for s in segments if "consume" in s.roles]
     tied = any({"consume", "produce"} <= s.roles or {"consume", "vector"} <= s.roles for s in segments)

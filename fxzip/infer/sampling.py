@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from ..errors import SpaceError
 from .solver import Solution
 from .spaces import FeatureSpace
 
@@ -57,7 +58,7 @@ def lift(parents: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> n
 def sample(spaces: Iterable[FeatureSpace], rng: np.random.Generator, draws: int = 1) -> dict[str, np.ndarray]:
     """space name -> permutation int64 [n]: new feature k is old feature permutation[k]. A uniformly random
     element of the wreath product: parents first, then freely inside blocks. draws: how often to draw a space that
-    would stay as it is (two features do every second time)."""
+    would stay as it is (two features do every second time). Raises SpaceError where the spaces are no group."""
     chosen: dict[str, np.ndarray] = {}
     for space in spaces:
         for _ in range(draws):
@@ -74,5 +75,9 @@ def _one(space: FeatureSpace, chosen: Mapping[str, np.ndarray], rng: np.random.G
     target = np.stack([chosen[p.space][p.index] for p in space.parents], 1)
     rows = lift(table, target, rng)
     if rows is None:
-        raise ValueError(f"{space.name}: the parents' permutations do not lift; inference should have pinned it")
+        blocks, held = ", ".join(p.space for p in space.parents), ", ".join(space.parameters) or "no parameters"
+        raise SpaceError(
+            f"{space.name} ({held}): it cannot follow permutations of its blocks {blocks}, so inference is wrong about"
+            " this graph; please report it, and merge a part of the model without these parameters"
+        )
     return rows

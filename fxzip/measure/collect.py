@@ -47,7 +47,8 @@ def collect_moments(
     """
     generator = torch.Generator().manual_seed(seed)
     batches = list(batches)
-    done, sums = checkpoint.load(generator, _device(programs)) if checkpoint else (0, {})
+    with processes.alike():
+        done, sums = checkpoint.load(generator, _device(programs)) if checkpoint else (0, {})
     bar = tqdm(total=count, desc="measure", unit="sample", disable=not progress, leave=False)
     watching = checkpoint.watching() if checkpoint else nullcontext()
     with processes.alike(), bar, torch.no_grad(), watching:

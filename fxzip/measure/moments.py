@@ -177,10 +177,12 @@ class Moments(Mapping[str, SpaceMoments]):
     """Space name -> SpaceMoments. Saved without pickle, as one safetensors file.
 
     form: what the inputs looked like (see `form_of`), so that `merge(models, moments=...)` needs no loader.
+    of: a SHA-256 of every model's tensors, so that it does not take those of others; (): not known.
     """
 
     spaces: Mapping[str, SpaceMoments]
     form: Form | None = None
+    of: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> SpaceMoments:
         return self.spaces[name]
@@ -198,9 +200,8 @@ class Moments(Mapping[str, SpaceMoments]):
             tensors[f"mean/{name}"] = m.mean.cpu().contiguous()
             tensors[f"second/{name}"] = m.second.cpu().contiguous()
             facts[name] = {"sizes": m.sizes, "count": m.count}
-        save_file(
-            tensors, str(path), {"format": FORMAT, "spaces": json.dumps(facts), "form": json.dumps(self.form)}
-        )
+        notes = {"spaces": json.dumps(facts), "form": json.dumps(self.form), "of": json.dumps(self.of)}
+        save_file(tensors, str(path), {"format": FORMAT, **notes})
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
@@ -223,6 +224,7 @@ class Moments(Mapping[str, SpaceMoments]):
                         for name, fact in json.loads(facts["spaces"]).items()
                     },
                     form if (form := json.loads(facts.get("form", "null"))) is None else tuple(form),
+                    tuple(map(str, json.loads(facts.get("of", "[]")))),
                 )
         except InputError:
             raise

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..errors import SpaceError
 from ..infer import Anchor, FeatureSpace, Spaces, infer
-from ..trace.execute import run, state_of
+from ..trace import run, state_of
 from ..trace.lower import Lowered, corresponding, lower
 
 

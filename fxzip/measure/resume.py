@@ -58,8 +58,9 @@ class Checkpoint:
                     raise InputError(f"resume: {str(self.path)!r} is not fxzip's; give another folder")
                 if notes.get("key") != self.key:
                     raise InputError(
-                        f"resume: {str(self.path)!r} was measured with other models, batches, seed or calibration"
-                        " (or, of several passes, memory); give another folder, or delete the file"
+                        f"resume: {str(self.path)!r} was measured with other models, batches, seed, calibration or"
+                        " versions of fxzip and torch (of several passes, also memory); give another folder, or delete"
+                        " the file"
                     )
                 tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (no mapping)
             if notes["sha256"] != _checksum(tensors, notes):

@@ -70,7 +70,8 @@ def start(
 ) -> fx.GraphModule:
     """Check the call and trace all models: the first one's GraphModule, with its Job.
 
-    models, loader, distributed, and of the options example_inputs, device, calibration and forward_fn: as for `merge`.
+    models, loader, distributed, and of the options example_inputs, device, calibration, heads and
+    forward_fn: as for `merge`.
     Raises InputError and TraceError as `merge` does.
 
     >>> from .stages import *

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ..assemble import agree, assemble, calibrate, choose_widths, merged_parameters
-from ..calibration import calibration_batches, measure
+from ..calibration import calibration_batches, measure, refuse_others
 from ..describe import describe
 from ..errors import InputError, MergeWarning
 from ..infer import resize
@@ -129,7 +129,9 @@ class Measure(Stage):
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         found = self.moments
-        if found is None:
+        if found is not None:
+            refuse_others(now.prepared, found)
+        else:
             found = measure(now.prepared, now.batches, self.seed, now.progress, self.resume, now.processes, now.plan)
         return graph, replace(now, moments=found)
 
@@ -194,11 +196,13 @@ class Respread(Stage):
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         p = now.prepared
+        name = self.repair.name.rpartition("+")[2]
+        if agree(p, now.measured_matchings, now.moments):  # the norms keep the models' own statistics, see Calibrate
+            return graph, replace(now, method=f"{now.method}+{name}")
         shared, found = repair_parameters(
             p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.batches, self.repair.shift,
             p.shares,
         )
-        name = self.repair.name.rpartition("+")[2]
         return graph, replace(
             now, shared=shared, notices=(*now.notices, *found), method=f"{now.method}+{name}"
         )  # fmt: skip

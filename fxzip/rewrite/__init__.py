@@ -5,7 +5,8 @@ from .extract import extract
 from .heads import Heads, head_parameters, unreadable
 from .modules import versions
 from .norms import batch_norms, recompute_statistics
-from .parameters import merge_parameters, state_of
+from .outputs import same_outputs
+from .parameters import merge_parameters
 from .partition import Partition, cut_points, owned, partition
 from .signature import Signature, difference, signature
 from .tails import Tails, join
@@ -30,8 +31,8 @@ __all__ = [
     "owned",
     "partition",
     "recompute_statistics",
+    "same_outputs",
     "signature",
-    "state_of",
     "unreadable",
     "versions",
 ]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ..infer.spaces import Spaces
     from ..match import Matching
 
-TOLERANCE = 1e-3  # of the largest output; a wrong absorption is off by the size of the features themselves
+TOLERANCE = 1e-3  # of the largest output
+_UNITS = 8  # of rounding, in half precision; a wrong absorption is off by the size of the features themselves
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def exact(
             got, want = _run(network, state, merged), _run(network, kept[i], plain)
         except (RuntimeError, ValueError, TypeError):  # say, a norm that insists on the old width
             return False
-        if len(got) != len(want) or not all(_close(a, b) for a, b in zip(got, want, strict=True)):
+        if len(got) != len(want) or not all(close(a, b, _UNITS) for a, b in zip(got, want, strict=True)):
             return False
     return True
 
@@ -130,14 +131,16 @@ def _run(network: fx.GraphModule, state: Mapping[str, Tensor], values: Mapping[s
         return tree_leaves(torch.func.functional_call(network, copies, args, tie_weights=False))
 
 
-def _close(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and a == b
-    if a.shape != b.shape or not (b.is_floating_point() or b.is_complex()):
-        return torch.equal(a, b)
-    scale = max(1e-12, float(b.abs().max())) if b.numel() else 1.0
-    tolerance = max(TOLERANCE, 8 * torch.finfo(b.dtype).eps)
-    return bool(((a - b).abs() <= tolerance * scale).all())
+def close(got: Any, want: Any, units: int = 0) -> bool:
+    """Equal up to TOLERANCE of the largest number that is wanted, or up to `units` of rounding of its dtype where that
+    is more. Indices, truth values and what is no tensor are equal, or not."""
+    if not isinstance(got, Tensor) or not isinstance(want, Tensor):
+        return type(got) is type(want) and got == want
+    if got.shape != want.shape or not (want.is_floating_point() or want.is_complex()):
+        return torch.equal(got, want)
+    scale = max(1e-12, float(want.abs().max())) if want.numel() else 1.0
+    tolerance = max(TOLERANCE, units * torch.finfo(want.dtype).eps)
+    return bool(((got - want).abs() <= tolerance * scale).all())
 
 
 def copied(value: Any) -> Any:

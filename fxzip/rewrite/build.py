@@ -14,10 +14,10 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from ..errors import InputError, SpaceError
+from ..trace import state_by_all_names
 from .heads import Heads
 from .modules import Tensors, has_path, install, versions
 from .outputs import HEADS, joined, same_outputs
-from .parameters import state_of
 from .partition import Partition
 from .signature import signature
 from .tails import Tails
@@ -241,7 +241,7 @@ def _leftovers(
     for i, (name, state) in enumerate(zip(names, originals, strict=True)):
         like = state if plan.tails else originals[0]
         first = {k: v for k, v in like.items() if isinstance(v, Tensor)}
-        inside = set(state_of(plan.tails.own[i] if plan.tails else plan.graph_modules[0]))
+        inside = set(state_by_all_names(plan.tails.own[i] if plan.tails else plan.graph_modules[0]))
         here = inside if plan.tails else used
         place = {(v.data_ptr(), v.shape): k for k, v in first.items() if k in here and v.numel()}
         same = {k: place[v.data_ptr(), v.shape] for k, v in first.items() if (v.data_ptr(), v.shape) in place}
@@ -276,7 +276,7 @@ def _recipe(plan: _Plan, zipped: fx.GraphModule, names: Sequence[str], args: tup
         "unmerges": unmerges,
         "example": tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args),
         "originals": tuple(
-            {n: (tuple(t.shape), t.dtype) for n, t in state_of(g).items()}
+            {n: (tuple(t.shape), t.dtype) for n, t in state_by_all_names(g).items()}
             for g in (plan.tails.own if plan.tails else plan.graph_modules)
         ),
         "signature": signature(zipped),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,7 +21,9 @@ def extract(zipped: fx.GraphModule, task: str | int) -> fx.GraphModule:
 
     task: a task name, or the position of its model. What the merged graph never used (auxiliary heads) comes
     back from that task's model, so after a full same-width merge the state_dict loads with strict=True into
-    the user's class. Works on a deepcopy or an unpickled copy, too. Mode (train or eval) is kept.
+    the user's class. Where the task reads merged features through an operator of its own, the state_dict has its
+    buffers (`..._unmerge_<task>.`): the class lacks it, and load_state_dict says so. Works on a deepcopy or an
+    unpickled copy, too. Mode (train or eval) is kept.
     Raises InputError for an unknown task, or a module that fxzip.merge did not make.
     """
     info = notes(zipped)
@@ -38,7 +40,7 @@ def extract(zipped: fx.GraphModule, task: str | int) -> fx.GraphModule:
             set_path(root, new, found, persistent(zipped, old))
     single = Zipped(root, graph, class_name="Extracted")
     _restore(single, info["untouched"].get(name, {}), info["aliases"])
-    _forget(single, info["state_names"])
+    _forget(single, info["state_names"], info.get("unmerges", ()))
     for path, version in info["versions"].items():
         if not path or isinstance(single.get_submodule(path) if has_path(single, path) else None, nn.Module):
             single.get_submodule(path)._version = version
@@ -134,11 +136,12 @@ def _restore(module: nn.Module, untouched: Mapping[str, Tensor], aliases: Mappin
         set_path(module, name, found)
 
 
-def _forget(module: nn.Module, state_names: tuple[str, ...] | None) -> None:
-    """Buffers that the user's state_dict does not list stay out of this one too."""
+def _forget(module: nn.Module, state_names: tuple[str, ...] | None, ours: Collection[str]) -> None:
+    """Buffers that the user's state_dict does not list stay out of this one too; but for those of `ours`, modules
+    without which the network would be another."""
     if state_names is None:
         return
     for path, inner in module.named_modules():
-        for name in inner._buffers:
+        for name in inner._buffers if path not in ours else ():
             if (f"{path}.{name}" if path else name) not in state_names:
                 inner._non_persistent_buffers_set.add(name)

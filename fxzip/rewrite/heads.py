@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import SpaceError
+from ..trace import state_by_all_names
 from .absorb import Value, absorb, consumed_only, copied, exact, groups
-from .parameters import axis_map, state_of
+from .parameters import axis_map
 from .partition import Partition, owned
 from .unmerge import Unmerge, is_identity
 
@@ -59,7 +60,7 @@ def head_parameters(
     """
     private_names = [owned(g, cut.private | cut.copied) for g in graph_modules]
     kept = [
-        {n: t.detach().clone() for n, t in state_of(g).items() if n in set(names)}
+        {n: t.detach().clone() for n, t in state_by_all_names(g).items() if n in set(names)}
         for g, names in zip(graph_modules, private_names, strict=True)
     ]
     captured = _capture(graph_modules[0], cut.boundary, example_args)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SpaceError
+from ..trace import state_by_all_names
 
 # How far a kernel reaches: no width, though it may equal one, and a wrong one need not show in any shape.
 _REACH = frozenset({"kernel_size", "stride", "padding", "dilation", "output_padding"})
@@ -26,11 +27,7 @@ class Tensors:
         self.made: dict[str, Tensor] = {}
         self.first: dict[str, str] = {}
         seen: dict[int, str] = {}
-        tensors = [
-            *source.named_parameters(remove_duplicate=False),
-            *source.named_buffers(remove_duplicate=False),
-        ]
-        for name, tensor in tensors:
+        for name, tensor in state_by_all_names(source).items():
             self.first[name] = seen.setdefault(id(tensor), name)
 
     def get(self, name: str, like: Tensor) -> Tensor:

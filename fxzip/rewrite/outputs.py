@@ -9,19 +9,35 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InputError
+from ..trace.guards import kept_rng
 
 HEADS = ("separate", "concat", "average")
 
 
 def same_outputs(graph_modules: Sequence[fx.GraphModule], names: Sequence[str], args: tuple, heads: str) -> None:
-    """Raises InputError unless outputs have one shape, or for "concat" one shape but for axis 1."""
-    with torch.no_grad():
-        shapes = [
-            [list(t.shape) for t in tree_leaves(g(*args)) if isinstance(t, Tensor)] for g in graph_modules
-        ]
+    """Raises InputError unless outputs are tensors of one shape, or for "concat" of one shape but for axis 1, and for
+    "average" numbers that have a mean. Inputs are not modified."""
+    found = [_outputs(g, args) for g in graph_modules]
+    odd = {f"%{n}": type(v).__name__ for of in found for n, v in of if not isinstance(v, Tensor)}
+    if odd:
+        kinds = ", ".join(f"{n} is of type {kind}" for n, kind in odd.items())
+        raise InputError(
+            f'heads="{heads}" needs outputs that are tensors one by one, but {kinds}; return the tensors in it (a[0], '
+            'a[1]), or use heads="separate"'
+        )
+    tensors = [[(n, v) for n, v in of if isinstance(v, Tensor)] for of in found]
+    if heads == "average":
+        whole = {f"%{n}": v.dtype for of in tensors for n, v in of if not (v.is_floating_point() or v.is_complex())}
+        if whole:
+            kinds = ", ".join(f"{n} is {str(dtype).removeprefix('torch.')}" for n, dtype in whole.items())
+            raise InputError(
+                f'heads="average" cannot average indices or truth values, and of the outputs {kinds}; return scores '
+                'instead (forward_fn= may choose what comes out), or use heads="separate"'
+            )
+    shapes: list[list[Any]] = [[list(v.shape) for _, v in of] for of in tensors]
     seen = ", ".join(f"{n}: {s}" for n, s in zip(names, shapes, strict=True))
     if heads == "concat":
         shapes = [[s[:1] + s[2:] if len(s) > 1 else None for s in of] for of in shapes]
@@ -31,6 +47,26 @@ def same_outputs(graph_modules: Sequence[fx.GraphModule], names: Sequence[str], 
             )
     elif any(s != shapes[0] for s in shapes):
         raise InputError(f'heads="average" needs outputs of one shape, got {seen}; use heads="separate"')
+
+
+def _outputs(graph_module: fx.GraphModule, args: tuple) -> list[tuple[str, Any]]:
+    """The nodes that a graph returns, by name, with their values on `args`, in the order of its output."""
+    values: dict[fx.Node, Any] = {}
+    nodes: list[fx.Node] = []
+    output = next(n for n in graph_module.graph.nodes if n.op == "output")
+    map_arg(output.args[0], lambda n: nodes.append(n) or n)
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n in nodes:
+                values[n] = value
+            return value
+
+    fresh = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
+    with torch.no_grad(), kept_rng(t for t in tree_leaves(args) if isinstance(t, Tensor)):
+        Recorder(graph_module).run(*fresh)
+    return [(n.name, values[n]) for n in nodes]
 
 
 def joined(graph: fx.Graph, outputs: Sequence[Any], heads: str, shares: Sequence[float]) -> Any:

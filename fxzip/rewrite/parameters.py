@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SpaceError
 from ..infer.spaces import MAKES
@@ -38,14 +38,6 @@ class AxisMap:
     length_in: int
     length: int
     scale: float = 1.0
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name: tied names and non-persistent buffers included."""
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
 
 
 def merge_parameters(

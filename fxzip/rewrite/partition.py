@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..errors import InputError, SpaceError
+from ..trace import state_by_all_names
 
 # What a program can ask of a tensor without seeing its features: such values never carry a space.
 SHAPE_METHODS = frozenset({"size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point"})
@@ -106,8 +107,7 @@ def cut_points(graph_module: fx.GraphModule) -> tuple[str, ...]:
 def owned(graph_module: fx.GraphModule, nodes: Collection[str]) -> tuple[str, ...]:
     """Names of the parameters and buffers that `nodes` use, tied names included, in graph order."""
     modules = dict(graph_module.named_modules(remove_duplicate=False))
-    tensors = {n for n, _ in graph_module.named_parameters(remove_duplicate=False)}
-    tensors |= {n for n, _ in graph_module.named_buffers(remove_duplicate=False)}
+    tensors = state_by_all_names(graph_module)
     names: dict[str, None] = {}
     for node in graph_module.graph.nodes:
         if node.name not in nodes:
@@ -115,10 +115,7 @@ def owned(graph_module: fx.GraphModule, nodes: Collection[str]) -> tuple[str, ..
         if node.op == "get_attr" and node.target in tensors:
             names[str(node.target)] = None
         if node.op == "call_module":
-            module = modules[str(node.target)]
-            inner = [n for n, _ in module.named_parameters(remove_duplicate=False)]
-            inner += [n for n, _ in module.named_buffers(remove_duplicate=False)]
-            names.update((f"{node.target}.{n}", None) for n in inner)
+            names.update((f"{node.target}.{n}", None) for n in state_by_all_names(modules[str(node.target)]))
     return tuple(names)
 
 

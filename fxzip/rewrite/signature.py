@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import map_aggregate
 
-from .parameters import state_of
+from ..trace import state_by_all_names
 
 SETTINGS = (bool, int, float, str, tuple, list, type(None))  # types of attributes that set what a leaf does
 
@@ -39,7 +39,7 @@ def signature(graph_module: fx.GraphModule) -> Signature:
             leaf = graph_module.get_submodule(str(node.target))
             inner = leaf.named_modules(prefix=str(node.target), remove_duplicate=False)
             modules.update((path, _settings(m)) for path, m in inner)
-    return Signature(nodes, modules, {n: tuple(t.shape) for n, t in state_of(graph_module).items()})
+    return Signature(nodes, modules, {n: tuple(t.shape) for n, t in state_by_all_names(graph_module).items()})
 
 
 def difference(a: Signature, b: Signature, first: str, second: str, ordered: bool = True) -> str:

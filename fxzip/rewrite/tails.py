@@ -18,10 +18,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..trace import Traced, alike
+from ..trace import Traced, alike, state_by_all_names
 from ..trace.guards import kept_rng
 from .modules import attribute, has_path, persistent, set_path
-from .parameters import state_of
 from .partition import selected
 from .zipped import Zipped
 
@@ -115,7 +114,7 @@ def _tensors(module: nn.Module, node: fx.Node) -> list[Tensor]:
     found = attribute(module, str(node.target)) if node.op in ("call_module", "get_attr") else None
     if isinstance(found, Tensor):
         return [found]
-    return list(state_of(found).values()) if isinstance(found, nn.Module) else []
+    return list(state_by_all_names(found).values()) if isinstance(found, nn.Module) else []
 
 
 def _joined(own: Sequence[fx.GraphModule], trunk: Trunk, read: Sequence[dict[fx.Node, Any]]) -> tuple[list, Tails]:
@@ -161,12 +160,20 @@ def _boundary(module: fx.GraphModule, trunk: dict[fx.Node, fx.Node], args: tuple
 
 
 def _free(target: str, k: int, common: set[str], sources: dict[str, tuple[int, str]]) -> str:
-    """`target`, or with a number: no other part of the joined graph may use a name of it, above it or below it."""
-    taken = [*common, *(t for t, (owner, _) in sources.items() if owner != k)]
+    """`target`, or with a number: no other part of the joined graph may use a name of it, above it or below it. The
+    number goes to where the names part: `head.0` beside another network's layer `head` becomes `head_1.0`."""
     new = target
-    while any(f"{new}.".startswith(f"{t}.") or f"{t}.".startswith(f"{new}.") for t in taken):
-        new += f"_{k}"
+    taken = [t for t, found in sources.items() if found != (k, t)]  # a network's own names do not meet, until renamed
+    while clash := next((t for t in (*common, *taken) if _meet(new, t)), ""):
+        parts = new.split(".")
+        parts[min(len(parts) - 1, clash.count("."))] += f"_{k}"
+        new, taken = ".".join(parts), list(sources)
     return new
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether a path is the other, or above or below it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _module(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import InputError
 from ..infer import Spaces
@@ -95,14 +95,14 @@ def solve_parameters(
     room = settings.memory if memory is None else memory
     store = Store(room)
     parents = [_lane(programs, i, dict(programs.states[i]), chunks[0], store) for i in range(len(graph_modules))]
-    state = {**state_of(graph_modules[0]), **shared}
+    state = _state(graph_modules[0], shared, spaces)
     merged = (
         _lane(programs, 0, state, chunks[0], store)
         if resized is None
         else _resized_lane(resized, spaces, state, chunks[0], store)
     )
     private = [
-        _lane(programs, i, {**state_of(m), **heads.states[i]}, chunks[0], store) for i, m in enumerate(graph_modules)
+        _lane(programs, i, _state(m, heads.states[i], spaces), chunks[0], store) for i, m in enumerate(graph_modules)
     ]
     origin = {n.name: n.meta.get("origin") for n in spaces.lowered.graph.nodes}
     is_private = frozenset(n for n, o in origin.items() if o in cut.private)
@@ -112,8 +112,9 @@ def solve_parameters(
     for i, lane in enumerate(private):
         lane.fallback = _through_unmerge(merged, unmerged, i)
     for chunk in chunks:
+        tensors = [x for x in tree_leaves(chunk) if isinstance(x, Tensor)]
         for lane in (*parents, merged):
-            for node, value in zip(lane.lowered.inputs, _tensors(chunk), strict=True):
+            for node, value in zip(lane.lowered.inputs, tensors, strict=True):
                 lane.values.setdefault(lane.names[node], []).append(value)
     steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, share, room)
     with torch.no_grad():
@@ -165,6 +166,14 @@ def _whole(column: Sequence[Any], batches: Sequence[tuple]) -> tuple[Any, bool]:
     return first, False
 
 
+def _state(model: fx.GraphModule, own: Mapping[str, Tensor], spaces: Spaces) -> dict[str, Tensor]:
+    """`own`, and the model's tensors for all else. One that is tied to an own one is left out: `Lane.parameter` goes by
+    any name of a tied tensor, and what one part merged another may have kept."""
+    tied = spaces.lowered.tied
+    taken = {tied.get(n, n) for n in own}
+    return {n: t for n, t in state_of(model).items() if tied.get(n, n) not in taken} | dict(own)
+
+
 def _lane(programs: Programs, model: int, state: dict[str, Tensor], args: tuple, store: Store) -> Lane:
     lowered, twin = programs.lowered(model, args)
     by_name = {n.name: n for n in lowered.graph.nodes}
@@ -174,23 +183,18 @@ def _lane(programs: Programs, model: int, state: dict[str, Tensor], args: tuple,
 def _resized_lane(zipped: fx.GraphModule, spaces: Spaces, state: dict[str, Tensor], args: tuple, store: Store) -> Lane:
     """The shared part at its new widths. Nodes correspond by FX origin and by their order within it."""
     lowered = lower(zipped, args)
-    found: dict[tuple, fx.Node] = {}
-    for key, node in _in_order(lowered):
-        found[key] = node
-    nodes = {node.name: found[key] for key, node in _in_order(spaces.lowered) if key in found}
+    own, analysed = _by_origin(lowered), _by_origin(spaces.lowered)
+    nodes = {a.name: b for key in analysed if key in own for a, b in zip(analysed[key], own[key], strict=False)}
     nodes |= {a.name: b for a, b in zip(spaces.lowered.inputs, lowered.inputs, strict=True)}
     return Lane(lowered, nodes, state, store)
 
 
-def _in_order(lowered: Lowered) -> list[tuple[tuple, fx.Node]]:
-    count: dict[tuple, int] = {}
-    keyed = []
+def _by_origin(lowered: Lowered) -> dict[tuple, list[fx.Node]]:
+    found: dict[tuple, list[fx.Node]] = {}
     for node in lowered.graph.nodes:
         if node.op == "call_function":
-            key = (node.meta.get("origin"), str(node.target))
-            count[key] = count.get(key, 0) + 1
-            keyed.append(((*key, count[key]), node))
-    return keyed
+            found.setdefault((node.meta.get("origin"), str(node.target)), []).append(node)
+    return found
 
 
 def _through_unmerge(merged: Lane, unmerged: Mapping[str, Sequence], model: int):
@@ -203,7 +207,3 @@ def _through_unmerge(merged: Lane, unmerged: Mapping[str, Sequence], model: int)
     return read
 
 
-def _tensors(args: tuple) -> list[Tensor]:
-    found: list[Tensor] = []
-    tree_map(lambda x: found.append(x) if isinstance(x, Tensor) else None, args)
-    return found

@@ -88,8 +88,7 @@ def solve_point(
     mix = _mixer(point, spaces, matchings)
     if mix is None:
         return None
-    folds = [k for k in point.links if k.kind in ("norm", "scale")]
-    intercept = bias is not None or any(k.kind == "norm" for k in folds)
+    intercept = bias is not None or any(k.kind == "norm" for k in point.links)
     groups = int(argument(node, "groups") or 1)
     gram, kept = Gram(), []
     bend = _nonlinearity(point, dynamic) if settings.sweeps else None
@@ -97,8 +96,7 @@ def solve_point(
     def values(j: int) -> dict[str, Any]:
         return {n: _value(v, point.lane, j, dynamic) for n, v in arguments(node).items()}
 
-    operand = _value(arguments(node)[design.weight], point.lane, 0, dynamic)
-    matrix = design.matrix(operand, groups)
+    matrix = design.matrix(point.lane.static(argument(node, design.weight)), groups)
     count = wanted_rows(settings, len(matrix), matrix.shape[-1]) // chunks.total + 1
     few = max(settings.rows * matrix.shape[-1], min(settings.least, _BENT)) // chunks.total + 1
     others = design.rows(values(0), 1, torch.Generator()).of if chunks.own < chunks.total else 0
@@ -159,12 +157,19 @@ def mixer_at(name: str, parents: Sequence[Lane], shared: bool, spaces: Spaces, m
     visible = {s for k in layouts for s, _ in k.runs}
     if not shared:  # a head's own coordinates, unless merged features only pass through here
         return None if visible & parents[0].absorbed else lambda values: values[0]
-    value = parents[0].value(name, 0)
-    analysed = next(n for n in spaces.lowered.graph.nodes if n.name == name).meta["shape"]
-    if any(value.shape[a] != analysed[a] for k in layouts for a in k.axes):
-        return None  # at this batch size the batch is flattened into the features
-    found: Mixer | None = mixer(layouts, value.shape, matchings, [p.share for p in parents], f"%{name}")
+    if not mixable(name, parents[0], spaces):
+        return None
+    shape = parents[0].nodes[name].meta["shape"]
+    found: Mixer | None = mixer(layouts, shape, matchings, [p.share for p in parents], f"%{name}")
     return found
+
+
+def mixable(name: str, parent: Lane, spaces: Spaces) -> bool:
+    """Whether the parents' values can be mixed at this node: on the data, too, the axes of features hold nothing else
+    (a reshape may put heads and batch into one)."""
+    analysed = next(n for n in spaces.lowered.graph.nodes if n.name == name).meta["shape"]
+    here = parent.nodes[name].meta["shape"]
+    return all(here[a] == analysed[a] for k in spaces.layouts(name) for a in k.axes)
 
 
 def _target(point: Point, mix, chunk: int, dynamic: Mapping[str, fx.Node]) -> tuple[Tensor, Tensor]:
@@ -185,14 +190,16 @@ def _target(point: Point, mix, chunk: int, dynamic: Mapping[str, fx.Node]) -> tu
 
 
 def _nonlinearity(point: Point, dynamic: Mapping[str, fx.Node]) -> Callable[[Tensor], Tensor] | None:
-    """The element-wise op of one tensor that alone reads the value at `last`, if there is one."""
-    readers = [u for u in dynamic[point.last].users if u.name in dynamic]
+    """The element-wise op of one tensor that alone reads the value at `last`, if there is one and it gives numbers. Who
+    gets an output reads it, too."""
+    readers = [u for u in dynamic[point.last].users if u.name in dynamic or u.op == "output"]
     if len(readers) != 1 or any(k.kind == "scalar" for k in point.links):
         return None
     node = readers[0]
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     if (
         not pointwise
+        or not node.meta["dtype"].is_floating_point  # a comparison
         or packet(node) in MOVES
         or len(node.all_input_nodes) != 1
         or node.args[0] is not dynamic[point.last]

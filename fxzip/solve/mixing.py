@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from math import prod
 
+import torch
 from torch import Tensor
 
 from ..infer import Layout
@@ -14,22 +17,14 @@ from ..rewrite.parameters import AxisMap, apply, axis_map
 
 @dataclass(frozen=True)
 class Mixer:
-    """Maps the N parents' values of one node to merged coordinates. maps: per layout, axes and a map per model."""
+    """Maps the N parents' values of one node to merged coordinates. maps: of the features on `axes`, one per model."""
 
-    maps: tuple[tuple[tuple[int, ...], tuple[AxisMap, ...]], ...]
+    axes: tuple[int, ...]
+    maps: tuple[AxisMap, ...]
 
     def __call__(self, parents: Sequence[Tensor]) -> Tensor:
-        """parents: N tensors of one shape -> their merge; axes without features are averaged."""
-        total = None
-        for i, value in enumerate(parents):
-            first = True
-            for axes, maps in self.maps:
-                value = _along(value, axes, maps[i])
-                first = False
-            value = value if not first else value / len(parents)
-            total = value if total is None else total + value
-        assert total is not None
-        return total
+        """parents: N tensors of one shape -> their merge."""
+        return reduce(torch.add, (_along(v, self.axes, m) for v, m in zip(parents, self.maps, strict=True)))
 
 
 def mixer(
@@ -49,11 +44,7 @@ def mixer(
     if len(held) != 1:
         return None
     layout, runs = held[0]
-    length = 1
-    for a in layout.axes:
-        length *= int(shape[a])
-    if max(int(p.max()) for _, p in runs) >= length:
-        return None  # at this batch size the batch is flattened into these axes
+    length = prod(shape[a] for a in layout.axes)
     maps = tuple(
         axis_map(
             [(s, column, matchings[s].blocks_merge(i)) for s, p in runs for column in p.T],
@@ -63,7 +54,7 @@ def mixer(
         )
         for i, share in enumerate(shares)
     )
-    return Mixer(((layout.axes, maps),))
+    return Mixer(layout.axes, maps)
 
 
 def _along(value: Tensor, axes: tuple[int, ...], step: AxisMap) -> Tensor:
@@ -71,6 +62,6 @@ def _along(value: Tensor, axes: tuple[int, ...], step: AxisMap) -> Tensor:
         return apply(value, axes[0], step)
     last = tuple(range(-len(axes), 0))
     moved = value.movedim(axes, last)
-    sizes = moved.shape[moved.dim() - len(axes) :]
+    sizes = moved.shape[-len(axes) :]
     out = apply(moved.flatten(-len(axes)), -1, step)
     return out.unflatten(-1, sizes).movedim(last, axes)  # jointly labelled axes keep their sizes

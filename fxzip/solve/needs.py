@@ -45,7 +45,7 @@ class SolveNeeds:
     @property
     def work(self) -> int:
         """Beyond activations that may go to files: a fit, or a value that is just made and the rows of its input."""
-        return max(self.largest.size, 0) + 2 * self.value
+        return self.largest.size + 2 * self.value
 
 
 def solve_needs(lowered: Lowered, batch: int, samples: int, chunk: int, models: int, settings: Settings) -> SolveNeeds:
@@ -74,7 +74,7 @@ def _fit(node: fx.Node, batch: int, samples: int, chunk: int, settings: Settings
     columns, each = prod(shape) // max(outputs, 1), max(outputs // groups, 1)
     there = prod(node.meta["shape"]) // max(outputs, 1) * chunk // batch
     count = wanted_rows(settings, groups, columns)
-    rows = min(count // max(samples // chunk, 1) + 1, there)
+    rows = min(count // (samples // chunk) + 1, there)
     gram = 8 * groups * (_GRAMS * columns**2 + _CROSSES * columns * each)
     design_rows = 4 * groups * rows * (_DESIGNS * columns + _TARGETS * each)
     return FitNeed(node.meta.get("origin") or node.name, columns, gram + design_rows)
@@ -82,5 +82,5 @@ def _fit(node: fx.Node, batch: int, samples: int, chunk: int, settings: Settings
 
 def _outputs(node: fx.Node, shape: Sequence[int], weight: str) -> int:
     if argument(node, "transposed"):
-        return shape[1] * int(argument(node, "groups") or 1)
+        return shape[1] * argument(node, "groups")
     return shape[0] if weight == "weight" else shape[-1]  # [o, i, ...]; a matrix product has [p, o]

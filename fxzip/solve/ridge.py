@@ -8,7 +8,7 @@ A direction the data does not determine keeps the weights it started from.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,27 +21,26 @@ from ..processes import Processes
 class Gram:
     """Streamed second moments of design rows x [r, g, p] and targets t [r, g, o]; g independent groups."""
 
-    second: Tensor | None = None  # float64 [g, p, p]
-    cross: Tensor | None = None  # float64 [g, o, p]
-    energy: Tensor | None = None  # float64 [g, o]: E[t^2], for the fit's residual
-    rows: int = field(default=0)
+    second: Tensor = torch.zeros(())  # float64 [g, p, p], once there are rows
+    cross: Tensor = torch.zeros(())  # float64 [g, o, p]
+    energy: Tensor = torch.zeros(())  # float64 [g, o]: E[t^2], for the fit's residual
+    rows: int = 0
 
     def add(self, x: Tensor, t: Tensor) -> None:
         """Products in the data's precision, sums in float64 (float64 throughout where the device lacks speed)."""
         x, t = x.transpose(0, 1), t.transpose(0, 1)  # [g, r, p], [g, r, o]
         second, cross = gram(x).double(), (t.mT @ x).double()
         energy = (t.double() ** 2).sum(1)
-        if self.second is None or self.cross is None or self.energy is None:
-            self.second, self.cross, self.energy = second, cross, energy
-        else:
+        if self.rows:
             self.second += second
             self.cross += cross
             self.energy += energy
+        else:
+            self.second, self.cross, self.energy = second, cross, energy
         self.rows += x.shape[1]
 
     def reduce(self, processes: Processes) -> None:
         """Of all ranks together; each has added something."""
-        assert self.second is not None and self.cross is not None and self.energy is not None
         rows = torch.tensor([self.rows], device=self.second.device)
         processes.sum(self.second, self.cross, self.energy, rows)
         self.rows = int(rows)
@@ -63,7 +62,6 @@ class Ridge:
     """
 
     def __init__(self, gram: Gram, start: Tensor, lam: float) -> None:
-        assert gram.second is not None and gram.cross is not None and gram.energy is not None
         self.s, self.c = gram.second / gram.rows, gram.cross / gram.rows
         self.energy = float((gram.energy / gram.rows).sum())
         diagonal = self.s.diagonal(dim1=-2, dim2=-1)  # [g, p]
@@ -77,7 +75,7 @@ class Ridge:
     def solve(self, cross: Tensor | None = None) -> Tensor:
         """Weights [g, o, p] for cross moments E[t x^T] [g, o, p], default the Gram's own."""
         b = (self.c if cross is None else cross) + self.pull
-        return torch.cholesky_solve(b.mT, self.factor).mT if self.definite else _by_eigen(self.matrix, b)
+        return torch.cholesky_solve(b.mT, self.factor).mT if self.definite else _by_eigen(self.matrix, b, self.start)
 
     def error(self, weights: Tensor) -> float:
         """E|t - W x|^2 / E|t|^2 on the rows of the Gram."""
@@ -97,8 +95,11 @@ def ridge(gram: Gram, start: Tensor, lam: float) -> Fit:
     return Fit(weights, problem.error(start), problem.error(weights))
 
 
-def _by_eigen(a: Tensor, b: Tensor) -> Tensor:
+def _by_eigen(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
+    """W with W a = b where `a` says so, to what float32 sums are known to; `start` in all other directions."""
     warnings.warn("a Gram matrix is ill-conditioned: solved by eigen-decomposition", RuntimeWarning, stacklevel=3)
-    values, vectors = torch.linalg.eigh(a)
-    values = values.clamp(min=float(values.max()) * 1e-12)
-    return ((b @ vectors) / values.unsqueeze(-2)) @ vectors.mT
+    size = a.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)  # [g, 1, p]: each column in units of its own
+    values, vectors = torch.linalg.eigh(a / size / size.mT)
+    inverse = torch.where(values > 1e-6 * values.amax(-1, keepdim=True), 1 / values, 0)
+    rest = (b - start @ a) / size
+    return start + ((rest @ vectors) * inverse.unsqueeze(-2)) @ vectors.mT / size

@@ -23,7 +23,7 @@ from ..infer import Spaces
 from ..match import Matching
 from .affine import BATCH_NORMS, Link, chain, first_result, packet, plain_norm
 from .design import design_of
-from .fit import Point, Settings, solve_point
+from .fit import Point, Settings, mixable, solve_point
 from .lanes import Chunks, Lane, dynamic_nodes, nbytes
 from .norms import NORMS, solve_norm
 from .slots import argument
@@ -103,7 +103,10 @@ class Pass:
         here = self.parents[0].nodes  # at the shape of the data, where the batch is no axis of size 1
         links = chain(self.dynamic[name], self.dynamic, inside, lambda n: tuple(here[n.name].meta["shape"]))
         ends = [k for k, link in enumerate(links) if link.kind in ("add", "subtract")]
-        return links[: ends[0]] if ends and not self.settings.feedback else links
+        links = links[: ends[0]] if ends and not self.settings.feedback else links
+        while links and name in self.shared_names and not mixable(links[-1].node.name, self.parents[0], self.spaces):
+            links.pop()
+        return links
 
     def _there(self, link: Link) -> bool:
         """Whether the other branch of an addition is computed."""

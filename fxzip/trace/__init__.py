@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from .call import call_signature, counted, tensors_of
 from .compare import alike, compare_graphs, compare_shapes, compare_sizes
-from .execute import run, state_of
+from .execute import run
 from .guards import unwrap
 from .inputs import batch_size, bind, describe, first_rows, on_meta, plain_batch, rows, shapes_only, to_meta
 from .ladder import Traced, trace
 from .lower import Lowered, corresponding, lower
 from .plain import duplicate, make_plain, plain
+from .state import state_by_all_names, state_of
 
 __all__ = [
     "Lowered",
@@ -34,6 +35,7 @@ __all__ = [
     "rows",
     "run",
     "shapes_only",
+    "state_by_all_names",
     "state_of",
     "tensors_of",
     "to_meta",

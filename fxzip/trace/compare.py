@@ -13,6 +13,7 @@ from torch.fx.node import map_aggregate
 
 from .ladder import Traced
 from .lines import where
+from .state import state_by_all_names
 
 _MANY = 4  # names shown before "and n more"
 _SIZES = (int, tuple, list)
@@ -78,14 +79,13 @@ def compare_shapes(
 
 def alike(a: fx.GraphModule, b: fx.GraphModule, x: fx.Node, y: fx.Node) -> bool:
     """Whether two nodes of one operator call modules of one kind with equal settings, and read tensors of one shape."""
-    kinds = [{k: (t.shape, t.dtype) for k, t in _state_of(m, n).items()} for m, n in ((a, x), (b, y))]
+    kinds = [{k: (t.shape, t.dtype) for k, t in _state_at(m, n).items()} for m, n in ((a, x), (b, y))]
     return kinds[0] == kinds[1] and not _modules_differ(a, b, x, y, "", "")
 
 
-def _state_of(module: nn.Module, node: fx.Node) -> dict[str, Tensor]:
-    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+def _state_at(module: nn.Module, node: fx.Node) -> dict[str, Tensor]:
     own = (f"{node.target}.", str(node.target)) if node.op in ("call_module", "get_attr") else ()
-    return {k: t for k, t in tensors if k.startswith(own[:1]) or k in own} if own else {}
+    return {k: t for k, t in state_by_all_names(module).items() if k.startswith(own[:1]) or k in own} if own else {}
 
 
 def _number(x: Tensor) -> bool:

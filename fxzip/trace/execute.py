@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -14,11 +14,6 @@ from ..errors import InputError
 from .lower import Lowered
 
 Sink = Callable[[fx.Node, Tensor], None]
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of `module` by name (non-persistent buffers too), detached, not copied."""
-    return {name: t.detach() for name, t in (*module.named_parameters(), *module.named_buffers())}
 
 
 @torch.no_grad()
@@ -42,7 +37,7 @@ def run(
 
     Returns the model's outputs. Raises InputError if `state` or `args` lack a tensor.
 
-    >>> from fxzip.trace import lower
+    >>> from torch import nn; from fxzip.trace import lower, state_of
     >>> gm = fx.symbolic_trace(nn.Linear(3, 2).eval()); x = torch.ones(1, 3)
     >>> torch.equal(run(lower(gm, (x,)), state_of(gm), (x,)), gm(x))
     True

@@ -23,6 +23,7 @@ from ..errors import TraceError
 from .call import Call
 from .inputs import batch_size, rows
 from .norm import RunningNorm, norm_of
+from .state import state_by_all_names
 
 aten = torch.ops.aten
 BATCH = 5  # of the example while exporting: 0 and 1 are special to torch.export, 2 to 4 are sizes of other axes
@@ -115,10 +116,7 @@ class _Body:
     attributes: dict[str, fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {
-            **dict(self.model.named_parameters(remove_duplicate=False)),
-            **dict(self.model.named_buffers(remove_duplicate=False)),
-        }
+        self.tensors = state_by_all_names(self.model)
         self.aliases: dict[int, list[str]] = {}
         for name, tensor in self.tensors.items():
             self.aliases.setdefault(id(tensor), []).append(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 
 import torch
 from torch import fx
@@ -18,8 +19,12 @@ def user_line(node: fx.Node | None) -> str:
 
     The innermost frame outside torch and fxzip is taken: in a `Sequential` that is the line that calls it.
     """
-    frames = _FRAME.finditer(node.stack_trace or "") if node is not None else ()
-    own = [f for f in frames if not f["file"].startswith((TORCH_ROOT, FXZIP_ROOT))]
+    return _innermost(node.stack_trace or "") if node is not None else ""
+
+
+@lru_cache(maxsize=1024)  # asked for each operator that a node runs
+def _innermost(stack_trace: str) -> str:
+    own = [f for f in _FRAME.finditer(stack_trace) if not f["file"].startswith((TORCH_ROOT, FXZIP_ROOT))]
     if not own:
         return ""
     return f"{os.path.basename(own[-1]['file'])}:{own[-1]['line']}: {own[-1]['code'].strip()}"

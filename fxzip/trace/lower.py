@@ -21,6 +21,7 @@ from .guards import kept_rng, plain_kernels
 from .linear import whole_linear
 from .lines import where
 from .recorder import Recorder, random_forward
+from .state import state_by_all_names
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,7 @@ def _named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     first: dict[int, str] = {}
     names: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    everything = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in everything:
+    for name, tensor in state_by_all_names(module).items():
         if first.setdefault(id(tensor), name) == name:
             names[name] = tensor
         else:

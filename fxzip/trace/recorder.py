@@ -5,12 +5,13 @@ from __future__ import annotations
 import operator
 import re
 from collections import defaultdict
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from ..errors import TraceError
@@ -125,11 +126,13 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        writes = func._schema.is_mutable
         if self.closed:
             return args[0] if writes else func(*args, **kwargs)
-        node_args, node_kwargs = tree_map(self._node_of, (tuple(args), dict(kwargs)))
-        operands = [x for x in tree_flatten((node_args, node_kwargs))[0] if isinstance(x, fx.Node)]
+        leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
+        leaves = [self._node_of(x) for x in leaves]
+        node_args, node_kwargs = tree_unflatten(leaves, spec)
+        operands = [x for x in leaves if isinstance(x, fx.Node)]
         constant = func.overloadpacket in SHAPE_ONLY or all("const" in x.meta for x in operands)
         if writes:
             return self._write(func, args, kwargs, node_args, node_kwargs, constant)
@@ -242,12 +245,25 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors on one storage share an element."""
     if a.dtype != b.dtype or a.numel() == 0 or b.numel() == 0:
         return a.numel() > 0 and b.numel() > 0
-    length = a.untyped_storage().nbytes() // a.element_size()
-    touched = torch.zeros(length, dtype=torch.bool)
-    touched.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
-    return bool(touched.as_strided(b.shape, b.stride(), b.storage_offset()).any())
+    spans: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])  # step -> how often at least, at most
+    for sign, x in ((1, a), (-1, b)):
+        for size, step in zip(x.shape, x.stride(), strict=True):
+            spans[step][sign > 0] += sign * (size - 1)
+    spans.pop(0, None)
+    return _reaches(int(b.storage_offset() - a.storage_offset()), sorted(spans.items(), reverse=True))
 
 
+def _reaches(gap: int, spans: list[tuple[int, list[int]]]) -> bool:
+    """Whether steps of these lengths, each at least and at most so often, can add up to `gap`."""
+    if not spans:
+        return gap == 0
+    (step, (least, most)), rest = spans[0], spans[1:]
+    low, high = (sum(s * span[k] for s, span in rest) for k in (0, 1))
+    counts = range(max(least, -((high - gap) // step)), min(most, (gap - low) // step) + 1)
+    return any(_reaches(gap - count * step, rest) for count in counts)
+
+
+@cache
 def _pure(func) -> Any:
     """`aten.add.Tensor` for `aten.add_.Tensor`, `aten.transpose.int` for `aten.transpose_`; None without one."""
     name = func._schema.name.removeprefix("aten::")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import linecache
 import sys
 from collections.abc import Mapping
+from functools import cache
 from itertools import dropwhile
 from traceback import FrameSummary, StackSummary, walk_stack
+from types import CodeType
 from typing import Any
 
 from torch import fx, nn
@@ -22,6 +25,7 @@ class _Tracer(fx.Tracer):
         self.fixed = fixed
         self.leaf_names = {x for x in leaf_modules if isinstance(x, str)}
         self.leaf_types = tuple(x for x in leaf_modules if isinstance(x, type))
+        self.shown = cache(_shown)  # of one trace: the next may find other text in the files
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         named = module_qualified_name in self.leaf_names or isinstance(m, self.leaf_types)
@@ -30,8 +34,12 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         # the user's line; fx would record it, too (record_stack_traces), but imports the compiler for it: 2 seconds
-        frames = reversed(StackSummary.extract(walk_stack(sys._getframe(1))))
-        node.stack_trace = "".join(StackSummary.from_list(list(dropwhile(_outside, frames))).format()).strip() or None
+        frames = []
+        for frame, line in walk_stack(sys._getframe(1)):
+            linecache.lazycache(frame.f_code.co_filename, frame.f_globals)  # of a module in an archive
+            frames.append((frame.f_code, line))
+        inside = dropwhile(lambda at: at[0].co_name != "forward", reversed(frames))  # the model's own code
+        node.stack_trace = "".join(self.shown(*at) for at in inside).strip() or None
         return node
 
     def _proxy_placeholder(self, name: str, concrete_args, sig, fn_for_analysis) -> Any:
@@ -41,9 +49,10 @@ class _Tracer(fx.Tracer):
         return super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
 
 
-def _outside(frame: FrameSummary) -> bool:
-    """Before the model's own code."""
-    return frame.name != "forward"
+def _shown(code: CodeType, line: int) -> str:
+    """The lines of a traceback for one frame."""
+    linecache.checkcache(code.co_filename)
+    return "".join(StackSummary.from_list([FrameSummary(code.co_filename, line, code.co_name)]).format())
 
 
 def symbolic(model: nn.Module, call: Call) -> fx.GraphModule:

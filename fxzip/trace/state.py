@@ -1,0 +1,25 @@
+"""The tensors of a module by name: each once, or under every name it has."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of `module` by name (non-persistent buffers too), detached, not copied. A tied one
+    comes once, under its first name."""
+    return {name: t.detach() for name, t in (*module.named_parameters(), *module.named_buffers())}
+
+
+def state_by_all_names(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of `module` (non-persistent buffers too), a tied one under each of its names; the
+    module's own objects, so that `is` tells what is tied.
+
+    >>> a = nn.Linear(2, 2, bias=False); twice = nn.Sequential(a, a)
+    >>> list(state_of(twice)), list(state_by_all_names(twice))
+    (['0.weight'], ['0.weight', '1.weight'])
+    """
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }

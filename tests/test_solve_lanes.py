@@ -1,0 +1,327 @@
+"""What solve computes on its way: values of all networks, chunk by chunk, in step with what the merge computes."""
+
+from __future__ import annotations
+
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+from ranks import in_ranks
+from torch import Tensor, fx, nn
+from toys import randomise
+
+import fxzip
+from fxzip import InputError, passes
+from fxzip.infer import Layout
+from fxzip.match import Matching
+from fxzip.memory import Store
+from fxzip.processes import Processes
+from fxzip.solve import CHUNK, Settings, Solve, Solved, _chunks, _through_unmerge, solve_parameters
+from fxzip.solve.lanes import Chunks, Lane, dynamic_nodes, nbytes
+from fxzip.solve.mixing import mixer
+from fxzip.trace import lower, state_of
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::fxzip.MergeWarning")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# -- lanes -------------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Values of inputs, of parameters alone, of neither; an operator with two results; one that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.w, self.copy = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4, bias=False)
+        self.copy.weight = self.fc.weight
+
+    def forward(self, x: Tensor, m: Tensor) -> Tensor:
+        x.cos()
+        kept, at = torch.add(self.fc(x) * self.w.exp().sum(0), torch.arange(4.0), alpha=2).clamp(max=m + 1).max(-1)
+        return self.copy(kept[..., None] * m) + at[..., None]
+
+
+@pytest.fixture
+def lane() -> Lane:
+    torch.manual_seed(0)
+    net = Mixed().eval()
+    module = fx.symbolic_trace(net)
+    lowered = lower(module, (torch.ones(2, 5, 4), torch.ones(2, 5, 4)))
+    state = {n: t.detach() for n, t in state_of(module).items()}
+    made = Lane(lowered, {n.name: n for n in lowered.graph.nodes}, state, Store(1e9))
+    made.net = net  # type: ignore[attr-defined]
+    return made
+
+
+@torch.no_grad()
+def test_a_lane_computes_what_its_network_does(lane):
+    data = [tuple(torch.randn(2, 2, 5, 4, generator=torch.Generator().manual_seed(k))) for k in range(3)]
+    dynamic = dynamic_nodes(lane.lowered)
+    for k, node in enumerate(lane.lowered.inputs):
+        lane.values[node.name] = [given[k] for given in data]
+    (output,) = lane.lowered.graph.output_node().all_input_nodes
+    for name, node in dynamic.items():
+        if node.op == "call_function":
+            lane.compute(name, 3, dynamic)
+    for k, given in enumerate(data):
+        torch.testing.assert_close(lane.value(output.name, k), lane.net(*given))
+    held = lane.values[output.name]
+    lane.compute(output.name, 3, dynamic)
+    assert lane.values[output.name] is held, "computed once"
+
+
+def test_dynamic_is_what_lies_between_inputs_and_outputs(lane):
+    graph, output = nx.DiGraph(), lane.lowered.graph.output_node()
+    graph.add_edges_from((i, n) for n in lane.lowered.graph.nodes for i in n.all_input_nodes)
+    below = {d for i in lane.lowered.inputs for d in nx.descendants(graph, i)} | set(lane.lowered.inputs)
+    between = below & nx.ancestors(graph, output)
+    found = dynamic_nodes(lane.lowered)
+    assert list(found) == [n.name for n in lane.lowered.graph.nodes if n in between] and "cos" not in str(list(found))
+    assert all(found[n].name == n for n in found)
+
+
+@torch.no_grad()
+def test_what_is_made_of_parameters_is_kept_until_one_is_written(lane):
+    (node,) = [n for n in lane.lowered.graph.nodes if "exp" in n.name]
+    first = lane.static(node)
+    torch.testing.assert_close(first, lane.net.w.exp())
+    given = {n: torch.zeros(4, 4) for n in lane.state}
+    assert torch.equal(lane.static(node, given), torch.ones(4, 4)), "of others for once"
+    assert lane.static(node) is first
+    lane.write("w", torch.full((4, 4), 2.0, dtype=torch.float64))
+    assert lane.state["w"].dtype == torch.float32 and torch.equal(lane.static(node), lane.state["w"].exp())
+
+
+@torch.no_grad()
+def test_a_tied_parameter_goes_by_the_name_that_the_state_has(lane):
+    node = lane.lowered.parameters["fc.weight"]
+    assert lane.parameter(node) == "fc.weight"
+    lane.state["copy.weight"] = lane.state.pop("fc.weight") + 1
+    assert lane.parameter(node) == "copy.weight" and lane.static(node) is lane.state["copy.weight"]
+
+
+def test_what_a_lane_does_not_compute_another_does(lane):
+    other = Lane(lane.lowered, lane.nodes, lane.state, Store(0))
+    lane.values = {"a": [torch.ones(2), torch.ones(3)], "b": [torch.ones(4)]}
+    other.fallback = _through_unmerge(lane, {"a": [torch.neg, torch.exp]}, 1)
+    other.values["c"] = [(torch.ones(5), None)]
+    assert torch.equal(other.value("a", 1), torch.ones(3).exp()) and torch.equal(other.value("b", 0), torch.ones(4))
+    assert torch.equal(other.value("c", 0)[0], torch.ones(5))
+
+
+def test_bytes_of_lanes_are_those_in_memory(lane):
+    some, file = (torch.ones(3, dtype=torch.float64), [torch.ones(5)], None), Store(0).keep(torch.ones(9))
+    lane.values = {"a": [torch.ones(2), some], "b": [file]}
+    assert nbytes([lane]) == 8 + 24 + 20 and nbytes([lane, lane]) == 104
+
+
+@pytest.mark.parametrize("total", [1, 5])
+def test_every_chunk_is_in_one_rank(total):
+    ranks = [list(Chunks(total, Processes(r, 2))) for r in range(2)]
+    for k in range(total):
+        assert [found[k] for found in ranks] == [k // 2, None] if k % 2 == 0 else [None, k // 2]
+    assert [Chunks(total, Processes(r, 2)).own for r in range(2)] == [(total + 1) // 2, total // 2]
+
+
+# -- merged coordinates ------------------------------------------------------------------------------
+
+
+def matching(width: int, *sizes: int) -> Matching:
+    return Matching(random(width, sum(sizes)), random(sum(sizes), width), sizes)
+
+
+def test_values_are_mixed_where_features_are_and_averaged_elsewhere():
+    """Two features, each at two places; those of a space without a matching, and what is no feature."""
+    places, others = np.array([[0, 3], [4, 1]]), np.array([[2], [6]])
+    found = matching(2, 2, 2)
+    layout = Layout((1,), (("s", places), ("t", others)))
+    mix = mixer([Layout((0,), (("t", others),)), layout], (3, 7, 2), {"s": found}, [0.75, 0.25], "%x")
+    a, b = random(3, 7, 2), random(3, 7, 2, seed=1)
+    expected = 0.75 * a + 0.25 * b
+    for column in places.T:
+        parts = (torch.einsum("mk,bkx->bmx", found.blocks_merge(i), v[:, column]) for i, v in enumerate((a, b)))
+        expected[:, column] = sum(parts)
+    assert mix is not None
+    torch.testing.assert_close(mix([a, b]), expected)
+
+
+def test_features_on_several_axes_together():
+    found, layout = matching(6, 6, 6), Layout((1, 3), (("s", np.arange(6)[:, None]),))
+    mix = mixer([layout], (4, 2, 5, 3), {"s": found}, [0.5, 0.5], "%x")
+    a, b = random(4, 2, 5, 3), random(4, 2, 5, 3, seed=1)
+    flat = [v.permute(0, 2, 1, 3).reshape(4, 5, 6) for v in (a, b)]
+    expected = sum(v @ found.blocks_merge(i).T for i, v in enumerate(flat)).reshape(4, 5, 2, 3).permute(0, 2, 1, 3)
+    assert mix is not None
+    torch.testing.assert_close(mix([a, b]), expected)
+
+
+def test_another_width_and_one_model():
+    found, layout = matching(5, 3, 3), Layout((1,), (("s", np.arange(3)[:, None]),))
+    mix = mixer([layout], (4, 3), {"s": found}, [0.5, 0.5], "%x")
+    a, b = random(4, 3), random(4, 3, seed=1)
+    assert mix is not None
+    torch.testing.assert_close(mix([a, b]), torch.cat([a, b], 1) @ found.merge.T)
+
+
+def test_no_mixture_of_nothing_or_of_two():
+    layouts, matchings = [Layout((a,), ((s, np.arange(3)[:, None]),)) for a, s in enumerate("st")], {
+        s: matching(3, 3, 3) for s in "st"}  # fmt: skip
+    assert mixer(layouts, (3, 3), matchings, [0.5, 0.5], "%x") is None
+    assert mixer(layouts, (3, 3), {}, [0.5, 0.5], "%x") is None
+
+
+# -- samples -----------------------------------------------------------------------------------------
+
+
+def test_chunks_hold_all_samples_in_order_but_for_what_fills_none():
+    x, whole = torch.arange(300.0)[:, None], torch.ones(2, 2)
+    for size in (1, 50, 128, 300):
+        found = _chunks([({"x": part}, whole, 3) for part in x.split(size)])
+        assert [type(c[0]) for c in found] == [dict] * 2 and all(c[1] is whole and c[2] == 3 for c in found)
+        assert torch.equal(torch.cat([c[0]["x"] for c in found]), x[: 2 * CHUNK])
+    assert [len(c[0]) for c in _chunks([(x[:40],), (x[:60],)])] == [100]
+    assert _chunks([(x[0, 0],)]) == [(x[0, 0],)], "a sample without an axis"
+
+
+def test_a_tensor_as_long_as_one_batch_by_chance_has_no_rows():
+    x, table = torch.arange(300.0)[:, None], torch.ones(100, 1)
+    (chunk,) = _chunks([(x[:100], table), (x[100:150], table)])
+    assert chunk[1] is table and len(chunk[0]) == 128
+
+
+def test_what_cannot_be_in_one_chunk_is_refused():
+    shapes = r"of one shape, the loader has \(float32\[4, 2\]\) and \(float32\[4, 3\]\): crop"
+    with pytest.raises(InputError, match=shapes):
+        _chunks([(torch.ones(4, 2),), (torch.ones(4, 3),)])
+    for one, other in ((3, 4), (torch.ones(1, 2), torch.zeros(1, 2))):
+        with pytest.raises(InputError, match="an argument without a row for each sample, differs between batches"):
+            _chunks([(torch.ones(4, 2), one), (torch.ones(4, 2), other)])
+
+
+# -- the whole pass ----------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A decoder that is its model's own is tied to the embedding, which is shared; more of its own follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.mid, self.dec = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+        self.dec.weight, self.head = self.emb.weight, nn.Linear(20, 3)
+
+    def forward(self, i: Tensor) -> Tensor:
+        x = self.emb(i)
+        x = x + torch.relu(self.mid(x))
+        return self.head(torch.relu(self.dec(x)).mean(1))
+
+
+class Block(nn.Module):
+    """A residual stream, with one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(6, 12), nn.BatchNorm1d(12)
+        self.up, self.down, self.head = nn.Linear(12, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.head(torch.relu(x + self.down(torch.relu(self.up(x)))))
+
+
+TOKENS = torch.randint(20, (512, 6), generator=torch.Generator().manual_seed(0))
+ROWS = torch.randn(512, 6, generator=torch.Generator().manual_seed(0))
+
+
+def errors(zipped: nn.Module, nets: list[nn.Module], x: Tensor) -> list[float]:
+    """E|y - y'|^2 / E|y|^2 of every model's output."""
+    with torch.no_grad():
+        pairs = [(n(x).double(), y.double()) for n, y in zip(nets, zipped(x), strict=True)]
+    return [float(((a - b) ** 2).sum() / (a**2).sum()) for a, b in pairs]
+
+
+@pytest.mark.parametrize(
+    "make, x, count, options",
+    [(Tied, TOKENS, 2, {}), (Block, ROWS, 3, {"model_weights": [1, 2, 3]}), (Block, ROWS, 2, {"until": "up"}),
+     (Block, ROWS[:200], 2, {"budget": 1.4}), (Block, ROWS[:200], 2, {})],
+    ids=["tied", "three", "cut", "wider", "some"],
+)  # fmt: skip
+def test_the_error_that_is_reported_of_a_head_is_that_of_the_network(make, x, count, options):
+    nets = [randomise(make(), seed).eval() for seed in range(count)]
+    zipped = fxzip.merge(nets, [x], progress=False, verify=False, **options)
+    reported = [row.after for row in fxzip.report(zipped).layers if row.node == "head"]
+    assert reported == pytest.approx(errors(zipped, nets, x[: len(x) // CHUNK * CHUNK]), rel=1e-3)
+    assert not any("solve" in n for n in fxzip.report(zipped).notices)
+
+
+FEW = Settings(rows=1, least=64)
+
+
+def solved(nets: list[nn.Module], batches: list, settings: Settings | None = FEW, **given) -> Solved:
+    """`solve_parameters` on what the passes before it make."""
+    graph = passes.start(nets, batches, progress=False)
+    for stage in (passes.Infer(), passes.Cut(), passes.Read(), passes.Measure(), passes.Match(), passes.Average()):
+        graph = stage(graph).graph_module
+    job = passes.job(graph)
+    p = job.prepared
+    return solve_parameters(p.graph_modules, p.spaces, p.cut, job.matchings, job.shared, job.heads, job.batches,
+                            settings, False, **given)  # fmt: skip
+
+
+def test_ranks_fit_what_one_process_fits():
+    nets, batches = [randomise(Block(), seed).eval() for seed in range(2)], [ROWS[:384]]
+    one = solved(nets, batches)
+    for other in in_ranks(lambda processes: solved(nets, batches, processes=processes)):
+        assert list(other.shared) == list(one.shared) and not other.notices
+        for name, value in one.shared.items():
+            torch.testing.assert_close(other.shared[name], value, rtol=1e-4, atol=1e-5)
+        for a, b in zip(other.heads.states, one.heads.states, strict=True):
+            for name in b:
+                torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_chunks_than_processes_are_solved_in_each():
+    nets = [randomise(Block(), seed).eval() for seed in range(2)]
+    one, other = (solved(nets, [ROWS[:300]], processes=p) for p in (Processes(), Processes(2, 3)))
+    text = "solve: 2 chunks of 128 samples do not go round 3 processes, so every process solved on all of them"
+    assert other.notices == (text,)
+    assert all(torch.equal(one.shared[n], other.shared[n]) for n in one.shared)
+
+
+def test_files_that_nobody_asked_for_are_told():
+    nets = [randomise(Block(), seed).eval() for seed in range(2)]
+    free, capped = (solved(nets, [ROWS], memory=m) for m in (None, 0.0))
+    assert not free.notices and not capped.notices and capped.peak < free.peak
+    assert all(torch.equal(free.shared[n], capped.shared[n]) for n in free.shared)
+    (text,) = solved(nets, [ROWS], Settings(memory=0)).notices
+    assert text == ("solve kept 0.0 GB of activations in temporary files: they would take over 0.0 GB of memory; "
+                    "memory= allows more")  # fmt: skip
+
+
+class Beside(nn.Module):
+    """Features beside what is none, under one norm; an argument of which a part is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.out, self.head = nn.Linear(4, 6), nn.LayerNorm(10), nn.Linear(10, 8), nn.Linear(8, 2)
+
+    def forward(self, pair: tuple[Tensor, int]) -> Tensor:
+        x = self.norm(torch.cat([self.fc(pair[0]).relu(), pair[0]], 1))
+        return self.head(self.out(x).relu() * pair[1])
+
+
+def test_models_count_alike_and_settings_are_the_usual_ones_unless_told():
+    nets, batches = [randomise(Beside(), seed).eval() for seed in range(2)], [((ROWS[:, :4], 3),)]
+    plain, same, other = (solved(nets, batches, *given, shares=shares) for given, shares in (
+        ([None], None), ([Settings()], [0.5, 0.5]), ([Settings(lam=0.1)], [0.3, 0.7])))  # fmt: skip
+    for name, value in plain.shared.items():
+        assert torch.equal(value, same.shared[name]) and not torch.equal(value, other.shared[name])
+
+
+def test_more_models_are_matched_in_larger_groups():
+    assert [Solve().matcher_for(n) for n in (2, 3)] == [fxzip.Zip(beta=1.0), fxzip.Zip(alpha=1.0, beta=1.0)]
+    assert Solve(fxzip.Pair()).matcher_for(3) == fxzip.Pair()
