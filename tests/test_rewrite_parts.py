@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import randomise
 from torch import Tensor, nn
+from toys import randomise
 
 import fxzip
 from fxzip.errors import InputError
