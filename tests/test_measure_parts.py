@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -51,14 +49,15 @@ def test_what_float32_cannot_hold_is_multiplied_in_float64(values):
 
 
 def test_a_backend_with_a_precision_of_its_own():
-    """torch then refuses to say what the precision of float32 is. In a process of its own: it cannot be taken back."""
-    code = (
-        "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
-        "from fxzip.measure.gram import add_gram\n"
-        "x = torch.randn(300, 3); s = torch.zeros(3, 3, dtype=torch.float64); add_gram(s, x)\n"
-        "torch.testing.assert_close(s, x.double().T @ x.double(), rtol=1e-12, atol=1e-12)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    """torch then refuses to say what the precision of float32 is."""
+    matmul, x, total = torch.backends.cuda.matmul, rows(300, 3), torch.zeros(3, 3, dtype=torch.float64)
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        add_gram(total, x)
+    finally:
+        matmul.fp32_precision = before
+    torch.testing.assert_close(total, x.double().T @ x.double(), rtol=1e-12, atol=1e-12)
 
 
 def moments_of(x: torch.Tensor, sizes: tuple[int, ...]) -> SpaceMoments:

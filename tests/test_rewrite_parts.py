@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,8 +14,12 @@ from toys import randomise
 
 import fxzip
 from fxzip.errors import InputError, SpaceError
+from fxzip.infer.spaces import MAKES, FeatureSpace, Segment, Spaces
+from fxzip.match.matching import Matching, from_slots
+from fxzip.rewrite import merge_parameters
 
 torch.set_num_threads(1)
+MODELS = 3
 X = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
 
 
@@ -162,3 +169,65 @@ def test_whole_numbers_that_differ_are_refused_and_counters_are_not():
     other.norm.num_batches_tracked += 5
     zipped = fxzip.merge([one, other], [X], method="permute", progress=False)
     torch.testing.assert_close(zipped(X)[1], other(X), atol=1e-4, rtol=1e-4)
+
+
+# ---- parameters against dense matrices, one per axis
+
+
+def random_spaces(draw: np.random.Generator, axes: int) -> tuple[list[int], dict[int, list]]:
+    """Sizes of a parameter, and per axis its spaces: (name, positions, roles). Some entries belong to none."""
+    shape, held = [], {}
+    for axis in range(axes):
+        sizes, rest = draw.integers(1, 4, size=draw.integers(0, 3)), draw.integers(0, 3)
+        shape.append(max(int(sizes.sum() + rest), 1))
+        order, ends = draw.permutation(shape[-1]), np.cumsum(sizes)
+        roles = draw.choice(["produce", "consume", "vector", "produce consume"], size=len(sizes))
+        held[axis] = [
+            (f"s{axis}{k}", order[end - n : end], frozenset(str(role).split()))
+            for k, (end, n, role) in enumerate(zip(ends, sizes, roles, strict=True))
+        ]
+    return shape, held
+
+
+def random_matching(draw: np.random.Generator, n: int) -> Matching:
+    if draw.random() < 0.5:
+        return from_slots(np.concatenate([draw.permutation(n) for _ in range(MODELS)]), n, (n,) * MODELS)
+    merge, unmerge = draw.normal(size=(n, n * MODELS)), draw.normal(size=(n * MODELS, n))
+    return Matching(torch.from_numpy(merge), torch.from_numpy(unmerge), (n,) * MODELS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32, torch.bfloat16])
+def test_merged_parameters_are_sums_of_products(dtype):
+    """M_i along the first axis that makes features, U_i^T along others, the share where neither sums over models."""
+    for seed in range(60):
+        draw = np.random.default_rng(seed)
+        shape, held = random_spaces(draw, axes=seed % 3 + 1)
+        matchings = {name: random_matching(draw, len(at)) for every in held.values() for name, at, _ in every}
+        shares = tuple(draw.dirichlet(np.ones(MODELS))) if seed % 2 else (1 / MODELS,) * MODELS
+        making = min((a for a, every in held.items() if any(roles & MAKES for _, _, roles in every)), default=None)
+        weights = [torch.randn(shape, dtype=torch.complex128 if dtype.is_complex else None).to(dtype) for _ in shares]
+        want = torch.zeros(shape, dtype=torch.complex128)
+        for i, share in enumerate(shares):
+            x = weights[i].to(torch.complex128)
+            for axis, every in held.items():
+                factor = share if axis == making else 1.0
+                dense = factor * torch.eye(shape[axis], dtype=torch.float64)
+                for name, at, roles in every:
+                    m, p = matchings[name], torch.from_numpy(at.copy())
+                    sums = axis == making and roles & MAKES
+                    dense[p[:, None], p] = m.blocks_merge(i) if sums else m.blocks_unmerge(i).T * factor
+                x = torch.tensordot(dense.to(x.dtype), x, ([1], [axis])).movedim(0, axis)
+            want += x if making is not None else x * share
+        spaces = tuple(
+            FeatureSpace(name, len(at), segments=(Segment("w", axis, at, roles),))
+            for axis, every in held.items()
+            for name, at, roles in every
+        )
+        before = [w.clone() for w in weights]
+        lowered = cast(Any, SimpleNamespace(tied={}))
+        states = [{"w": w} for w in weights]
+        found = merge_parameters(
+            states, Spaces(spaces, (), (), frozenset(), lowered), matchings, ["w"], shares if seed % 2 else None
+        )["w"]
+        torch.testing.assert_close(found, want.to(dtype) if dtype.is_complex else want.real.to(dtype))
+        assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
