@@ -206,7 +206,10 @@ def _nearly_constant(parameter: Tensor) -> bool:
 
 
 def _floating(outputs: Any) -> list[Tensor]:
-    return [x for x in tree_flatten(outputs)[0] if isinstance(x, Tensor) and x.is_floating_point()]
+    """The numbers among the outputs, complex ones as pairs."""
+    tensors = [x for x in tree_flatten(outputs)[0] if isinstance(x, Tensor)]
+    plain = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in tensors]
+    return [x for x in plain if x.is_floating_point()]
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -104,7 +104,8 @@ def residual_spaces() -> Spaces:
         ]
         made = [(f"{b}.conv1.weight", 0, "produce"), *norm(f"{b}.bn1"), (f"{b}.conv2.weight", 1, "consume")]
         inner.append(space(b, INNER, *made))
-    return spaces_of(space("s0", WIDTH, *stream), *inner)
+    norms = ("bn", *(f"{b}.bn{k}" for b in ("block1", "block2") for k in (1, 2)))
+    return spaces_of(space("s0", WIDTH, *stream), *inner, untouched=[f"{n}.num_batches_tracked" for n in norms])
 
 
 def features(name: str):
@@ -233,14 +234,15 @@ def test_one_axis_may_make_and_read():
 def test_integer_buffers():
     spaces = spaces_of()
     states = [
-        {"n": torch.tensor(3), "table": torch.tensor([1, 2])},
-        {"n": torch.tensor(5), "table": torch.tensor([1, 2])},
+        {"n": torch.tensor(3), "table": torch.tensor([1, 2]), "count": torch.tensor(7)},
+        {"n": torch.tensor(3), "table": torch.tensor([1, 2]), "count": torch.tensor(8)},
     ]
-    merged = merge_parameters(states, spaces, {}, ["n", "table"])
-    assert merged["n"] == 5 and merged["table"].tolist() == [1, 2]
-    states[1]["table"] = torch.tensor([2, 2])
-    with pytest.raises(SpaceError, match="table: integer buffers differ"):
-        merge_parameters(states, spaces, {}, ["table"])
+    merged = merge_parameters(states, spaces_of(untouched=["count"]), {}, ["n", "table", "count"])
+    assert merged["n"] == 3 and merged["table"].tolist() == [1, 2] and "count" not in merged
+    states[1] |= {"table": torch.tensor([2, 2]), "n": torch.tensor(5)}
+    for name in ("table", "n"):
+        with pytest.raises(SpaceError, match=f"{name}: integer buffers differ"):
+            merge_parameters(states, spaces, {}, [name])
 
 
 def test_layout_resizes_runs_and_interleaved_maps():

@@ -52,17 +52,18 @@ class Weights:
         spaces: Sequence[FeatureSpace],
         names: Collection[str] | None = None,
     ) -> Weights:
-        """The floating-point parameters among `names` (default: all) that lie on `spaces`.
+        """The parameters of numbers among `names` (default: all) that lie on `spaces`; complex ones as pairs.
 
         Raises InputError when a parameter has not one shape in all models.
         """
         lying: dict[str, dict[int, list]] = {}
         for space in spaces:
             for s in space.segments:
-                known = all(s.parameter in state for state in states) and states[0][s.parameter].is_floating_point()
+                held = [state[s.parameter] for state in states if s.parameter in state]
+                known = len(held) == len(states) and (held[0].is_floating_point() or held[0].is_complex())
                 if known and (names is None or s.parameter in names):
                     lying.setdefault(s.parameter, {}).setdefault(s.axis, []).append((space.name, s))
-        tensors = {name: tuple(state[name].detach() for state in states) for name in lying}
+        tensors = {name: tuple(as_real(state[name].detach()) for state in states) for name in lying}
         for name, all_of in tensors.items():
             if len({t.shape for t in all_of}) > 1:
                 raise InputError(f"{name}: shapes {[list(t.shape) for t in all_of]} differ, so weights do not compare")
@@ -131,6 +132,11 @@ class Weights:
                 parts.append(part.sort(0).values if found is None else _turn(found, segment, part, model))
             x = torch.cat(parts).movedim(0, axis)
         return x
+
+
+def as_real(x: Tensor) -> Tensor:
+    """Complex numbers as pairs, along one more axis at the end; real ones as they are."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def _turn(matching: Matching, segment: Segment, x: Tensor, model: int) -> Tensor:

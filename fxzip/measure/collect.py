@@ -146,6 +146,7 @@ def _one_batch(
             anchor = anchors[space.name][i]
             key = (space.name, i)
             rows = rows_of(anchor, value, chosen[key])
+            rows = torch.cat([rows.real, rows.imag]) if rows.is_complex() else rows
             _check_finite(programs, name, current, rows)
             held[key].append(rows)
             if current == models - 1:

@@ -60,9 +60,17 @@ def mirrored(matrix: Tensor) -> Tensor:
     return matrix
 
 
+def _exact() -> bool:
+    """Whether torch multiplies float32 as float32."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # asked so since a backend has its own setting (fp32_precision), which is not "highest"
+        return False
+
+
 def _centred(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     """(rows - centre, centre) in float32; None where float64 is needed."""
-    if rows.dtype not in _SINGLE or len(rows) < FEW or torch.get_float32_matmul_precision() != "highest":
+    if rows.dtype not in _SINGLE or len(rows) < FEW or not _exact():
         return None
     rows = rows.float()
     centre = rows.mean(0)

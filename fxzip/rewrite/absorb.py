@@ -83,7 +83,8 @@ def absorb(
         w = result[name]
         length = w.shape[axis] + sum(len(p) - u.shape[0] for _, p, u in pieces)  # of model 0
         step = axis_map(pieces, length, f"{name}[axis {axis}]", flip=True)
-        result[name] = apply(w.to("cpu", torch.float64), axis, step).contiguous().to(w.device, w.dtype)
+        exactly = w.to("cpu", torch.complex128 if w.is_complex() else torch.float64)
+        result[name] = apply(exactly, axis, step).contiguous().to(w.device, w.dtype)
     return result
 
 
@@ -117,11 +118,12 @@ def exact(
 
 
 def _random(value: Tensor, held: Value, i: int, generator: torch.Generator) -> Tensor:
-    """Normal features in the shape of `value`, at the merged width."""
+    """Normal features in the shape of `value`, at the merged width. It holds numbers, see `numbers`."""
     shape = list(value.shape)
     if len(held.axes) == 1:
         shape[held.axes[0]] = held.maps[i].length_in
-    return torch.randn(shape, generator=generator).to(value.device, value.dtype)
+    drawn = torch.complex64 if value.is_complex() else torch.float32
+    return torch.randn(shape, generator=generator, dtype=drawn).to(value.device, value.dtype)
 
 
 def _run(network: fx.GraphModule, state: Mapping[str, Tensor], values: Mapping[str, Any]) -> list[Any]:
@@ -136,11 +138,16 @@ def close(got: Any, want: Any, units: int = 0) -> bool:
     is more. Indices, truth values and what is no tensor are equal, or not."""
     if not isinstance(got, Tensor) or not isinstance(want, Tensor):
         return type(got) is type(want) and got == want
-    if got.shape != want.shape or not (want.is_floating_point() or want.is_complex()):
+    if got.shape != want.shape or not numbers(want):
         return torch.equal(got, want)
     scale = max(1e-12, float(want.abs().max())) if want.numel() else 1.0
     tolerance = max(TOLERANCE, units * torch.finfo(want.dtype).eps)
     return bool(((got - want).abs() <= tolerance * scale).all())
+
+
+def numbers(value: Tensor) -> bool:
+    """Whether `value` is no index and no truth value: sums of such have a meaning."""
+    return value.is_floating_point() or value.is_complex()
 
 
 def copied(value: Any) -> Any:

@@ -16,10 +16,10 @@ from torch import Tensor, fx
 
 from ..errors import SpaceError
 from ..trace import state_by_all_names
-from .absorb import Value, absorb, consumed_only, copied, exact, groups
+from .absorb import Value, absorb, consumed_only, copied, exact, groups, numbers
 from .parameters import axis_map
 from .partition import Partition, owned
-from .unmerge import Unmerge, is_identity
+from .unmerge import Unmerge, copies, is_identity
 
 if TYPE_CHECKING:
     from ..infer.spaces import Layout, Spaces
@@ -66,7 +66,8 @@ def head_parameters(
     captured = _capture(graph_modules[0], cut.boundary, example_args)
     values = _values(captured, spaces, matchings, feature_axis, len(graph_modules))
     networks = [private_network(g, cut) for g in graph_modules]
-    candidates = consumed_only(values, spaces, private_names[0])
+    whole = {s for n, v in values.items() if not numbers(captured[n]) for s in v.spaces}  # no weight reads these
+    candidates = consumed_only(values, spaces, private_names[0]) - whole
     absorbed = {s for v in values.values() if v.trivial for s in v.spaces}
     for group in groups(values):
         if group <= candidates and exact(networks, kept, captured, values, spaces, matchings, group):
@@ -137,6 +138,10 @@ def _refuse_unreadable(name: str, value: Any, spaces: Spaces, matchings: Mapping
             why = "is several tensors"
         elif any(value.shape[a] != shape[a] for a in layouts[0].axes):
             why = "has its features flattened together with the batch"
+        elif not numbers(value) and not all(
+            copies(matchings[s].unmerge) for k in layouts for s, _ in k.runs if s in moved
+        ):
+            why = f"is {str(value.dtype).removeprefix('torch.')} and its merged features are mixtures"
     if not why:
         return
     raise SpaceError(f"%{name} {why}, so the cut cannot be here: cut before or after it (see fxzip.cut_points)")
@@ -152,7 +157,7 @@ def _values(
     values = {}
     for name, value in captured.items():
         _refuse_unreadable(name, value, spaces, matchings)
-        featured = feature_axis(name) if isinstance(value, Tensor) and value.is_floating_point() else None
+        featured = feature_axis(name) if isinstance(value, Tensor) else None
         held = [(s, p) for s, p in featured[1] if s in matchings] if featured else []
         if featured is None or not held:
             continue

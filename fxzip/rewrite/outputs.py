@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InputError
 from ..trace.guards import kept_rng
+from .absorb import numbers
 
 HEADS = ("separate", "concat", "average")
 
@@ -30,7 +31,7 @@ def same_outputs(graph_modules: Sequence[fx.GraphModule], names: Sequence[str], 
         )
     tensors = [[(n, v) for n, v in of if isinstance(v, Tensor)] for of in found]
     if heads == "average":
-        whole = {f"%{n}": v.dtype for of in tensors for n, v in of if not (v.is_floating_point() or v.is_complex())}
+        whole = {f"%{n}": v.dtype for of in tensors for n, v in of if not numbers(v)}
         if whole:
             kinds = ", ".join(f"{n} is {str(dtype).removeprefix('torch.')}" for n, dtype in whole.items())
             raise InputError(

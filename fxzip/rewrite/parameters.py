@@ -51,10 +51,9 @@ def merge_parameters(
 
     states: per model name -> tensor. spaces: inferred on model 0. matchings: space name -> Matching; spaces
     without one are averaged as they are, model i counting shares[i] (default: all alike). Computed in float64 on
-    the CPU, returned in the dtype and on the device of model 0. Scalar integer buffers take the maximum, other
-    integer buffers must agree. Untouched parameters are left out: build takes model 0's, extract gives back each
-    model's own.
-    Raises SpaceError when an axis cannot be laid out at the merged width.
+    the CPU, returned in the dtype and on the device of model 0. Integers must agree.
+    Untouched parameters (counters of batches) are left out: build takes model 0's, extract gives back each model's own.
+    Raises SpaceError when an axis cannot be laid out at the merged width, or integers differ.
     """
     shares = shares or (1.0 / len(states),) * len(states)
     segments = _by_parameter(spaces, matchings)
@@ -266,8 +265,6 @@ def _apply_dense(x: Tensor, axis: int, axis_map: AxisMap) -> Tensor:
 
 def _integers(name: str, tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0].detach()
-    if first.dim() == 0 and first.dtype != torch.bool:
-        return torch.stack([t.detach().to(first.device) for t in tensors]).amax(0)
     if any(t.shape != first.shape or not torch.equal(t.to(first.device), first) for t in tensors[1:]):
         raise SpaceError(f"{name}: integer buffers differ between models and cannot be averaged")
     return first.clone()

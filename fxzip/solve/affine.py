@@ -60,6 +60,8 @@ def chain(
         link = _link(readers[0], value, dynamic)
         if link is None or (link.kind != "move" and shape(link.node) != shape(value)):
             return links  # or spread over more entries than it has: none of them is its own
+        if not link.node.meta["dtype"].is_floating_point:
+            return links  # least squares are over real numbers
         if link.kind in ("norm", "scale") and not _per_feature(start, links, link):
             return links
         links.append(link)

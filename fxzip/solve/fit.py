@@ -76,14 +76,14 @@ def solve_point(
     generator: torch.Generator,
 ) -> Outcome | None:
     """Fit the weights of one contraction in `point.lane`. None (and nothing written) where it cannot be fitted:
-    the weight or the bias is used elsewhere too or is computed, or no matched space is visible."""
+    the weight or the bias is used elsewhere too, is computed or complex, or no matched space is visible."""
     node = point.lane.nodes[point.name]
     design = design_of(node)
     assert design is not None  # `Pass` asks first
     weight = Slot.of(point.lane, argument(node, design.weight))
     bias = Slot.of(point.lane, argument(node, design.bias)) if design.bias else None
     tied = bias is None and argument(node, design.bias) is not None  # it would stay, and no longer fit the weight
-    if weight is None or tied or isinstance(argument(node, "padding"), str):
+    if weight is None or tied or isinstance(argument(node, "padding"), str) or node.meta["dtype"].is_complex:
         return None
     mix = _mixer(point, spaces, matchings)
     if mix is None:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 _COMPLEX = {torch.complex32: torch.complex128, torch.complex64: torch.complex128}
-_METHODS = {"float": "double", "half": "double", "bfloat16": "double"}
+_METHODS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "cdouble", "chalf": "cdouble"}
 
 
 def doubled(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -22,6 +22,7 @@ def doubled(graph_module: fx.GraphModule) -> fx.GraphModule:
     (torch.float64, torch.float32)
     """
     module = copy.deepcopy(graph_module).double()
+    module._apply(lambda t: t.to(_COMPLEX.get(t.dtype, t.dtype)))
     for node in module.graph.nodes:
         node.args, node.kwargs = _renamed(node.args), _renamed(node.kwargs)
         if node.op == "call_method":
