@@ -125,6 +125,39 @@ def test_a_copy_is_fitted_to_the_model_itself(kind):
             assert float((output - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
 
 
+class Scaled(Net):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(7) + 0.5)
+
+    def between(self, x):
+        return self.scale * self.layer(x)
+
+
+class HeadFirst(Net):
+    """A head before a layer: in the merged graph, which has a head per model, later nodes have other names."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(7, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x)).mean(1)
+        return self.head(x), self.last(torch.relu(self.layer(x) + self.other(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Scaled, HeadFirst])
+def test_wider_networks_have_nodes_of_their_own(kind):
+    torch.manual_seed(0)
+    x = torch.randn(300, 7, 5)
+    net = kind().eval()
+    zipped = fxzip.merge([net, copy.deepcopy(net)], [x], budget=2.0, progress=False, verify=False)
+    for made in zipped(x):
+        for output, wanted in zip(tree_leaves(made), tree_leaves(net(x)), strict=True):
+            assert float((output - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
+
+
 class Masked(Net):
     def forward(self, x, mask):
         return self.head(torch.relu(self.layer(torch.relu(self.first(x)) * mask[..., None])).mean(1))

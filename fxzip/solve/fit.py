@@ -181,8 +181,7 @@ def _target(point: Point, mix, chunk: int, dynamic: Mapping[str, fx.Node]) -> tu
         shape = tuple(lane.nodes[link.source.name].meta["shape"])
         other = None
         if link.kind in ("add", "subtract"):
-            second = next(a for a in here.args if isinstance(a, fx.Node) and a.name != link.source.name)
-            other = lane.operand(second, chunk, dynamic)
+            other = lane.operand(_other(lane, link), chunk, dynamic)
         else:
             full = undo(Link(link.kind, here, link.source), full, shape, None)
         target = undo(Link(link.kind, here, link.source), target, shape, other)
@@ -223,10 +222,16 @@ def _start(point: Point, design: Design, weight: Slot, bias: Slot | None, groups
             gamma, beta, mean, var = (lane.static(given[n]) for n in _BATCH_NORM)
             scale = (gamma / torch.sqrt(var + given["eps"])).double()
             matrix, shift = matrix * scale.reshape(g, o, 1), (shift - mean) * scale + beta
-        elif link.kind == "scale" and link.other is not None:
-            scale = lane.static(lane.nodes[link.other.name]).double().flatten()
+        elif link.kind == "scale":
+            scale = lane.static(_other(lane, link)).double().flatten()
             matrix, shift = matrix * scale.reshape(g, o, 1), shift * scale
     return torch.cat([matrix, shift.reshape(g, o, 1)], -1) if intercept else matrix
+
+
+def _other(lane: Lane, link: Link) -> fx.Node:
+    """The second operand of an addition or a scale in this lane's graph, where names may be others."""
+    source = lane.nodes[link.source.name]
+    return next(n for n in lane.nodes[link.node.name].all_input_nodes if n is not source)
 
 
 def _norm(lane: Lane, link: Link) -> fx.Node:
@@ -255,8 +260,8 @@ def _write(
             lane.write(lane.parameter(given[name]), value)
         shift = torch.zeros_like(mean)
     for link in point.links:
-        if link.kind == "scale" and link.other is not None:
-            name = lane.parameter(lane.nodes[link.other.name])
+        if link.kind == "scale":
+            name = lane.parameter(_other(lane, link))
             lane.write(name, torch.ones_like(lane.state[name]))
     if bias is not None and shift is not None:
         bias.write(lane, shift)
