@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -10,9 +11,12 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("fxzip", "docs", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
@@ -112,6 +116,30 @@ def test_the_core_dependencies_are_those_that_the_readme_names():
     text = " ".join((ROOT / "README.md").read_text().split())
     said = re.search(r"The core depends on (.*?) only;", text)
     assert said and re.split(", | and ", said[1]) == _names(PROJECT["dependencies"])
+
+
+def test_no_hole_is_known_in_what_the_core_needs(tmp_path):
+    """Asks PyPI; where it does not answer nothing is known, and that is said."""
+    pytest.importorskip("pip_audit", reason="not installed")
+    wanted, needed = ["fxzip"], {}
+    while wanted:
+        found = metadata.distribution(wanted.pop())
+        for text in found.requires or ():
+            need = Requirement(text)
+            if need.name not in needed and (need.marker is None or need.marker.evaluate({"extra": ""})):
+                needed[need.name] = Version(metadata.version(need.name)).public  # torch has +cu in its own
+                wanted.append(need.name)
+    (tmp_path / "needed.txt").write_text("".join(f"{n}=={v}\n" for n, v in needed.items()))
+    asked = ["--no-deps", "--disable-pip", "--format", "json", "--progress-spinner", "off", "--timeout", "5"]
+    command = [sys.executable, "-m", "pip_audit", *asked, "-r", str(tmp_path / "needed.txt")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        answers = json.loads(done.stdout)["dependencies"]
+    except (subprocess.TimeoutExpired, ValueError):
+        pytest.skip("PyPI cannot be reached: nothing is known")
+    if all("skip_reason" in d for d in answers):
+        pytest.skip(f"the package index has no advisories: {answers[0]['skip_reason']}")
+    assert not [(d["name"], hole["id"], hole["fix_versions"]) for d in answers for hole in d.get("vulns", ())]
 
 
 def test_nothing_is_imported_that_is_not_declared():
