@@ -224,7 +224,7 @@ def found(net: nn.Module, zipped: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("make", CASES)
 def test_a_layer_is_the_ridge_solution_on_what_the_merged_network_has(make):
-    nets, zipped = merged(make, sweeps=0)
+    nets, zipped = merged(make, sweeps=3 if make is TimesTwo else 0)  # behind a factor nothing is looked through
     x, t, _, start = problem(nets, zipped)
     if make is WithoutBias:
         x, start = x[..., :-1], start[..., :-1]
