@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from ..errors import InputError
 from ..processes import ALONE, Processes
@@ -24,8 +24,8 @@ def recompute_statistics(
 
     A batch norm is what has running_mean, running_var, num_batches_tracked and momentum. Only they run in
     train mode; dropout and all else stay in eval. bind: batch -> positional arguments. Modes, momenta and the
-    torch RNG are restored, also on error; statistics are restored when there is no batch (InputError). A batch of one
-    sample, which may have no variance, is joined to its neighbour.
+    torch RNG are restored, also on error; statistics are restored when there is no batch (InputError). The samples are
+    shuffled, so that no batch is of one task alone, nor of one sample, which may have no variance.
     Without any batch norm nothing is run and 0 returned. processes: every rank runs its share of the batches.
 
     >>> net = nn.Sequential(nn.BatchNorm1d(2))
@@ -44,7 +44,7 @@ def recompute_statistics(
     try:
         with torch.random.fork_rng(devices=_cuda_devices(module)), torch.no_grad():
             _start(module, norms)
-            for k, args in enumerate(_joined([bind(batch) for batch in batches])):
+            for k, args in enumerate(_dealt([bind(batch) for batch in batches])):
                 if processes.mine(k):
                     module(*args)
                 seen += 1
@@ -89,33 +89,50 @@ def _weigh(counts: dict[nn.Module, int], norm: nn.Module, args: tuple, kwargs: d
     norm.momentum = size / max(counts[norm], 1)  # type: ignore[assignment]
 
 
-def _joined(batches: list[tuple]) -> list[tuple]:
-    """Batches of one sample with the one after, or the one before, where that is possible."""
-    found: list[tuple] = []
-    for k, args in enumerate(batches):
-        last = k == len(batches) - 1
-        one = bool(found) and (batch_size(found[-1]) == 1 or (last and batch_size(args) == 1))
-        both = _both(found[-1], args) if one else None
-        found[len(found) - (both is not None) :] = [args if both is None else both]
-    return found
+def _dealt(batches: list[tuple]) -> Iterator[tuple]:
+    """The same samples, shuffled into batches as large as the largest was or less, and of two samples at least: a batch
+    of a single task, as from a dict of loaders, would be normed by that task's statistics, all through the network."""
+    while batches:
+        alike = [b for b in batches if _one_form(batches[0], b)]
+        batches = [b for b in batches if not _one_form(alike[0], b)]
+        sizes, form = [batch_size(b) for b in alike], tree_structure(alike[0])
+        columns = list(zip(*map(tree_leaves, alike), strict=True))  # one for each tensor or number of a batch
+        ends, total = torch.tensor(sizes).cumsum(0), sum(sizes)
+        count = max(1, min(-(-total // max(*sizes, 1)), total // 2))
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+        for k in range(count):
+            chosen = order[k::count].sort().values
+            owners, held = torch.bucketize(chosen, ends, right=True).unique_consecutive(return_counts=True)
+            places = [(j, at - ends[j] + sizes[j]) for j, at in zip(owners, chosen.split(held.tolist()), strict=True)]
+            yield tree_unflatten([_taken(xs, sizes[0], places) for xs in columns], form)
 
 
-def _both(first: tuple, second: tuple) -> tuple | None:
-    """Two batches as one; None where they are not of one form."""
-    (xs, form), (ys, other) = tree_flatten(first), tree_flatten(second)
-    forms = [[(v.shape[1:], v.dtype) if isinstance(v, Tensor) else v for v in values] for values in (xs, ys)]
-    sizes = batch_size(first), batch_size(second)
-    if form != other or forms[0] != forms[1]:
-        return None
-    made = []
-    for x, y in zip(xs, ys, strict=True):
-        if isinstance(x, Tensor) and x.dim() and (len(x), len(y)) == sizes:
-            made.append(torch.cat([x, y]))
-        elif not isinstance(x, Tensor) or torch.equal(x, y):
-            made.append(x)
-        else:
-            return None
-    return tree_unflatten(made, form)
+def _one_form(first: tuple, second: tuple) -> bool:
+    """Whether two batches can be one: alike in structure, in the shape of a sample, and in what is for all samples."""
+    xs, ys = tree_leaves(first), tree_leaves(second)
+    return tree_structure(first) == tree_structure(second) and all(
+        _of_samples(x, batch_size(first)) == _of_samples(y, batch_size(second))
+        and (_of_samples(x, batch_size(first)) or _equal(x, y))
+        for x, y in zip(xs, ys, strict=True)
+    )
+
+
+def _of_samples(x: Any, size: int) -> tuple[torch.Size, torch.dtype] | None:
+    """Shape and dtype of a sample, if there is one for each."""
+    return (x.shape[1:], x.dtype) if isinstance(x, Tensor) and x.dim() and len(x) == size else None
+
+
+def _equal(x: Any, y: Any) -> bool:
+    if not isinstance(x, Tensor):
+        return type(x) is type(y) and x == y
+    return isinstance(y, Tensor) and (x.shape, x.dtype) == (y.shape, y.dtype) and torch.equal(x, y)
+
+
+def _taken(xs: Sequence[Any], size: int, places: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """The samples at (which tensor, where); what is for all samples as it is. size: of the first."""
+    if not _of_samples(xs[0], size):
+        return xs[0]
+    return torch.cat([xs[int(j)][at.to(xs[0].device)] for j, at in places])
 
 
 def _combine(norms: list[nn.Module], counts: dict[nn.Module, int], processes: Processes) -> None:
