@@ -86,7 +86,7 @@ class _State:
         atom, atoms = self._components()
         changed |= self._distinguish_repeated(colour, atom)
         of_atom = multiset(atom, mix(colour), atoms)
-        family = np.unique(of_atom, return_inverse=True)[1].reshape(-1)
+        family = np.unique(of_atom, return_inverse=True)[1]
         tables = self._tables(colour, atom, family)
         closure = Closure(atom, family, tables, self.count)
         closure.run()
@@ -116,8 +116,6 @@ class _State:
     def _promote(self, colour: np.ndarray) -> bool:
         """Step 2. Only whole (type, colour) classes are promoted."""
         child, parent, kind = self.many
-        if not len(child):
-            return False
         key = pair(kind, colour[child])
         _, inverse, counts = np.unique(pair(key, parent.astype(U64)), return_inverse=True, return_counts=True)
         shared = np.unique(key[counts[inverse] > 1])
@@ -155,8 +153,6 @@ class _State:
     def _tables(self, colour: np.ndarray, atom: np.ndarray, family: np.ndarray) -> dict[int, Table]:
         """family -> its children atoms and, per slot, the parent labels; trivial and repeated slots left out."""
         child, parent, kind = self.many
-        if not len(child):
-            return {}
         slot = pair(kind, colour[child])
         atoms = atom[child]
         families = family[atoms]
@@ -196,15 +192,14 @@ def _stacked(edges: list[Edges]) -> Edges:
 def _runs(index: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:
     """`index` cut where `keys` (sorted alike) changes."""
     cuts = np.flatnonzero(keys[1:] != keys[:-1]) + 1
-    return np.split(index, cuts)
+    return np.split(index, cuts) if len(index) else []
 
 
 def _solution(atom: np.ndarray, colour: np.ndarray, family: np.ndarray, tables: dict[int, Table]) -> Solution:
-    count = int(family.max()) + 1 if len(family) else 0
     by_family = np.argsort(family, kind="stable")
-    members = tuple(np.split(by_family, np.searchsorted(family[by_family], np.arange(1, count))))
+    members = tuple(_runs(by_family, family[by_family]))
     parents = {f: (t.children, tuple(atom[labels] for _, labels in t.columns)) for f, t in tables.items() if t.columns}
-    return Solution(atom, colour, family, members, parents, _parents_first(count, family, parents))
+    return Solution(atom, colour, family, members, parents, _parents_first(len(members), family, parents))
 
 
 def _parents_first(count: int, family: np.ndarray, parents: Mapping[int, tuple]) -> tuple[int, ...]:
