@@ -82,9 +82,9 @@ class _State:
     def round(self) -> Solution | None:
         """One pass of steps 1 to 5; the solution when nothing changed."""
         colour = self._refine()
-        changed = self._promote(colour)
+        self._promote(colour)
         atom, atoms = self._components()
-        changed |= self._distinguish_repeated(colour, atom)
+        changed = self._distinguish_repeated(colour, atom)
         of_atom = multiset(atom, mix(colour), atoms)
         family = np.unique(of_atom, return_inverse=True)[1]
         tables = self._tables(colour, atom, family)
@@ -113,19 +113,17 @@ class _State:
                 return colour
             distinct = now
 
-    def _promote(self, colour: np.ndarray) -> bool:
-        """Step 2. Only whole (type, colour) classes are promoted."""
+    def _promote(self, colour: np.ndarray) -> None:
+        """Step 2. Only whole (type, colour) classes are promoted. No reason for another round: what the new edges say,
+        the colours knew, and so it is the same classes that would be promoted then."""
         child, parent, kind = self.many
         key = pair(kind, colour[child])
         _, inverse, counts = np.unique(pair(key, parent.astype(U64)), return_inverse=True, return_counts=True)
         shared = np.unique(key[counts[inverse] > 1])
         single = ~np.isin(key, shared)
-        if not single.any():
-            return False
         promoted = (child[single], parent[single], mix(key[single]))
         self.one = _stacked([self.one, promoted])
         self.many = (child[~single], parent[~single], kind[~single])
-        return True
 
     def _components(self) -> tuple[np.ndarray, int]:
         from scipy.sparse import coo_matrix
