@@ -84,7 +84,8 @@ def feature_axis(spaces: Spaces):
 def agree(p: Prepared, matchings: Mapping[str, Matching], moments: Moments) -> bool:
     """Whether the models are equal, or compute the same features in another order."""
     first, *others = (state_by_all_names(m) for m in p.graph_modules)
-    if all(s[n].shape == first[n].shape and torch.equal(s[n], first[n]) for s in others for n in first):
+    used = first.keys() - set(p.spaces.untouched)  # counters of batches are not
+    if all(s[n].shape == first[n].shape and torch.equal(s[n], first[n]) for s in others for n in used):
         return True
     placed = {parent.space for s in p.spaces for parent in s.parents}  # by what their children are
     known = all(n in moments or n in placed for n in matchings)

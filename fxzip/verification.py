@@ -39,6 +39,11 @@ class Verification:
         """Why this is no proof; empty when it is one."""
         found = []
         noise = max(self.error, 1e-13)
+        if self.blind:
+            return (
+                "the outputs hold no numbers to compare, but indices or truth values alone, or NaN: nothing is proven;"
+                " let forward_fn= return the scores that they are chosen by",
+            )
         if self.chaotic:
             return (
                 f"rounding alone changes the output by {self.rounding:.1e} (tolerance {TOLERANCE:.0e}):"
@@ -60,6 +65,11 @@ class Verification:
         return tuple(found)
 
     @property
+    def blind(self) -> bool:
+        """No output is a number, or one is NaN: nothing tells two inputs apart."""
+        return bool(np.isnan(self.sensitivity))
+
+    @property
     def chaotic(self) -> bool:
         """Rounding alone comes near the tolerance (in a network that does not amplify it, 1e-14)."""
         return self.rounding >= TOLERANCE / 100
@@ -79,7 +89,7 @@ class Verification:
 
     def __str__(self) -> str:
         fired = sum(fires(c, self.error) for c in self.controls.values())
-        head = "sound" if self.ok else "NOT SOUND"
+        head = "sound" if self.ok else "NOT PROVEN" if self.blind else "NOT SOUND"
         text = (
             f"{head}: {self.spaces} spaces, error {self.error:.1e}, controls {fired}/{len(self.controls)} fired,"
             f" roles {self.roles:.1e} (control {self.roles_control:.1e}), sensitivity {self.sensitivity:.1e}"

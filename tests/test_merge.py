@@ -337,6 +337,15 @@ def test_average_without_data_warns_about_statistics():
         merge(models, None, "zip", example_inputs=DATA[:2])
 
 
+def test_equal_models_keep_their_statistics_however_long_they_were_trained():
+    a = digits(1)
+    b = copy.deepcopy(a)
+    b.get_buffer(next(n for n, _ in b.named_buffers() if n.endswith("num_batches_tracked"))).add_(7)
+    zipped = merge([a, b], [DATA[:8] * 3], "average")
+    assert any("the models agree" in n for n in fxzip.report(zipped).notices)
+    assert all(far(y, outputs(a)) < 1e-6 for y in outputs(zipped))
+
+
 def test_double_precision():
     model, data = digits().double(), DATA.double()
     recompute_statistics(model, [data], lambda batch: (batch,))

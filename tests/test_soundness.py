@@ -411,6 +411,17 @@ def test_no_output_of_several_is_left_out_of_the_proof():
     assert _distance([one, 2 * one, one[:0]], [one, one, one[:0]]) == 1
 
 
+def test_indices_alone_are_no_proof_and_no_fault():
+    class Labels(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(1)
+
+    model = Labels(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(fxzip.VerificationError, match=r"(?s)^NOT PROVEN.*indices or truth values alone.*forward_fn="):
+        fxzip.merge([model, model], [torch.randn(8, 4)], progress=False)
+    assert fxzip.verify(model, torch.randn(8, 4), forward_fn=lambda m, x: nn.Sequential(*m)(x))
+
+
 def test_spaces_that_are_no_group_are_named():
     """Two blocks of one and of two features cannot change places."""
     block = FeatureSpace("s0", 2)

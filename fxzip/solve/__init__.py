@@ -205,5 +205,3 @@ def _through_unmerge(merged: Lane, unmerged: Mapping[str, Sequence], model: int)
         return unmerged[name][model](value) if name in unmerged else value
 
     return read
-
-

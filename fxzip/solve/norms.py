@@ -36,8 +36,6 @@ def solve_norm(
     mix = mixer_at(first, parents, shared, spaces, matchings)
     if scale is None or shift is None or mix is None or len(lane.state[scale.name].shape) != 1:
         return None
-    if packet(op) in BATCH_NORMS and argument(op, "training"):
-        return None  # batch statistics: an instance norm
     if packet(op) in BATCH_NORMS:
         _set_statistics(op, lane, chunks, dynamic)
     size = lane.state[scale.name].shape[0]
