@@ -143,7 +143,7 @@ def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
     reasons = [str(f) for f in p.spaces.frozen]
     cut = partition(first, p.spaces.opaque, until, reasons)
     unpadded = [state_of(t.graph_module) for t in p.unpadded]
-    if p.real and not compare_shapes(unpadded, p.names, owned(first, cut.private)):
+    if p.real and not compare_shapes(unpadded, p.names, owned(first, cut.private), p.spaces.untouched):
         plain = replace(p, traced=p.unpadded, unpadded=(), real={}, widest=0, notices=p.notices[:-1])
         return cut_graph(replace(plain, spaces=analyse(plain.graph_modules[0], p.args)), until)
     cut, notices = _above_other_shapes(p, cut, until)
@@ -171,7 +171,7 @@ def _above_other_shapes(p: Prepared, cut: Partition, until: str | None) -> tuple
     """The cut, moved up to the first layers whose shapes differ between models; a notice if it was."""
     first = p.graph_modules[0]
     states = [state_of(m) for m in p.graph_modules]
-    problems = compare_shapes(states, p.names, allowed=owned(first, cut.private))
+    problems = compare_shapes(states, p.names, owned(first, cut.private), p.spaces.untouched)
     if not problems:
         return cut, ()
     other = {k for k, x in states[0].items() if any(k in s and s[k].shape != x.shape for s in states[1:])}
@@ -180,7 +180,7 @@ def _above_other_shapes(p: Prepared, cut: Partition, until: str | None) -> tuple
         cut = partition(first, {*p.spaces.opaque, *apart}, until)
     except SpaceError:
         raise InputError.listing(p.call, problems) from None
-    left = compare_shapes(states, p.names, allowed=owned(first, cut.private))
+    left = compare_shapes(states, p.names, owned(first, cut.private), p.spaces.untouched)
     if left:
         raise InputError.listing(p.call, left)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -261,6 +261,9 @@ def test_integer_buffers_must_be_equal():
         "mask holds other truth values in b than in a: a mean has no meaning",
     ]
     assert compare_shapes([a, b], ["a", "b"], allowed=["index", "mask"]) == []
+    counts = [{"n": torch.tensor(3)}, {"n": torch.tensor(4)}]
+    assert compare_shapes(counts, ["a", "b"]) == ["n holds other integers in b than in a: a mean has no meaning"]
+    assert compare_shapes(counts, ["a", "b"], unread=["n"]) == []
 
 
 def test_shapes():

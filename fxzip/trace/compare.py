@@ -50,18 +50,22 @@ def compare_sizes(graph_modules: Sequence[fx.GraphModule], names: Sequence[str],
 
 
 def compare_shapes(
-    states: Sequence[Mapping[str, Tensor]], names: Sequence[str], allowed: Collection[str] = ()
+    states: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+    allowed: Collection[str] = (),
+    unread: Collection[str] = (),
 ) -> list[str]:
     """Parameters and buffers whose shape or dtype differs from the first model's, each with both; and integer
-    buffers (indices) whose values do. Single integers (counters) may differ.
+    buffers (indices) whose values do.
 
-    states: one per model. allowed: parameters (heads) whose sizes, not number of axes, may differ.
+    states: one per model. allowed: parameters (heads) whose sizes, not number of axes, may differ. unread: integers
+    that nothing reads (counters of batches), whose values may.
 
     >>> import torch
     >>> compare_shapes([{"w": torch.ones(2, 3)}, {"w": torch.ones(2, 4)}], ["a", "b"])
     ['w is [2, 3] in a and [2, 4] in b']
     """
-    first, reference = names[0], states[0]
+    first, reference, free = names[0], states[0], {*allowed, *unread}
     problems = []
     for name, state in zip(names[1:], states[1:], strict=True):
         for key, a in reference.items():
@@ -72,7 +76,7 @@ def compare_shapes(
                 problems.append(f"{key} is {list(a.shape)} in {first} and {list(b.shape)} in {name}")
             elif a.dtype != b.dtype:
                 problems.append(f"{key} is {a.dtype} in {first} and {b.dtype} in {name}")
-            elif a.dim() and a.shape == b.shape and key not in allowed and not _number(a) and not _equal(a, b):
+            elif key not in free and not _number(a) and not _equal(a, b):
                 problems.append(f"{key} holds other {_kind(a)} in {name} than in {first}: a mean has no meaning")
     return problems
 
