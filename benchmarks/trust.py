@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--graphs", type=int, default=1000, help="random networks: spaces, scramble, merge back")
     parser.add_argument("--kills", type=int, default=50, help="kill -9 while measuring, at random moments")
     parser.add_argument("--files", type=int, default=400, help="damaged files")
-    parser.add_argument("--mutants", type=int, default=50, help="small changes of the rules, and of the solver")
+    parser.add_argument("--mutants", type=int, default=50, help="small changes of rules, spaces and solve, each")
     parser.add_argument("--keep", type=Path, help="folder for what mutants.py need not find out again")
     parser.add_argument("--no-inputs", action="store_true", help="leave out the table of bad inputs")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,7 +68,7 @@ def _rows(options: argparse.Namespace) -> Iterator[Row]:
         yield from files(options.files, options.seed)
     if not options.no_inputs:
         yield inputs()
-    for name in ("rules", "solve") if options.mutants else ():
+    for name in ("rules", "spaces", "solve") if options.mutants else ():
         yield mutants(name, options.mutants, options.seed, options.keep)
     if options.graphs:
         yield rules()
