@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from coverage_model import apart, measure
+from coverage_model import MEMORY, apart, measure
 from coverage_table import latest, outcome, write
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +102,7 @@ def facts(suite: str) -> dict[str, str]:
 
 
 def _process(suite: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    found = apart(args.limit, lambda: measure(suite, name, args.nodes, not args.analysis))
+    found = apart(args.limit, lambda: measure(suite, name, args.nodes, not args.analysis), args.memory)
     return found if isinstance(found, dict) else {"error": f"the process ended with exit code {found}"}
 
 
@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="torchvision,timm,transformers,toys")
     parser.add_argument("--only", default="*", metavar="GLOBS", help="names of models: a,b*")
     parser.add_argument("--limit", type=int, default=600, help="seconds of processor time per model (600)")
+    parser.add_argument("--memory", type=int, default=MEMORY, help=f"GiB per model ({MEMORY})")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where COVERAGE.md and coverage.json go")
     parser.add_argument("--again", action="store_true", help="measure what this code has measured, too")

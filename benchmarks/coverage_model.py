@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 BATCH, SAMPLES = 4, 8
-MEMORY = 14 << 30  # bytes a process may allocate
+MEMORY = 14  # GiB that a process may allocate
 MOMENTS = 5 << 30  # bytes of second moments above which the models are matched by their weights
 RECOVERED = 1e-3  # relative error of a model recovered from its scrambled copy
 GRACE = 30  # seconds of processor time from the polite signal to the end of the process
@@ -70,8 +70,8 @@ def _fill(row: dict[str, Any], model: nn.Module, batch: Any, nodes: int, merge: 
             runnable(row, zipped, data[0])
 
 
-def limit(seconds: int) -> None:
-    """For this process, which is one model's: TimeUp after so much processor time, and GRACE later the end; MEMORY."""
+def limit(seconds: int, memory: int) -> None:
+    """For this process, which is one model's: TimeUp after so much processor time, and GRACE later the end; GiB."""
 
     def up(*_: Any) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds + GRACE, seconds + GRACE))  # or it comes again every second
@@ -79,7 +79,7 @@ def limit(seconds: int) -> None:
 
     signal.signal(signal.SIGXCPU, up)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + GRACE))
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_DATA, (memory << 30, memory << 30))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # No mmap, no trim below 2 GiB: large tensors come and go, and the first touch of a page costs more than most
     # operators.
@@ -87,13 +87,13 @@ def limit(seconds: int) -> None:
         mallopt(parameter, value)
 
 
-def apart(seconds: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | int | None:
+def apart(seconds: int, work: Callable[[], dict[str, Any]], memory: int = MEMORY) -> dict[str, Any] | int | None:
     """work() in a process of its own, within the limits; the exit code where that ended without an answer."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
 
     def limited() -> None:
-        limit(seconds)
+        limit(seconds, memory)
         theirs.send(work())
 
     worker = context.Process(target=limited)

@@ -26,7 +26,7 @@ def images(size: int, channels: int = 3) -> Callable[[int], Tensor]:
 # ------------------------------------------------------------------------------------------- torchvision
 
 # Networks that refuse small images, or whose last stage would be a single pixel wide.
-_SIZES = {"inception_v3": 128, "googlenet": 96, "maxvit_t": 224, "alexnet": 96}
+_SIZES = {"vit_h_14": 112, "inception_v3": 128, "googlenet": 96, "maxvit_t": 224, "alexnet": 96}
 
 
 def torchvision_kinds() -> dict[str, str]:
