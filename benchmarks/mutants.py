@@ -8,8 +8,9 @@ imported once; each mutant is a fork in which the function gets other code. It r
 line, those that killed its neighbours first, then the cheapest, until one fails, `--cpu` seconds are spent (it
 survives) or ten times as much within one test (it does not end: killed). Survivors are printed with their line;
 those of mutants.txt, where the reason is written why nothing can or need notice, apart. `--keep` names a file for
-which tests reach which lines, valid as long as the sources stay as they are, and which mutants were killed. SIGTERM
-ends it after the mutant at hand. `--again OUTPUT` tries those that an earlier run printed as survivors or unreached.
+which tests reach which lines and which mutants were killed by which test, valid as long as sources and tests stay as
+they are. SIGTERM ends it after the mutant at hand. `--again OUTPUT` tries those that an earlier run printed as
+survivors or unreached.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -78,12 +80,15 @@ class Experiment:
         """Which lines each test reaches, and what it costs; each in a fork, so that nothing is cached here."""
         sources = {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in self.paths}
         kept = self.options.keep
-        empty = {"root": str(ROOT), "sources": {}, "reach": {}, "killed": {}}
-        self.kept = json.loads(kept.read_text()) if kept and kept.exists() else empty
-        if (self.kept["root"], self.kept["sources"]) != (str(ROOT), sources):
-            same = {p for p, digest in sources.items() if self.kept["sources"].get(p) == digest}
-            killed = {k: by for k, by in self.kept["killed"].items() if k.split()[0] in same}
-            self.kept = {"root": str(ROOT), "sources": sources, "reach": {}, "killed": killed}
+        tests = {n: hashlib.sha256(inspect.getsource(i.function).encode()).hexdigest() for n, i in self.items.items()}  # type: ignore[attr-defined]
+        old = {"root": "", "sources": {}, "tests": {}, "reach": {}, "killed": {}}
+        old |= json.loads(kept.read_text()) if kept and kept.exists() else {}
+        same = {p for p, digest in sources.items() if old["sources"].get(p) == digest}
+        there = {n for n, digest in tests.items() if old["tests"].get(n) == digest}
+        killed = {k: by for k, by in old["killed"].items() if k.split()[0] in same and (not by or by in there)}
+        whole = (old["root"], old["sources"]) == (str(ROOT), sources)
+        reach = {n: found for n, found in old["reach"].items() if n in there} if whole else {}
+        self.kept = {"root": str(ROOT), "sources": sources, "tests": tests, "reach": reach, "killed": killed}
         new = [(n, i) for n, i in self.items.items() if n not in self.kept["reach"]]
         with probes(self.paths, self.functions) if new else contextlib.nullcontext():
             for k, (name, item) in enumerate(new):
@@ -118,6 +123,7 @@ class Experiment:
         random.Random(self.options.seed).shuffle(every)
         reasons = dict(line.rsplit(" | ", 1) for line in EXPLAINED.read_text().splitlines() if " | " in line)
         found: Counter[str] = Counter()
+        used: set[str] = set()  # of the reasons
         tried = every[: self.options.sample or len(every)]
         for k, m in enumerate(tried):
             self.save(k + 1)
@@ -126,12 +132,17 @@ class Experiment:
             outcome, by = ("killed", "") if m.key in self.kept["killed"] else self.outcome(m)
             explained = outcome in ("survives", "unreached") and m.key in reasons
             found["explained" if explained else outcome] += 1
+            used.update([m.key] * explained)
             if outcome in ("killed", "endless"):
                 self.kept["killed"].setdefault(m.key, by)
             if outcome != "killed" or self.options.verbose:
                 tail = f" ({reasons[m.key]})" if explained else ""
                 print(f"{outcome}: {m}{tail}{' by ' + by if by else ''}", flush=True)
         self.save()
+        if len(tried) == len(every) == sum(found.values()):
+            files = {str(p.relative_to(ROOT)) for p in self.paths}
+            idle = [k for k in reasons if k.split()[0] in files and k not in used]
+            print(*(f"explained without need: {k}" for k in idle), sep="\n", end="\n" * bool(idle))
         count = sum(found.values())
         dead = found["killed"] + found["endless"]
         print(f"{count} of {len(every)} mutants: {dead} killed ({dead / max(count, 1):.1%}), ", end="")

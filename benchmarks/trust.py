@@ -111,11 +111,11 @@ def mutants(name: str, count: int, seed: int, keep: Path | None) -> Row:
     """Small changes of one part of fxzip: which share is killed."""
     command = [sys.executable, str(ROOT / "benchmarks" / "mutants.py"), name, "--sample", str(count), "--cpu", "60"]
     command += ["--seed", str(seed), *(["--keep", str(keep / f"{name}.json")] if keep else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
-    *lines, summary = done.stdout.strip().splitlines()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    *lines, summary = done.stdout.strip().splitlines() or [""]
     found = re.match(r"(\d+) of (\d+) mutants: (\d+) killed \(([\d.]+%)\)(.*);", summary)
     if found is None:
-        raise RuntimeError(f"mutants.py {name}: {summary}")
+        raise RuntimeError(f"mutants.py {name}: {summary} {done.stderr[-2000:]}")
     print(*lines, sep="\n", file=sys.stderr)
     tried, every, killed, share, rest = found.groups()
     left = sum(int(n) for n in re.findall(r"(\d+) (?:survives|unreached)", rest))

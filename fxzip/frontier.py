@@ -25,6 +25,8 @@ from .report import report, table
 
 __all__ = ["Frontier", "Point", "frontier"]
 
+HOLDOUT = 512  # samples that no fit saw
+
 
 @dataclass(frozen=True)
 class Point:
@@ -95,16 +97,16 @@ def frontier(
     untils: Sequence[str] = (),
     evaluate: Callable[[nn.Module], Any] | None = None,
     calibration: int = 2048,
-    holdout: int = 512,
+    holdout: int = HOLDOUT,
     seed: int = 0,
     progress: bool = True,
     **options: Any,
 ) -> Frontier:
-    """Merge at every budget and every cut; the features are measured once.
+    """Merge at every budget and every cut; features are measured once for all budgets, and once for each cut.
 
     models, loader: as for `merge`. budgets: FLOPs over one model's; 1.0 keeps the widths. untils: cuts to try.
     evaluate: merged network -> anything (a number, an `Accuracy`); also called with the ensemble. holdout: samples
-    read after the `calibration` ones, for the drift; if the loader has no more, the last calibration samples are
+    read after the `calibration` ones, for the drift; if the loader has none beyond, the last calibration samples are
     used again, and the drift is optimistic. options: passed on to `merge`; of a resume folder every cut has one inside.
     Raises InputError for a budget below 0.1 or no point at all, and what `merge` raises.
 
@@ -120,7 +122,7 @@ def frontier(
     batches = calibration_batches(p, calibration + holdout, seed)
     total = sum(_size(b) for b in batches)
     fitted = _named(_slice(batches, 0, calibration), signature(p.graph_modules[0].forward))
-    held = _slice(batches, max(min(calibration, total - holdout), 0), total)
+    held = _slice(batches, calibration if total > calibration else max(total - holdout, 0), total)
     kept = options.pop("resume", None)
     moments = collect(models, fitted, calibration=calibration, seed=seed, progress=progress, resume=kept,
                       memory=options.get("memory"), **reading)  # fmt: skip

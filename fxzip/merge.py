@@ -137,7 +137,7 @@ def choose(
         repair, method = split(method, budget)
         solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
         count = len(models) if isinstance(models, Sized) else 2
-        return repair, solver, solver.matcher_for(count) if solver else resolve(method)  # type: ignore[arg-type]
+        return repair, solver, solver.matcher_for(count) if solver else resolve(method, [Solve.name])  # type: ignore[arg-type]
     except InputError as error:
         wrong.append(str(error))
         return None, None, resolve("average")

@@ -89,7 +89,7 @@ class Verification:
 
     def __str__(self) -> str:
         fired = sum(fires(c, self.error) for c in self.controls.values())
-        head = "sound" if self.ok else "NOT PROVEN" if self.blind else "NOT SOUND"
+        head = "sound" if self.ok else "NOT PROVEN" if self.blind or self.inconclusive else "NOT SOUND"
         text = (
             f"{head}: {self.spaces} spaces, error {self.error:.1e}, controls {fired}/{len(self.controls)} fired,"
             f" roles {self.roles:.1e} (control {self.roles_control:.1e}), sensitivity {self.sensitivity:.1e}"

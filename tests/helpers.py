@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxzip import passes
+from fxzip.solve import Settings, Solved, solve_parameters
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -72,3 +75,14 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, equal_nan=True))
+
+
+def solved(nets: list[nn.Module], batches: list, settings: Settings | None, **given) -> Solved:
+    """`solve_parameters` on what the passes before it make."""
+    graph = passes.start(nets, batches, progress=False)
+    for stage in (passes.Infer(), passes.Cut(), passes.Read(), passes.Measure(), passes.Match(), passes.Average()):
+        graph = stage(graph).graph_module
+    job = passes.job(graph)
+    p = job.prepared
+    return solve_parameters(p.graph_modules, p.spaces, p.cut, job.matchings, job.shared, job.heads, job.batches,
+                            settings, False, **given)  # fmt: skip

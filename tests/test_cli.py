@@ -217,6 +217,14 @@ def test_plot_draws_the_frontier(capsys, place):
     assert code == 0 and "until 3" in out and "ensemble" in out and "<svg" in (place / "f.svg").read_text()
 
 
+def test_plot_takes_what_the_recipe_says(capsys, place):
+    for text, said in (("memory: 1KB\n", "memory=1KB"), ("model_weights: [1, -1]\n", "model_weights")):
+        (place / "r.yaml").write_text((place / "recipe.yaml").read_text() + text)
+        for command in (["plot", "r.yaml"], ["merge", "r.yaml", "o"]):
+            code, _, err = run(capsys, *command, "--trust-code")
+            assert code == 2 and said in err
+
+
 def test_plot_draws_a_merge_and_a_model(capsys, place):
     pytest.importorskip("matplotlib", reason="not installed")
     assert run(capsys, "merge", "recipe.yaml", "out", "--trust-code", "-q") == (0, "", "")

@@ -11,6 +11,8 @@ from collections import Counter
 import networkx as nx
 import numpy as np
 import pytest
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from fxzip.errors import SpaceError
 from fxzip.infer import solver
@@ -37,14 +39,21 @@ def statements(r: Relations) -> nx.DiGraph:
     return graph
 
 
-def orbits(graph: nx.DiGraph) -> set[frozenset[int]]:
-    """Which labels can take each other's places, by trying."""
-    same = nx.Graph()
-    same.add_nodes_from(graph)
+def orbits(graph: nx.DiGraph) -> np.ndarray:
+    """Which pairs of labels can take each other's places, by trying."""
     matcher = nx.algorithms.isomorphism.DiGraphMatcher(graph, graph, lambda a, b: a == b, lambda a, b: a == b)
-    for image in matcher.isomorphisms_iter():
-        same.add_edges_from(image.items())
-    return {frozenset(c) for c in nx.connected_components(same)}
+    return of_pairs([[image[x] for x in range(len(graph))] for image in matcher.isomorphisms_iter()])
+
+
+def of_pairs(images: list[list[int]]) -> np.ndarray:
+    """[n, n]: the first of the pairs that these permutations carry into one another. Two sets that only move together
+    differ in it from two that move alone, single labels do not."""
+    moved = np.array(images)
+    n = moved.shape[1]
+    to = (moved[:, :, None] * n + moved[:, None, :]).ravel()
+    graph = coo_matrix((np.ones(len(to), bool), (np.tile(np.arange(n * n), len(moved)), to)), shape=(n * n, n * n))
+    component = connected_components(graph, directed=False)[1]
+    return np.unique(component, return_index=True)[1][component].reshape(n, n)
 
 
 def element(solution: Solution, rng: np.random.Generator) -> dict[int, int]:
@@ -60,8 +69,8 @@ def element(solution: Solution, rng: np.random.Generator) -> dict[int, int]:
     return {x: place[int(image[a]), int(solution.colour[x])] for x, a in enumerate(solution.atom)}
 
 
-def claimed(r: Relations, draws: int = 60) -> set[frozenset[int]]:
-    """Orbits by what the solver found, each element of which must keep every statement."""
+def claimed(r: Relations, draws: int = 60) -> np.ndarray:
+    """Orbits of pairs by what the solver found, each element of which must keep every statement."""
     graph, solution = statements(r), solve(r)
     members = [m.tolist() for m in solution.members]
     assert all(members) and sorted(x for m in members for x in m) == list(range(len(solution.family)))
@@ -71,14 +80,13 @@ def claimed(r: Relations, draws: int = 60) -> set[frozenset[int]]:
         _, parents = solution.table(family)
         assert set(solution.family[parents].ravel().tolist()) <= placed
         placed.add(family)
-    rng, same = np.random.default_rng(0), nx.Graph()
-    same.add_nodes_from(graph)
+    rng, images = np.random.default_rng(0), []
     for _ in range(draws):
         image = {x: y for x, y in element(solution, rng).items() if x in graph}
         assert all(graph.nodes[x] == graph.nodes[y] for x, y in image.items())
         assert all(graph.get_edge_data(image[a], image[b]) == graph[a][b] for a, b in graph.edges)
-        same.add_edges_from(image.items())
-    return {frozenset(c) for c in nx.connected_components(same)}
+        images.append([image[x] for x in range(len(graph))])
+    return of_pairs(images)
 
 
 def features(*sizes: int):
@@ -222,6 +230,7 @@ def marks_differ():
     return r
 
 
+BROKEN = ()  # seeds where a family cannot follow its parents; inference pins it
 WHOLE = [equal, one_pinned, blocks, one_each, one_each_among_others, grid, two_grids, nested, named_twice, of_one_block,
          apart, along_a_chain, types_differ, there_and_back, marks_differ]  # fmt: skip
 
@@ -229,14 +238,14 @@ WHOLE = [equal, one_pinned, blocks, one_each, one_each_among_others, grid, two_g
 @pytest.mark.parametrize("made", WHOLE, ids=lambda f: f.__name__)
 def test_all_symmetry_is_found(made):
     r = made()
-    assert claimed(r) == orbits(statements(r))
+    assert (claimed(r) == orbits(statements(r))).all()
 
 
 @pytest.mark.parametrize("made", [swapped, swapped_with_a_third], ids=lambda f: f.__name__)
 def test_a_feature_in_one_role_twice_is_pinned(made):
     r = made()
-    found = claimed(r)
-    assert all(len(o) == 1 or not o & set(range(8 if made is swapped_with_a_third else 4)) for o in found)
+    found, n = claimed(r).diagonal(), 8 if made is swapped_with_a_third else 4  # of (x, x): of single labels
+    assert all(list(found).count(x) == 1 for x in found[:n])
 
 
 def test_nothing_is_nothing():
@@ -263,13 +272,15 @@ def test_it_refuses_where_it_finds_no_end(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_statements_are_kept(seed):
-    """Groups of labels with up to three axes, related as operators relate them."""
+    """Groups of labels with up to three axes, related as operators relate them; four statements of each."""
     rng = np.random.default_rng(seed)
     r = Relations()
     sets = [r.fresh((2, 2, 2)[: rng.integers(1, 4)]) for _ in range(rng.integers(2, 4))]
-    for _ in range(rng.integers(2, 6)):
+    made = 0
+    while made < 4:
         a, b = (sets[k] for k in rng.integers(0, len(sets), 2))
         what = rng.integers(0, 5)
+        made += 1
         if what == 0 and a.size == b.size and a is not b:
             r.one_to_one(a, b.reshape(a.shape), r.types())
         elif what == 1 and a.ndim > 1:
@@ -282,8 +293,10 @@ def test_random_statements_are_kept(seed):
             r.mark(a.ravel()[: rng.integers(1, a.size + 1)], r.types())
         elif what == 3:
             sets.append(r.copies(a))
-        elif a.ndim > b.ndim:
+        elif what == 4 and a.ndim > b.ndim:
             r.many_to_one(a, np.broadcast_to(b, a.shape), r.types())
-    solution = solve(r)
-    if not broken_families(solution):
+        else:
+            made -= 1
+    assert not broken_families(solve(r)) or seed in BROKEN
+    if seed not in BROKEN:
         claimed(r, 12)

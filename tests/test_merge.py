@@ -279,6 +279,7 @@ def test_average_of_heads():
 @pytest.mark.parametrize("method", ["permute", "cca"])
 def test_what_needs_an_operator_of_ours_does_not_load_into_the_users_class(method):
     """Half of such a network, under the user's own names, would be another function."""
+    torch.manual_seed(0)
     a, b = (nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Sigmoid(), nn.Linear(12, 3)) for _ in "ab")
     x = torch.randn(64, 8)
     zipped = fxzip.merge([a, b], [x], method=method, until="1", progress=False)
@@ -290,6 +291,7 @@ def test_what_needs_an_operator_of_ours_does_not_load_into_the_users_class(metho
 
 def test_a_tie_across_the_cut_is_said_to_be_cut():
     """A language model's class would take both weights, by their names, for one."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6), nn.Linear(6, 9))
     model[4].weight = model[0].weight
     zipped = fxzip.merge([model, copy.deepcopy(model)], [torch.randint(9, (40, 3))], method="zip", progress=False)

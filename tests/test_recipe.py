@@ -58,6 +58,7 @@ MODELS = "model: net.py:net\nmodels: [a.pt, b.pt]\n"
         ("models: [a.pt, c.pt]\n", "models[0]: no model; write torchvision:NAME"),
         ("models: [a.pt, c.pt]\n", "models[1].weights: no file"),
         (MODELS + "method: zpi\n", "unknown method 'zpi'; did you mean 'zip'?"),
+        (MODELS + "method: slove\n", "unknown method 'slove'; did you mean 'solve'?"),
         (MODELS + "method: zip\nparameters: {alhpa: 1}\n", "has no parameter 'alhpa': did you mean 'alpha'?"),
         (MODELS + "method: zip\nparameters: {alpha: x}\n", "parameter alpha must be a float, not 'x'"),
         (MODELS + "method: zip\nparameters: {alpha: 2}\n", "Zip: alpha must be in (0, 1], not 2"),
@@ -92,6 +93,12 @@ def test_problems_of_models_and_data_are_listed_together(place):
     said = str(caught.value)
     assert "recipe: 2 problems" in said and "models[1]: weights" in said and "b.pt' does not fit the model: it" in said
     assert "data: data 'images': no such folder or file" in said
+
+
+def test_the_loader_has_samples_beyond_those_of_calibration_where_they_are_wanted(place):
+    read = recipe.read(place / "recipe.yaml")
+    fitted, all_ = (torch.cat([b[0] for b in job.prepared(read, True, more=n).loader]) for n in (0, 4))
+    assert len(fitted) == 24 and len(all_) == 28 and torch.equal(all_[:24], fitted)
 
 
 def test_paths_are_those_of_the_recipe_and_weights_are_remembered(place, monkeypatch):

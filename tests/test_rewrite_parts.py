@@ -201,6 +201,7 @@ def test_merged_parameters_are_sums_of_products(dtype):
     """M_i along the first axis that makes features, U_i^T along others, the share where neither sums over models."""
     for seed in range(60):
         draw = np.random.default_rng(seed)
+        torch.manual_seed(seed)
         shape, held = random_spaces(draw, axes=seed % 3 + 1)
         matchings = {name: random_matching(draw, len(at)) for every in held.values() for name, at, _ in every}
         shares = tuple(draw.dirichlet(np.ones(MODELS))) if seed % 2 else (1 / MODELS,) * MODELS

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from helpers import solved
+from ranks import in_ranks
 from torch import Tensor, nn
 from toys import randomise
 
@@ -316,29 +313,12 @@ class Everything(Net):
         return self.tail(self.norm(self.layer(x)))
 
 
-def solved(rank: int, folder: Path | None) -> dict[str, Tensor]:
-    """What one rank of two has solved on its chunks of three; without a folder, one process on all."""
-    if folder is not None:
-        dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    try:
-        nets = [randomise(Everything(), seed).eval() for seed in range(2)]
-        method = fxzip.Solve(settings=Settings(rows=1, least=256))  # fewer rows than there are: the draws must agree
-        batches = torch.cat([IMAGES, IMAGES[:128].flip(1)]).split(128)
-        zipped = fxzip.merge(nets, batches, method=method, progress=False, verify=False, distributed=folder is not None)
-    finally:
-        if folder is not None:
-            dist.destroy_process_group()
-    return dict(zipped.state_dict())
-
-
-@pytest.mark.skipif(not dist.is_available() or os.name != "posix", reason="no torch.distributed, or no fork")
-def test_two_ranks_solve_what_one_process_solves(tmp_path):
-    """One of them a fork of this process, which runs the same code; test_processes.py has real ones."""
-    other = mp.get_context("fork").Process(target=lambda: torch.save(solved(1, tmp_path), tmp_path / "second.pt"))
-    other.start()
-    first = solved(0, tmp_path)
-    other.join(60)
-    one, second = solved(0, None), torch.load(tmp_path / "second.pt")
-    for name, value in one.items():
-        torch.testing.assert_close(first[name], value, atol=1e-4, rtol=1e-4)
-        assert torch.equal(first[name], second[name])
+def test_ranks_solve_what_one_process_solves():
+    """Three chunks for two, and fewer rows than there are: the draws must agree."""
+    nets = [randomise(Everything(), seed).eval() for seed in range(2)]
+    batches, few = list(torch.cat([IMAGES, IMAGES[:128].flip(1)]).split(128)), Settings(rows=1, least=256)
+    one = solved(nets, batches, few).shared
+    for other in in_ranks(lambda processes: solved(nets, batches, few, processes=processes).shared):
+        assert other.keys() == one.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, atol=1e-4, rtol=1e-4)

@@ -6,17 +6,18 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from helpers import solved
 from ranks import in_ranks
 from torch import Tensor, fx, nn
 from toys import randomise
 
 import fxzip
-from fxzip import InputError, passes
+from fxzip import InputError
 from fxzip.infer import Layout
 from fxzip.match import Matching
 from fxzip.memory import Store
 from fxzip.processes import Processes
-from fxzip.solve import CHUNK, Settings, Solve, Solved, _chunks, _through_unmerge, solve_parameters
+from fxzip.solve import CHUNK, Settings, Solve, _chunks, _through_unmerge
 from fxzip.solve.lanes import Chunks, Lane, dynamic_nodes, nbytes
 from fxzip.solve.mixing import mixer
 from fxzip.trace import lower, state_of
@@ -261,21 +262,10 @@ def test_the_error_that_is_reported_of_a_head_is_that_of_the_network(make, x, co
 FEW = Settings(rows=1, least=64)
 
 
-def solved(nets: list[nn.Module], batches: list, settings: Settings | None = FEW, **given) -> Solved:
-    """`solve_parameters` on what the passes before it make."""
-    graph = passes.start(nets, batches, progress=False)
-    for stage in (passes.Infer(), passes.Cut(), passes.Read(), passes.Measure(), passes.Match(), passes.Average()):
-        graph = stage(graph).graph_module
-    job = passes.job(graph)
-    p = job.prepared
-    return solve_parameters(p.graph_modules, p.spaces, p.cut, job.matchings, job.shared, job.heads, job.batches,
-                            settings, False, **given)  # fmt: skip
-
-
 def test_ranks_fit_what_one_process_fits():
     nets, batches = [randomise(Block(), seed).eval() for seed in range(2)], [ROWS[:384]]
-    one = solved(nets, batches)
-    for other in in_ranks(lambda processes: solved(nets, batches, processes=processes)):
+    one = solved(nets, batches, FEW)
+    for other in in_ranks(lambda processes: solved(nets, batches, FEW, processes=processes)):
         assert list(other.shared) == list(one.shared) and not other.notices
         for name, value in one.shared.items():
             torch.testing.assert_close(other.shared[name], value, rtol=1e-4, atol=1e-5)
@@ -286,7 +276,7 @@ def test_ranks_fit_what_one_process_fits():
 
 def test_fewer_chunks_than_processes_are_solved_in_each():
     nets = [randomise(Block(), seed).eval() for seed in range(2)]
-    one, other = (solved(nets, [ROWS[:300]], processes=p) for p in (Processes(), Processes(2, 3)))
+    one, other = (solved(nets, [ROWS[:300]], FEW, processes=p) for p in (Processes(), Processes(2, 3)))
     text = "solve: 2 chunks of 128 samples do not go round 3 processes, so every process solved on all of them"
     assert other.notices == (text,)
     assert all(torch.equal(one.shared[n], other.shared[n]) for n in one.shared)
@@ -294,7 +284,7 @@ def test_fewer_chunks_than_processes_are_solved_in_each():
 
 def test_files_that_nobody_asked_for_are_told():
     nets = [randomise(Block(), seed).eval() for seed in range(2)]
-    free, capped = (solved(nets, [ROWS], memory=m) for m in (None, 0.0))
+    free, capped = (solved(nets, [ROWS], FEW, memory=m) for m in (None, 0.0))
     assert not free.notices and not capped.notices and capped.peak < free.peak
     assert all(torch.equal(free.shared[n], capped.shared[n]) for n in free.shared)
     (text,) = solved(nets, [ROWS], Settings(memory=0)).notices
@@ -316,10 +306,11 @@ class Beside(nn.Module):
 
 def test_models_count_alike_and_settings_are_the_usual_ones_unless_told():
     nets, batches = [randomise(Beside(), seed).eval() for seed in range(2)], [((ROWS[:, :4], 3),)]
-    plain, same, other = (solved(nets, batches, *given, shares=shares) for given, shares in (
-        ([None], None), ([Settings()], [0.5, 0.5]), ([Settings(lam=0.1)], [0.3, 0.7])))  # fmt: skip
-    for name, value in plain.shared.items():
-        assert torch.equal(value, same.shared[name]) and not torch.equal(value, other.shared[name])
+    plain, same, *others = (solved(nets, batches, settings, shares=shares).shared for settings, shares in (
+        (None, None), (Settings(), [0.5, 0.5]), (Settings(lam=0.1), None), (None, [0.3, 0.7])))  # fmt: skip
+    ridge, shares = ({n for n, x in plain.items() if not torch.equal(x, other[n])} for other in others)
+    assert all(torch.equal(x, same[n]) for n, x in plain.items())
+    assert ridge == set(plain) and {"norm.weight", "out.weight"} <= shares  # the features of no space are averaged
 
 
 def test_more_models_are_matched_in_larger_groups():

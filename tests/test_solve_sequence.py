@@ -240,4 +240,5 @@ def test_private_layers_are_fitted_to_their_own_model(until):
         rows = torch.cat([seen[task], torch.ones(400, 1)], 1)[:384].double()  # whole chunks
         wanted = net(DATA)[:384].double()
         best = (rows @ torch.linalg.lstsq(rows, wanted).solution - wanted).square().sum()
-        assert (made[task][:384] - wanted).square().sum() < 2 * best
+        # a feature that is all but constant tells little beside the intercept, more than float32 sums know
+        assert (made[task][:384] - wanted).square().sum() < 1.35 * best

@@ -43,8 +43,9 @@ def load_recipe(path: Path) -> Read:
     return read(path / RECIPE if path.is_dir() else path, files=False)
 
 
-def prepared(given: Read, trust_code: bool = False, problems: Sequence[str] = ()) -> Job:
-    """Every model and the data of a recipe. problems: found already, listed with the rest.
+def prepared(given: Read, trust_code: bool = False, problems: Sequence[str] = (), more: int = 0) -> Job:
+    """Every model and the data of a recipe. problems: found already, listed with the rest. more: samples that the
+    loader has beyond those of calibration.
 
     Raises one InputError with all that is wrong."""
     recipe = given.recipe
@@ -69,8 +70,8 @@ def prepared(given: Read, trust_code: bool = False, problems: Sequence[str] = ()
         if example is None and made.example and networks[task] is not None:
             example = made.example(networks[task])
     sources = {t: e.data for t, e in zip(recipe.tasks, recipe.models, strict=True) if e.data}
-    one = tried("data", lambda: _batches(given, recipe.data)) if recipe.data else None
-    own = {t: tried(f"data of {t}", lambda d=d: _batches(given, d)) for t, d in sources.items()}
+    one = tried("data", lambda: _batches(given, recipe.data, more)) if recipe.data else None
+    own = {t: tried(f"data of {t}", lambda d=d: _batches(given, d, more)) for t, d in sources.items()}
     if found:
         raise InputError.listing("recipe", list(dict.fromkeys(found)))
     named = any(m.name for m in recipe.models)
@@ -169,9 +170,9 @@ def _network(given: Read, entry: Any, made: models.Architecture, hashes: dict[st
     return models.build(made, read_checkpoint(path), f"weights {str(path)!r}", given.recipe.seed)
 
 
-def _batches(given: Read, data: Any) -> Any:
+def _batches(given: Read, data: Any, more: int) -> Any:
     samples = data.samples(given.folder, given.recipe.seed)
-    return datas.loader(samples, data.batch_size, given.recipe.calibration, given.recipe.seed)
+    return datas.loader(samples, data.batch_size, given.recipe.calibration + more, given.recipe.seed)
 
 
 def _makers(plan: Plan, given: Read, trust_code: bool) -> Mapping[str, Callable[[], nn.Module]]:

@@ -71,10 +71,11 @@ def _frontier(source: Path, budget: list[float], until: list[str], trust_code: b
     import fxzip
 
     from ..errors import InputError
+    from ..frontier import HOLDOUT
     from . import job
 
     read = job.load_recipe(source)
-    work = job.prepared(read, trust_code)
+    work = job.prepared(read, trust_code, more=HOLDOUT)
     if work.loader is None:
         raise InputError(f"{source}: plot measures drift on data; the recipe has none")
     return fxzip.frontier(
@@ -86,6 +87,10 @@ def _frontier(source: Path, budget: list[float], until: list[str], trust_code: b
         seed=read.recipe.seed,
         device=read.recipe.device,
         method=job.method_of(read.recipe),
+        model_weights=read.recipe.model_weights,
+        memory=read.recipe.memory,
+        verify=read.recipe.verify,
+        strict=read.recipe.strict,
         progress=bar,
     )
 

@@ -176,7 +176,7 @@ def method_of(recipe: Recipe) -> Any:
     if not recipe.parameters:
         repaired, plain = split(recipe.method)
         if not repaired and plain != "solve":
-            resolve(plain)
+            resolve(plain, [Solve.name])
         return recipe.method
     given, (name, _, modifier) = dict(recipe.parameters), recipe.method.partition("+")
     if isinstance(given.get("matcher"), str):
@@ -187,7 +187,7 @@ def method_of(recipe: Recipe) -> Any:
         _known(given, ["matcher", *(f.name for f in fields(Settings))], recipe.method)
         return Solve(given.pop("matcher", None), _made(Settings, given))
     if name not in kinds:
-        resolve(name)
+        resolve(name, [Solve.name])
     if modifier and modifier not in MODIFIERS:
         split(recipe.method)
     _known(given, [f.name for f in fields(kinds[name])], recipe.method)  # type: ignore[arg-type]

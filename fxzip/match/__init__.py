@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 from ..errors import InputError
 from .average import Average
@@ -55,20 +56,22 @@ __all__ = [
 ]
 
 
-def resolve(method: str | Matcher) -> Matcher:
+def resolve(method: str | Matcher, others: Sequence[str] = ()) -> Matcher:
     """A matcher, from itself or from its short name (with default settings).
 
-    Raises InputError for an unknown name, or for something that is no matcher.
+    Raises InputError for an unknown name, or for something that is no matcher; others: names that stand for something
+    else where the name came from, for its message.
 
     >>> resolve("zip")
     Zip(alpha=0.3, beta=0.125)
     """
     names = {matcher.name: matcher for matcher in MATCHERS}
-    methods = ", ".join(names)
+    known = [*names, *others]
+    methods = ", ".join(known)
     if isinstance(method, str):
         if method in names:
             return names[method]()
-        close = difflib.get_close_matches(method.lower(), names, 1, 0.5)
+        close = difflib.get_close_matches(method.lower(), known, 1, 0.5)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise InputError(f"unknown method {method!r}{hint} Methods: {methods}.")
     if isinstance(method, type) and method in MATCHERS:
