@@ -43,7 +43,7 @@ def test_processor_time_ends(monkeypatch):
             pass
 
     monkeypatch.setitem(zoo.SUITES, "endless", lambda: {"a": endless})
-    row = coverage._process("endless", "a", Namespace(limit=1, nodes=0, analysis=False))
+    row = coverage._process("endless", "a", Namespace(limit=1, memory=8, nodes=0, analysis=False))
     assert row["error"] == "more than 1 s of processor time"
 
 
