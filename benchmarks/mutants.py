@@ -139,7 +139,8 @@ class Experiment:
                 tail = f" ({reasons[m.key]})" if explained else ""
                 print(f"{outcome}: {m}{tail}{' by ' + by if by else ''}", flush=True)
         self.save()
-        if len(tried) == len(every) == sum(found.values()):
+        chosen = self.options.only or self.options.again
+        if len(tried) == len(every) == sum(found.values()) and not chosen:
             files = {str(p.relative_to(ROOT)) for p in self.paths}
             idle = [k for k in reasons if k.split()[0] in files and k not in used]
             print(*(f"explained without need: {k}" for k in idle), sep="\n", end="\n" * bool(idle))
