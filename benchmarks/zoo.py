@@ -89,8 +89,8 @@ def _torchvision(key: str, kind: str, part: str = "") -> Made:
     with _small_mvit():
         model = models.get_model(name, **options)
     if kind == "video":
-        frames = 16 if name == "s3d" else 8
-        return model, lambda n: torch.randn(n, 3, frames, 64, 64)
+        frames, side = (16, 224) if name == "s3d" else (8, 64)
+        return model, lambda n: torch.randn(n, 3, frames, side, side)
     if kind == "optical":
         return model, lambda n: tuple(torch.randn(n, 3, 128, 128) for _ in range(2))
     if kind == "detection":

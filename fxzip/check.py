@@ -179,10 +179,17 @@ def unusable(model: nn.Module) -> list[str]:
         if name.endswith("running_var") and bool((tensor < 0).any()):
             problems.append(f"{name} is a variance and holds negative values ({int((tensor < 0).sum())})")
         elif tensor.is_floating_point():
-            bad = int((~tensor.detach().isfinite()).sum())
+            bad = int(broken(name, tensor).sum())
             kind = "NaN" if bad and bool(tensor.detach().isnan().any()) else "infinite values"
             problems += [f"{name} holds {kind} ({bad} of {tensor.numel()} entries)"] * (bad > 0)
     return problems
+
+
+def broken(name: str, tensor: Tensor) -> Tensor:
+    """bool, shape of `tensor`: its entries that no sound network holds. Infinity is meant in masks and limits, which
+    are buffers, not in what is learned or in norm statistics (a merged network may number their names)."""
+    meant = not isinstance(tensor, nn.Parameter) and not re.search(r"running_(mean|var)(_\d+)?$", name)
+    return tensor.detach().isnan() if meant else ~tensor.detach().isfinite()
 
 
 def _unlike(models: Sequence[nn.Module], tasks: Sequence[str]) -> list[str]:

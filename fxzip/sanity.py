@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
+from .check import broken
 from .errors import InputError, VerificationError
 from .match import Matching
 from .measure import Moments
@@ -178,14 +179,9 @@ def _figure(evaluate: Callable[[nn.Module, str], float], network: nn.Module, tas
 
 
 def refuse_broken(zipped: nn.Module) -> None:
-    """Raises VerificationError for NaN in a merged parameter or buffer, or infinity in one that a checkpoint holds
-    (masks, which are part of the code, may have it)."""
-    saved = zipped.state_dict()
-    bad = [
-        name
-        for name, t in (*zipped.named_parameters(), *zipped.named_buffers())
-        if t.is_floating_point() and not bool(t.isfinite().all() if name in saved else ~t.isnan().any())
-    ]
+    """Raises VerificationError for NaN in a merged parameter or buffer, or infinity where it is not meant."""
+    tensors = (*zipped.named_parameters(), *zipped.named_buffers())
+    bad = [name for name, t in tensors if t.is_floating_point() and bool(broken(name, t).any())]
     if bad:
         what = f"{bad[0]} ({len(bad)} tensors do)"
         raise VerificationError(

@@ -125,8 +125,41 @@ def test_nan_never_comes_out(monkeypatch):
 
 def test_infinity_is_refused_in_what_is_learned_and_let_be_in_a_mask():
     net = nn.Linear(2, 2)
-    net.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1), persistent=False)
+    net.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
     refuse_broken(net)
     nn.init.constant_(net.bias, torch.inf)
     with pytest.raises(fxzip.VerificationError, match=r"infinite values in bias \(1 tensors do\)"):
         refuse_broken(net)
+
+
+class Limited(nn.Module):
+    """Has a mask and a limit that nobody has set, both in its checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(16, 12), nn.Linear(12, 3)
+        self.norm = nn.BatchNorm1d(12)
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        self.register_buffer("most", torch.tensor(torch.inf))
+
+    def forward(self, x):
+        kept = self.norm(torch.clamp(torch.relu(self.inner(x)), max=self.most))
+        return self.head(kept)[:, :, None, None] + torch.softmax(x[:, None, :4, None] + self.mask, -1)[:, :3]
+
+
+def test_infinity_that_a_buffer_means_is_kept():
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(Limited().eval())
+    zipped = fxzip.merge(models, [torch.randn(64, 16)], method="permute", progress=False)
+    assert all(bool(y.isfinite().all()) for y in zipped(torch.randn(5, 16)))
+    assert {name.split("_")[0] for name, t in zipped.state_dict().items() if t.isinf().any()} == {"mask", "most"}
+    models[1].norm.running_var[3] = torch.inf
+    models[0].inner.bias.data[:2] = torch.inf
+    models[0].mask[1, 0] = torch.nan
+    with pytest.raises(InputError) as error:
+        fxzip.merge(models, [torch.randn(64, 16)], progress=False)
+    said = ["task0: inner.bias holds infinite values (2 of 12 entries)", "task0: mask holds NaN (1 of 16 entries)",
+            "task1: norm.running_var holds infinite values (1 of 12 entries)"]  # fmt: skip
+    assert [line.split(". ", 1)[1] for line in str(error.value).splitlines()[1:]] == said
