@@ -46,6 +46,7 @@ class Setting:
     """title; tasks: (args) -> the tasks; make: (classes) -> a network; recipe, as in the paper; merges.
 
     embed: outputs are compared with a vector per class ("embedding heads"), see `Embedded`. published: of the ensemble.
+    score: as the function of that name, where accuracies are not what is to be known.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Setting:
     calibration: int = 4096
     embed: int = 0
     published: str = ""
+    score: Callable[..., Any] | None = None
 
 
 # --------------------------------------------------------------------------------------------- networks
@@ -147,22 +149,24 @@ def _some(images: Dataset, count: int | None, seed: int) -> Dataset:
 
 
 @torch.no_grad()
-def score(network: nn.Module, tasks: Sequence[Task], args: argparse.Namespace) -> tuple[Any, Tensor]:
-    """Accuracies as the papers define them, over the test images of all tasks; and mean cross-entropy per task."""
+def score(network: nn.Module, tasks: Sequence[Task], args: argparse.Namespace) -> Any:
+    """Accuracies as the papers define them, over the test images of all tasks."""
     heads: list[list[Tensor]] = []
     labels, start = [], 0
     for task in tasks:
-        for x, y in _loader(_some(task.test, args.test, args.seed), 250, args):
+        for x, y in batches_of(task, args):
             heads.append([h.float().cpu() for h in network(x.to(args.device))])
             labels.append(y + start)
         start += task.classes
     logits, truth = [torch.cat(h) for h in zip(*heads, strict=True)], torch.cat(labels)
     lists = list(torch.arange(start).split([t.classes for t in tasks]))
-    found = fxzip.accuracy(lambda k: tuple(h[k] for h in logits), [c.tolist() for c in lists],
-                           torch.arange(len(truth)), truth)  # fmt: skip
-    own = [torch.isin(truth, c) for c in lists]
-    losses = [F.cross_entropy(h[o], truth[o] - c[0]) for h, o, c in zip(logits, own, lists, strict=True)]
-    return found, torch.stack(losses)
+    return fxzip.accuracy(lambda k: tuple(h[k] for h in logits), [c.tolist() for c in lists],
+                          torch.arange(len(truth)), truth)  # fmt: skip
+
+
+def batches_of(task: Task, args: argparse.Namespace) -> Iterable[tuple[Tensor, Tensor]]:
+    """Test images and labels, --test of them."""
+    return _loader(_some(task.test, args.test, args.seed), 250, args)
 
 
 def run(setting: Setting, args: argparse.Namespace) -> list[Row]:
@@ -173,7 +177,7 @@ def run(setting: Setting, args: argparse.Namespace) -> list[Row]:
     base = fxzip.cost(models[0], one)
 
     def row(name: str, network: nn.Module, published: str = "", took: float | None = None) -> Row:
-        found, _ = score(network, tasks, args)
+        found = (setting.score or score)(network, tasks, args)
         size = fxzip.cost(network, one)
         return announce(Row(name, found.per_task, found.mean, found.joint, size.parameters, size.flops / base.flops,
                             took, published=published))  # fmt: skip
@@ -222,4 +226,4 @@ def main(doc: str | None, settings: Mapping[str, Callable[[argparse.Namespace], 
     save(args.out, tables, notes)
 
 
-__all__ = ["Merge", "Recipe", "Setting", "main", "nets"]
+__all__ = ["Merge", "Recipe", "Setting", "batches_of", "main", "nets"]

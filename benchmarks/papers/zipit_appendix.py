@@ -3,8 +3,8 @@
     python benchmarks/papers/zipit_appendix.py                                          # GPU
     python benchmarks/papers/zipit_appendix.py --data ../shared/data --reduced          # CPU
 
-On the CIFAR-10 pair of table 1 (its parents are taken from --cache). Segmentation beside classification: a merge of
-models whose heads differ in kind, see docs/howto; it has no setting here.
+On the CIFAR-10 pair of table 1 (its parents are taken from --cache). Segmentation beside classification:
+zipit_segmentation.py.
 """
 
 from __future__ import annotations
