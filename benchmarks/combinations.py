@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from common import Bench, Row, announce, machine, options, parse, save, show
+from common import Bench, Row, announce, machine, number, options, parse, save, show
 from data import load
 from pairs import PAIRS, bench_of
 from tqdm import tqdm
@@ -97,8 +97,8 @@ def verdict(found: dict[tuple[float, str, str], Row], tests: int) -> str:
     """Where the default stands: by how much the best is ahead, in standard errors of one accuracy."""
     default = found[DEFAULT]
     parts = []
-    for what in ("mean", "joint"):
-        best = max(found, key=lambda k: getattr(found[k], what))
+    for what in ("mean", "joint", "compared"):
+        best = max(found, key=lambda k: getattr(found[k], what) or 0.0)
         own, top = getattr(default, what), getattr(found[best], what)
         error = (own * (100 - own) / tests) ** 0.5
         label = " ".join(map(str, best))
@@ -107,13 +107,13 @@ def verdict(found: dict[tuple[float, str, str], Row], tests: int) -> str:
 
 
 def grid(found: dict[tuple[float, str, str], Row]) -> str:
-    """Mean / joint accuracy, a line per similarity and solver, a column per matcher."""
+    """Mean / joint / compared accuracy, a line per similarity and solver, a column per matcher."""
     lines = ["| similarity | solver | " + " | ".join(MATCHERS) + " |", "| :-- | :-- |" + " --: |" * len(MATCHERS)]
     for solver in SOLVERS:
         for balance in BALANCES:
             cells = [found.get((balance, name, solver)) for name in MATCHERS]
             if any(cells):
-                texts = [f"{c.mean:.1f} / {c.joint:.1f}" if c else "" for c in cells]
+                texts = [" / ".join(map(number, (c.mean, c.joint, c.compared))) if c else "" for c in cells]
                 lines.append(f"| {balance:g} | {solver} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxzip
+from fxzip.comparable import compare_heads
 from fxzip.evaluate import Ensemble
+from fxzip.rewrite import Comparable
 
 METHODS: dict[str, dict[str, Any]] = {
     "average": {"method": "average"},
@@ -59,6 +61,7 @@ class Row:
 
     flops: times one parent's. seconds: to train or to merge.
     forwards: the merge's seconds, in units of one forward of all parents over its calibration images.
+    compared: joint, with heads made comparable on the calibration images, as heads="joint" does.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Row:
     forwards: float | None = None
     published: str = ""
     note: str = ""
+    compared: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,17 @@ class Bench:
 
     def row(self, name: str, model: nn.Module, **more: Any) -> Row:
         """Accuracy and cost of a network with one output per task."""
-        score = fxzip.accuracy(model, self.class_lists, self.images, self.labels)
+        logits = _logits(model, self.images)
+        compared = comparable(_logits(model, self.calibration), logits)
+        score, joint = self._score(logits), self._score(compared).joint
         size, one = fxzip.cost(model, self.images[:1]), fxzip.cost(self.parents[0], self.images[:1])
         flops = size.flops / one.flops
-        return Row(name, score.per_task, score.mean, score.joint, size.parameters, flops, **more)
+        return Row(name, score.per_task, score.mean, score.joint, size.parameters, flops, compared=joint, **more)
+
+    def _score(self, logits: Sequence[Tensor]) -> fxzip.Accuracy:
+        """logits: of every head, [test images, classes]."""
+        order = torch.arange(len(self.labels))
+        return fxzip.accuracy(lambda k: tuple(h[k] for h in logits), self.class_lists, order, self.labels)
 
     def merged(self, name: str, method: str, count: int, until: str | None = None, **more: Any) -> Row:
         """Merge as METHODS[method] says on the first `count` calibration images, and score.
@@ -141,6 +152,25 @@ class Bench:
         return best * count / len(images)
 
 
+@torch.no_grad()
+def _logits(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """Of every head, [n, classes]."""
+    return [torch.cat(head) for head in zip(*(network(x) for x in images.split(250)), strict=True)]
+
+
+class _Heads(nn.ModuleList):
+    def forward(self, *logits: Tensor) -> list[Tensor]:
+        return [head(x) for head, x in zip(self, logits, strict=True)]
+
+
+@torch.no_grad()
+def comparable(calibration: Sequence[Tensor], logits: Sequence[Tensor]) -> list[Tensor]:
+    """`logits` of every head as heads="joint" would give them, after the same network's on its calibration images."""
+    heads = _Heads(Comparable.like(x) for x in calibration)
+    compare_heads(heads, [tuple(calibration)])
+    return heads(*logits)
+
+
 def options(doc: str | None, methods: bool = False) -> argparse.ArgumentParser:
     """The options every benchmark has; `methods`: also --methods, of those whose rows are METHODS."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,11 +198,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 def markdown(rows: Sequence[Row], tasks: Sequence[str]) -> str:
     """The table; the column of published figures only where there are any."""
     published = any(r.published for r in rows)
-    header = ["network", *tasks, "mean", "joint", "parameters", "FLOPs", "seconds", "forwards"]
+    header = ["network", *tasks, "mean", "joint", "compared", "parameters", "FLOPs", "seconds", "forwards"]
     header += ["published (mean / joint)"] if published else []
     lines = [header, [":--", *["--:"] * (len(header) - 1)]]
     for r in rows:
-        cells = [*map(number, (*r.per_task, r.mean, r.joint)), f"{r.parameters:,}" if r.parameters else "-"]
+        cells = [*map(number, (*r.per_task, r.mean, r.joint, r.compared)), f"{r.parameters:,}" if r.parameters else "-"]
         cells += ["-" if r.flops is None else f"{r.flops:.2f}x", number(r.seconds), number(r.forwards)]
         lines.append([r.name, *cells, *([r.published or "-"] if published else [])])
     notes = [f"\n{r.name}: {r.note}" for r in rows if r.note]
@@ -194,7 +224,8 @@ def machine(args: argparse.Namespace, **more: Any) -> str:
         f"{_cpu()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, fxzip {fxzip.__version__}, "
         f"peak memory {peak:.1f} GiB, {datetime.date.today()}",
-        "mean: per task, own head; joint: arg max over all heads. FLOPs: times one parent's. "
+        "mean: per task, own head; joint: arg max over all heads; compared: joint, heads made comparable. "
+        "FLOPs: times one parent's. "
         "forwards: seconds in units of one forward of all parents on the calibration images.",
     ))  # fmt: skip
 
@@ -226,5 +257,6 @@ def draw(figure: Any, path: str | Path) -> None:
 def announce(row: Row) -> Row:
     """Print a row as soon as it is there: runs are long."""
     tqdm.write(f"{row.name:34s} mean {number(row.mean):>5s}  joint {number(row.joint):>5s}  "
+               f"compared {number(row.compared):>5s}  "
                f"{number(row.seconds):>6s} s  {row.note[:200]}", file=sys.stderr)  # fmt: skip
     return row

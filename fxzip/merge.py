@@ -66,7 +66,8 @@ def merge(
     until: path of the first module that stays per model (`"layer3"`): only what is not downstream is merged, and from
         there on the models may differ (one segments, one classifies).
     budget: FLOPs of the result, times those of one model: widths are chosen to fit. Default: the models' widths.
-    heads: "separate"; "concat", all outputs side by side along axis 1, as logits over all classes; or "average".
+    heads: "separate"; "concat", all outputs side by side along axis 1, as logits over all classes; "joint", so and made
+        comparable (`rewrite.Comparable`; reads the loader), for one answer out of all classes; or "average".
     model_weights: what each model counts wherever a mean over models is taken, by position or name (default: all
         alike). example_inputs: one batch, if there is no loader.
     moments: from `collect` of these models, instead of measuring; methods that need no more then work without a loader.
@@ -111,7 +112,7 @@ def merge(
         example_inputs = invent(moments.form, seed)
     graph = passes.start(
         models, loader, call="fxzip.merge", clock=clock, progress=progress, example_inputs=example_inputs,
-        device=device, calibration=calibration, needs_data=needs_data, forward_fn=forward_fn,
+        device=device, calibration=calibration, needs_data=needs_data or heads == "joint", forward_fn=forward_fn,
         distributed=distributed, model_weights=model_weights, until=until, heads=heads,
     )  # fmt: skip
     stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]

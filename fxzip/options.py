@@ -14,7 +14,7 @@ from .measure.moments import Moments
 from .memory import wrong_memory
 from .processes import wrong_group
 
-HEADS = ("separate", "concat", "average")
+HEADS = ("separate", "concat", "joint", "average")
 
 
 def wrong_options(options: Mapping[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ def merge(
     method: Annotated[str | None, option(METHOD, "solve (default), zip, permute, ..., zip+repair")] = None,
     until: Annotated[str | None, option(METHOD, "First module that stays per model, such as layer3.")] = None,
     budget: Annotated[float | None, option(METHOD, "FLOPs of the result, times those of one model.")] = None,
-    heads: Annotated[str | None, option(METHOD, "separate (default), concat or average")] = None,
+    heads: Annotated[str | None, option(METHOD, "separate (default), concat, joint or average")] = None,
     seed: Annotated[int | None, option(METHOD, "Of all that is drawn (0).")] = None,
     verify: Annotated[str | None, option(METHOD, "true (default); report: merge although the proof fails")] = None,
     device: Annotated[str | None, option(METHOD, "auto (default), cpu, cuda, ...")] = None,

@@ -71,7 +71,7 @@ class Recipe(_Strict):
     parameters: dict[str, Any] = {}
     until: str | None = None
     budget: float | None = Field(None, ge=0.1)
-    heads: Literal["separate", "concat", "average"] = "separate"
+    heads: Literal["separate", "concat", "joint", "average"] = "separate"
     model_weights: list[Annotated[float, Field(gt=0)]] | None = None
     data: Data | None = None
     calibration: int = Field(2048, ge=1)

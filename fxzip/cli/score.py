@@ -71,7 +71,7 @@ def scores(zipped: nn.Module, read: Read, test: Test, parents: bool, trust_code:
     """The table: a row per network, a column per task."""
     tasks = list(test.classes)
     logits, labels = _logits(zipped, test)
-    if read.recipe.heads == "concat":
+    if read.recipe.heads in ("concat", "joint"):
         logits = list(logits[0].split([len(c) for c in test.classes.values()], 1))
     if read.recipe.heads == "average":  # one answer, to every task
         logits = logits * len(tasks)

@@ -54,7 +54,7 @@ def card(plan: Plan) -> str:
     return CARD_TEXT.format(
         count=len(plan.tasks), what=_what(plan, tasks), facts=_facts(plan.report) if plan.report else "",
         tensors=TENSORS, plan=PLAN, fxzip=plan.fxzip, torch=plan.torch, first=first, task=plan.tasks[0],
-        outputs={"separate": each, "concat": beside}.get(plan.heads, mean),
+        outputs={"separate": each, "concat": beside, "joint": beside + ", made comparable"}.get(plan.heads, mean),
         summary=plan.summary or "none: not made by fxzip.merge",
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from ..assemble import agree, assemble, calibrate, choose_widths, merged_parameters
 from ..calibration import calibration_batches, measure, refuse_others
+from ..comparable import compare_heads
 from ..describe import describe
 from ..errors import InputError, MergeWarning
 from ..infer import resize
@@ -234,7 +235,7 @@ class Solve(Stage):
 
 @dataclass(frozen=True)
 class Build(Stage):
-    """One graph of all models. heads: "separate", "concat" or "average"."""
+    """One graph of all models. heads: "separate", "concat", "joint" or "average"."""
 
     heads: str = "separate"
     clock: ClassVar[str] = "rewrite"
@@ -252,16 +253,18 @@ class Build(Stage):
 
 @dataclass(frozen=True)
 class Calibrate(Stage):
-    """Batch-norm statistics of the merged network, where solve has not set them."""
+    """Batch-norm statistics of the merged network, where solve has not set them; and what compares its heads."""
 
     clock: ClassVar[str] = "calibrate"
     needs: ClassVar = {"batches": "Read"}
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         now.processes.first(*graph.state_dict().values())  # ranks on unlike machines may differ in the last bit
-        if now.solved:
-            return graph, now
-        found = calibrate(graph, now.batches, agree(now.prepared, now.measured_matchings, now.moments), now.processes)
+        found: list[str] = []
+        if not now.solved:
+            same = agree(now.prepared, now.measured_matchings, now.moments)
+            found = calibrate(graph, now.batches, same, now.processes)
+        compare_heads(graph, now.batches, now.processes)
         return graph, replace(now, notices=(*now.notices, *found))
 
 

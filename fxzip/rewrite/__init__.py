@@ -1,6 +1,7 @@
 """Rewrite: spaces, matchings and models in, one GraphModule out. Knows no matcher."""
 
 from .build import build
+from .comparable import Comparable
 from .extract import extract
 from .heads import Heads, head_parameters, unreadable
 from .modules import versions
@@ -14,6 +15,7 @@ from .unmerge import Unmerge
 from .zipped import Zipped
 
 __all__ = [
+    "Comparable",
     "Heads",
     "Partition",
     "Signature",

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import InputError, SpaceError
 from ..trace import state_by_all_names
+from .comparable import Comparable
 from .heads import Heads
 from .modules import Tensors, has_path, install, versions
 from .outputs import HEADS, joined, same_outputs
@@ -45,15 +46,18 @@ def build(
     example_args: run once at the end, to see that the result runs. originals: the users' state_dicts; what of
     them the graph does not use is kept aside for extract. Shared nodes, modules and parameters keep their
     names, private ones end in _<task>. forward returns a tuple (as_dict: a dict by task name) of the models'
-    outputs; with heads="concat" these along axis 1, with heads="average" their mean, in which model i counts shares[i]
-    (default: all alike). tails: of joined graphs; every model keeps its own. Nothing of the inputs is aliased.
+    outputs; with heads="concat" these along axis 1, with heads="joint" so and each behind a `Comparable`, with
+    heads="average" their mean, in which model i counts shares[i] (default: all alike). tails: of joined graphs; every
+    model keeps its own. Nothing of the inputs is aliased.
     Raises InputError (names, heads, different graphs) and SpaceError (the result does not run).
     """
     suffixes = _check(graph_modules, names, heads)
+    joint: list[Comparable] = []
     if heads != "separate":
-        same_outputs(tails.own if tails else graph_modules, names, example_args, heads)
+        outputs = same_outputs(tails.own if tails else graph_modules, names, example_args, heads)
+        joint = [Comparable.like(logits) for logits, *_ in outputs if heads == "joint"]
     equal = not shares or len(set(shares)) == 1
-    plan = _Plan(graph_modules, cut, private, tuple(suffixes), () if equal else tuple(shares or ()), tails)
+    plan = _Plan(graph_modules, cut, private, tuple(suffixes), () if equal else tuple(shares or ()), tails, joint)
     graph = _graph(plan, names, as_dict, heads)
     root = _modules(plan, merged)
     zipped = Zipped(root, graph, class_name="Zipped")
@@ -82,6 +86,7 @@ class _Plan:
     suffixes: tuple[str, ...]
     shares: tuple[float, ...] = ()  # of each model in the mean of the outputs; (): all alike
     tails: Tails | None = None
+    joint: Sequence[Comparable] = ()  # behind each model's output
     targets: dict[tuple[int, str], str] = field(
         default_factory=dict
     )  # (model, original target) -> new target
@@ -96,6 +101,14 @@ class _Plan:
                 new += "_"
             self.targets[i, target] = new
         return self.targets[i, target]
+
+    def compared(self) -> list[str]:
+        """The targets of `joint`."""
+        names = [f"joint_{suffix}" for suffix, _ in zip(self.suffixes, self.joint, strict=False)]
+        for k, name in enumerate(names):
+            while name in self.targets.values() or has_path(self.graph_modules[0], name):
+                names[k] = name = f"{name}_"
+        return names
 
     def original(self, target: str) -> str:
         """The name that the model itself has for it."""
@@ -152,7 +165,7 @@ def _graph(plan: _Plan, names: Sequence[str], as_dict: bool, heads: str) -> fx.G
     for i, env in enumerate(own):
         outputs.append(map_arg(plan.output(i), lambda n, i=i, env=env: _read(plan, graph, n, i, shared, env)))
     if heads != "separate":
-        graph.output(joined(graph, outputs, heads, plan.shares))
+        graph.output(joined(graph, outputs, heads, plan.shares, plan.compared()))
     else:
         graph.output(dict(zip(names, outputs, strict=True)) if as_dict else tuple(outputs))
     for node in graph.nodes:
@@ -221,7 +234,7 @@ def _modules(plan: _Plan, merged: Mapping[str, Tensor]) -> nn.Module:
         for (owner, old), new in plan.targets.items():
             if owner == i:
                 install(root, model, old, new, tensors)
-    for target, module in plan.unmerges.items():
+    for target, module in (*plan.unmerges.items(), *zip(plan.compared(), plan.joint, strict=True)):
         root.add_module(target, module)
     return root
 

@@ -67,7 +67,7 @@ def _output(zipped: fx.GraphModule, info: Mapping[str, Any], task: str) -> Any:
     value = next(n for n in zipped.graph.nodes if n.op == "output").args[0]
     place = info["tasks"].index(task)
     if info["heads"] != "separate":
-        return map_arg(value, lambda joined: own_output(joined, place))
+        return map_arg(value, lambda joined: own_output(joined, place, info["heads"]))
     return value[task] if info["as_dict"] else value[place]
 
 

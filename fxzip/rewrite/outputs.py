@@ -15,12 +15,16 @@ from ..errors import InputError
 from ..trace.guards import kept_rng
 from .absorb import numbers
 
-HEADS = ("separate", "concat", "average")
+HEADS = ("separate", "concat", "joint", "average")
 
 
-def same_outputs(graph_modules: Sequence[fx.GraphModule], names: Sequence[str], args: tuple, heads: str) -> None:
-    """Raises InputError unless outputs are tensors of one shape, or for "concat" of one shape but for axis 1, and for
-    "average" numbers that have a mean. Inputs are not modified."""
+def same_outputs(
+    graph_modules: Sequence[fx.GraphModule], names: Sequence[str], args: tuple, heads: str
+) -> list[list[Tensor]]:
+    """The output tensors of every model on `args`, which are not modified.
+
+    Raises InputError unless they are tensors of one shape, or for "concat" and "joint" of one shape but for axis 1; for
+    "average" numbers that have a mean; for "joint" logits, one tensor per model."""
     found = [_outputs(g, args) for g in graph_modules]
     odd = {f"%{n}": type(v).__name__ for of in found for n, v in of if not isinstance(v, Tensor)}
     if odd:
@@ -38,16 +42,26 @@ def same_outputs(graph_modules: Sequence[fx.GraphModule], names: Sequence[str], 
                 f'heads="average" cannot average indices or truth values, and of the outputs {kinds}; return scores '
                 'instead (forward_fn= may choose what comes out), or use heads="separate"'
             )
+    if heads == "joint" and any(len(of) != 1 or not of[0][1].is_floating_point() for of in tensors):
+        kinds = ", ".join(
+            f"{n}: {', '.join(str(v.dtype).removeprefix('torch.') for _, v in of)}"
+            for n, of in zip(names, tensors, strict=True)
+        )
+        raise InputError(
+            f'heads="joint" compares logits, one tensor of real numbers per model, got {kinds}; return these alone'
+            ' (forward_fn= may choose what comes out), or use heads="separate"'
+        )
     shapes: list[list[Any]] = [[list(v.shape) for _, v in of] for of in tensors]
     seen = ", ".join(f"{n}: {s}" for n, s in zip(names, shapes, strict=True))
-    if heads == "concat":
+    if heads in ("concat", "joint"):
         shapes = [[s[:1] + s[2:] if len(s) > 1 else None for s in of] for of in shapes]
         if any(s != shapes[0] or None in s for s in shapes):
             raise InputError(
-                f'heads="concat" needs outputs that differ along axis 1 alone, got {seen}; use heads="separate"'
+                f'heads="{heads}" needs outputs that differ along axis 1 alone, got {seen}; use heads="separate"'
             )
     elif any(s != shapes[0] for s in shapes):
         raise InputError(f'heads="average" needs outputs of one shape, got {seen}; use heads="separate"')
+    return [[v for _, v in of] for of in tensors]
 
 
 def _outputs(graph_module: fx.GraphModule, args: tuple) -> list[tuple[str, Any]]:
@@ -70,15 +84,21 @@ def _outputs(graph_module: fx.GraphModule, args: tuple) -> list[tuple[str, Any]]
     return [(n.name, values[n]) for n in nodes]
 
 
-def joined(graph: fx.Graph, outputs: Sequence[Any], heads: str, shares: Sequence[float]) -> Any:
-    """Every tensor of the output structure side by side over models, or its mean: `extract` knows these forms."""
+def joined(
+    graph: fx.Graph, outputs: Sequence[Any], heads: str, shares: Sequence[float], comparable: Sequence[str] = ()
+) -> Any:
+    """Every tensor of the output structure side by side over models, or its mean: `extract` knows these forms.
+
+    comparable: the target of a `Comparable` per model, for "joint"."""
     leaves: list[list[fx.Node]] = []
     for output in outputs:
         leaves.append([])
         map_arg(output, lambda n, into=leaves[-1]: into.append(n) or n)
     made = []
     for group in zip(*leaves, strict=True):
-        if heads == "concat":
+        if heads == "joint":
+            group = [graph.call_module(t, (n,)) for t, n in zip(comparable, group, strict=True)]
+        if heads in ("concat", "joint"):
             made.append(graph.call_function(torch.cat, (list(group), 1)))
         elif not shares:
             made.append(graph.call_method("mean", (graph.call_function(torch.stack, (list(group),)), 0)))
@@ -89,9 +109,10 @@ def joined(graph: fx.Graph, outputs: Sequence[Any], heads: str, shares: Sequence
     return map_arg(outputs[0], lambda _: next(rest))
 
 
-def own_output(joined: fx.Node, place: int) -> fx.Node:
+def own_output(joined: fx.Node, place: int, heads: str) -> fx.Node:
     """What model `place` adds to a node of `joined`."""
     if joined.target is torch.cat:
-        return cast(Any, joined.args[0])[place]
+        found = cast(Any, joined.args[0])[place]
+        return found.args[0] if heads == "joint" else found
     found = cast(Any, joined.args[0]).args[0][place]
     return found.args[0] if joined.target == "sum" else found
