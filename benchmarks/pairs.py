@@ -93,11 +93,12 @@ def run(args: argparse.Namespace, data: Data, split: int) -> list[Row]:
 
 def summary(tables: Sequence[Sequence[Row]]) -> str:
     """Mean and standard deviation over splits, of the rows that all of them have figures for."""
-    lines = ["| network | mean | joint |", "| :-- | --: | --: |"]
+    kinds = ("mean", "joint", "compared")
+    lines = [f"| network | {' | '.join(kinds)} |", "| :-- | --: | --: | --: |"]
     for rows in zip(*tables, strict=True):
-        if all(r.mean is not None and r.joint is not None for r in rows):
-            mean, joint = _spread([r.mean for r in rows]), _spread([r.joint for r in rows])
-            lines.append(f"| {rows[0].name} | {mean} | {joint} |")
+        columns = [[getattr(r, kind) for r in rows] for kind in kinds]
+        if all(value is not None for column in columns for value in column):
+            lines.append(f"| {rows[0].name} | {' | '.join(map(_spread, columns))} |")
     return "\n".join(lines)
 
 
