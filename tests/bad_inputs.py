@@ -7,45 +7,67 @@ right; all others must be refused, with the text that bad_inputs.txt has for the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from bad_loaders import IMAGES, TOKENS, Rows, Stream, X, Y, endless, failing, with_value
+from bad_models import (
+    Branches,
+    Constant,
+    Counts,
+    CustomGradient,
+    Cyclic,
+    CyclicModules,
+    Drifts,
+    DropsAlways,
+    Empty,
+    Fixed,
+    Images,
+    InPlaceInput,
+    InPlaceViews,
+    Keyword,
+    Lazy,
+    Net,
+    Noisy,
+    NoOutput,
+    NotCopied,
+    Number,
+    Overflows,
+    Refuses,
+    Remembers,
+    Sparse,
+    Tokens,
+    TwoInputs,
+)
+from spoiled_models import (
+    buffer_hook,
+    complex_weights,
+    failing_weight,
+    fill,
+    frozen,
+    grown,
+    half_meta,
+    hooked,
+    noisy_weight,
+    old_weight_norm,
+    on_meta,
+    other_order,
+    pruned,
+    quantised,
+    recording_hook,
+    sharded,
+    to,
+    variance,
+    weight_normed,
+    zeroed,
+)
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fxzip
 from fxzip.solve import Settings, Solve
-
-X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
-IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-Y = torch.arange(24) % 3
-TOKENS = torch.arange(20).reshape(4, 5) % 10
-
-
-class Net(nn.Module):
-    """Six numbers in, `classes` out, one hidden layer."""
-
-    def __init__(self, width: int = 8, classes: int = 3) -> None:
-        super().__init__()
-        self.fc1, self.head = nn.Linear(6, width), nn.Linear(width, classes)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return F.relu(self.fc1(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.hidden(x))
-
-
-class Images(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.norm(self.conv(x))).mean((2, 3)))
 
 
 @dataclass(frozen=True)
@@ -81,336 +103,6 @@ def spoiled(
         return models, [data], {}
 
     return call
-
-
-# ------------------------------------------------------------------------------------------------- loaders
-
-
-def failing() -> Iterator[Tensor]:
-    yield X[:8]
-    raise OSError("disk on fire")
-
-
-def endless() -> Iterator[Tensor]:
-    while True:
-        yield X
-
-
-class Rows(Dataset):
-    def __len__(self) -> int:
-        return 24
-
-    def __getitem__(self, k: int) -> Tensor:
-        if k >= 16:
-            raise KeyError(f"sample {k} is missing")
-        return X[k]
-
-
-class Stream(IterableDataset):
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(X)
-
-
-def with_value(value: float, at: int = 0) -> list[Tensor]:
-    """Two batches, the one `at` spoiled."""
-    batches = [X[:12].clone(), X[12:].clone()]
-    batches[at][3, 2] = value
-    return batches
-
-
-# ------------------------------------------------------------------------------------------------- models
-
-
-class Counts(Net):
-    """Counts its calls in a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.head(self.hidden(x))
-
-
-class Drifts(Net):
-    """Changes a weight at every call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.fc1.weight.mul_(0.9)
-        return self.head(self.hidden(x))
-
-
-class Remembers(Net):
-    """Keeps a Python number, and uses it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.step = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.step += 1
-        return self.head(self.hidden(x)) * self.step
-
-
-class Noisy(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.hidden(x) + torch.randn(x.shape[0], 8))
-
-
-class DropsAlways(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.dropout(self.hidden(x), 0.5, training=True))
-
-
-class InPlaceViews(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.fc1(x)
-        h[:, :4].relu_()
-        h.view(-1, 2, 4)[:, 1].mul_(2)
-        return self.head(h)
-
-
-class InPlaceInput(Net):
-    """Overwrites the batch that it is given."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.hidden(x.mul_(2)))
-
-
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] * 2
-
-
-class CustomGradient(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(Twice.apply(self.hidden(x)))
-
-
-class Branches(Net):
-    """Depends on a value of the data."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.hidden(x)
-        return self.head(h if float(x.sum()) > 0 else -h)
-
-
-class Fixed(Net):
-    """Runs at a batch of two only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.hidden(x.view(2, 6)))
-
-
-class Cyclic(Net):
-    """Holds a reference to itself, outside the module tree."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.me = [self]
-
-
-class CyclicModules(Net):
-    """Is its own grandchild."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head.owner = self
-
-
-class Lazy(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.LazyLinear(8)
-
-
-class Empty(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x) * 2
-
-
-class NoOutput(Net):
-    def forward(self, x: Tensor) -> None:
-        self.hidden(x)
-
-
-class Number(Net):
-    def forward(self, x: Tensor) -> int:
-        return 3
-
-
-class Constant(Net):
-    """Ignores its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.fc1.bias).expand(x.shape[0], 3)
-
-
-class Refuses(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        raise RuntimeError("not today")
-
-
-class Overflows(Net):
-    def hidden(self, x: Tensor) -> Tensor:
-        return F.relu(self.fc1(x)) * 1e30 * 1e30
-
-
-class NotCopied(Net):
-    def __deepcopy__(self, memo: Any) -> Any:
-        raise TypeError("cannot pickle a socket")
-
-
-class Keyword(Net):
-    def forward(self, *, x: Tensor) -> Tensor:
-        return self.head(self.hidden(x))
-
-
-class TwoInputs(Net):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.head(self.hidden(x + y))
-
-
-class Sparse(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mask", torch.eye(8).to_sparse())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.sparse.mm(self.mask, self.hidden(x).T).T)
-
-
-class Tokens(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.fc, self.head = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.fc(self.embed(x))))
-
-
-def hooked(model: nn.Module) -> None:
-    model.fc1.register_forward_hook(lambda module, args, output: 2 * output)
-
-
-def buffer_hook(model: nn.Module) -> None:
-    model.register_forward_pre_hook(lambda module, args: tuple(a + 1 for a in args))
-
-
-def recording_hook(model: nn.Module) -> None:
-    model.fc1.register_forward_hook(lambda *_: None)
-
-
-def fill(name: str, value: float) -> Callable[[nn.Module], None]:
-    def spoil(model: nn.Module) -> None:
-        model.get_parameter(name).view(-1)[0] = value
-
-    return spoil
-
-
-def variance(model: nn.Module, value: float) -> None:
-    model.norm.running_var.fill_(value)
-
-
-def zeroed(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.zero_()
-
-
-def quantised(model: nn.Module) -> nn.Module:
-    from torch.ao.quantization import quantize_dynamic
-
-    return quantize_dynamic(model, {nn.Linear})
-
-
-def complex_weights(model: nn.Module) -> nn.Module:
-    return model.to(torch.complex64)
-
-
-def frozen(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.requires_grad_(False)
-
-
-def grown(model: nn.Module) -> None:
-    model.fc1, model.head = nn.Linear(6, 10), nn.Linear(10, 3)
-
-
-def half_meta(model: nn.Module) -> None:
-    model.head.to("meta")
-
-
-def on_meta(model: nn.Module) -> nn.Module:
-    return model.to("meta")
-
-
-def to(dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: model.to(dtype)
-
-
-def weight_normed(model: nn.Module) -> None:
-    nn.utils.parametrizations.weight_norm(model.fc1)
-
-
-def old_weight_norm(model: nn.Module) -> None:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        nn.utils.weight_norm(model.fc1)
-
-
-class Noise(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + torch.randn_like(weight)
-
-
-class Fails(nn.Module):
-    """Works while it is registered, no more once the model is in eval mode."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        if not self.training:
-            raise ValueError("no such weight")
-        return weight
-
-
-def noisy_weight(model: nn.Module) -> None:
-    nn.utils.parametrize.register_parametrization(model.fc1, "weight", Noise())
-
-
-def failing_weight(model: nn.Module) -> None:
-    nn.utils.parametrize.register_parametrization(model.fc1, "weight", Fails())
-
-
-def pruned(model: nn.Module) -> None:
-    from torch.nn.utils import prune
-
-    prune.l1_unstructured(model.fc1, "weight", 0.5)
-
-
-def other_order(model: nn.Module) -> nn.Module:
-    return nn.Sequential(model.fc1, nn.Tanh(), model.head)
-
-
-def sharded(model: nn.Module) -> nn.Module:
-    """A DTensor in place of a weight: what FSDP2 leaves."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if not dist.is_initialized():
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    model.fc1.weight = nn.Parameter(distribute_tensor(model.fc1.weight.detach(), mesh, [Shard(0)]))
-    return model
 
 
 CASES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,3 +40,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     return workplace(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder, and every case of file_nets.py: merged, saved there, loaded and run in one new process."""
+    import torch
+    from file_nets import saved_and_loaded
+
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("saved")
+    return root, saved_and_loaded(root)

@@ -1,13 +1,18 @@
-"""Networks, and merges of them, that test_files.py saves and another process loads."""
+"""Networks, and merges of them, that are saved and loaded by another process."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from helpers import unchanged
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from toys import Recurrent, UNet, randomise
@@ -167,3 +172,36 @@ CASES = {
     "channels last": Case(Conv, IMAGES, change=lambda z: z.to(memory_format=torch.channels_last)),
     "trained": Case(Conv, IMAGES, change=trained_a_step),
 }
+
+
+HERE = Path(__file__).parent
+LOAD_ALL = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+sys.path[:0] = [sys.argv[2], str(Path(sys.argv[2]).parent)]
+torch.set_num_threads(1)
+import fxzip
+from file_nets import CASES
+for k, (name, case) in enumerate(CASES.items()):
+    outputs = case.run(fxzip.load(Path(sys.argv[1]) / str(k), case.model_fn))
+    save_file({str(i): t.clone().contiguous() for i, t in enumerate(outputs)}, f"{sys.argv[1]}/{k}.out")
+"""
+
+
+def saved_and_loaded(root: Path) -> dict[str, Any]:
+    """Every case merged and saved in `root`, then loaded and run in one new process."""
+    merged = {}
+    for k, (name, case) in enumerate(CASES.items()):
+        merged[name] = case.merged()
+        with unchanged(merged[name]):
+            fxzip.save(merged[name], root / str(k))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOAD_ALL, str(root), str(HERE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return merged
+
+
+def folder_of(saved: Any, name: str) -> Path:
+    return saved[0] / str(list(CASES).index(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from random_graphs import RandomNet
+from random_net import RandomNet
 from torch import Tensor, nn
 
 import fxzip

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_inputs import CASES, Case, Net, X, outcome
+from bad_inputs import CASES, Case, outcome
+from bad_loaders import X
+from bad_models import Net
 from helpers import unchanged
 from torch import nn
 

@@ -1,6 +1,5 @@
 """Pre-flight checks: exact messages, everything at once, nothing touched."""
 
-import itertools
 from collections import OrderedDict
 
 import pytest
@@ -12,7 +11,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fxzip.check import check_merge, compare_graphs, compare_shapes, unusable
 from fxzip.errors import InputError
-from fxzip.loaders import peek
 from fxzip.trace import state_of, trace
 
 torch.set_num_threads(1)
@@ -280,42 +278,3 @@ def test_shapes():
         "fc.bias is missing in b",
     ]
     assert compare_shapes([{"w": X}, {"w": X[0]}], ab, allowed={"w"}) == ["w is [6, 3] in a and [3] in b"]
-
-
-# ---------------------------------------------------------------------------------------------- peek
-
-
-def test_peek_loses_nothing():
-    drawn = []
-
-    def generator():
-        for k in range(4):
-            drawn.append(k)
-            yield k
-
-    first, again = peek(generator())
-    assert first == 0 and drawn == [0]
-    assert list(itertools.islice(again, 2)) == [0, 1] and drawn == [0, 1]
-    assert list(again) == [0, 1, 2, 3] == list(again) and drawn == [0, 1, 2, 3]
-
-
-def test_peek_does_not_disturb_random_loaders():
-    data = TensorDataset(torch.arange(50))
-    loader = DataLoader(data, batch_size=10, shuffle=True)
-    torch.manual_seed(3)
-    want = torch.cat([b for (b,) in loader])
-    torch.manual_seed(3)
-    first, again = peek(loader)
-    assert torch.equal(torch.cat([b for (b,) in again]), want) and torch.equal(first[0], want[:10])
-
-    torch.manual_seed(3)
-    direct = [x.item() for x in (torch.rand(()) for _ in range(3))]
-    torch.manual_seed(3)
-    _, again = peek(torch.rand(()) for _ in range(3))
-    assert [x.item() for x in again] == direct
-
-
-def test_peek_keeps_batches_that_are_written_in_one_place():
-    place = torch.empty(2)
-    first, again = peek({"x": place.fill_(k)} for k in range(3))
-    assert first["x"].tolist() == [0, 0] and [b["x"].tolist() for b in again] == [[0, 0], [1, 1], [2, 2]]

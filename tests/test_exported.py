@@ -2,9 +2,8 @@
 
 import copy
 import pickle
-from collections import OrderedDict, UserDict
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from collections import UserDict
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 import fxzip
 from fxzip.errors import InputError, TraceError
 from fxzip.rewrite import recompute_statistics
-from fxzip.trace import counted, first_rows, trace
+from fxzip.trace import trace
 from fxzip.trace.precision import doubled
-from fxzip.verify import Verification
 
 torch.set_num_threads(1)
 
@@ -201,28 +199,6 @@ def test_nested_inputs():
     assert fxzip.verify(net, args).ok
 
 
-@pytest.mark.parametrize(
-    ("output", "wanted"),
-    [
-        (lambda t: t, lambda t: t),
-        (lambda t: {"out": t, "n": 3}, lambda t: {"out": t, "n": 3}),
-        (lambda t: OrderedDict(out=(t, None)), lambda t: OrderedDict(out=(t, None))),
-        (lambda t: SimpleNamespace(loss=t + 1, logits=t), lambda t: t),
-        (lambda t: UserDict(loss=t + 1, logits=t), lambda t: t),
-        (lambda t: SimpleNamespace(ids=torch.arange(2), hidden=t, other=t + 1), lambda t: t),
-    ],
-)
-def test_counted_outputs(output, wanted):
-    t = torch.ones(2)
-    assert repr(counted(output(t))) == repr(wanted(t))
-
-
-def test_first_rows_keeps_names():
-    cut = first_rows((UserDict(x=torch.zeros(4, 3), flag=True), torch.zeros(4)), 2)
-    assert cut["x"].shape == (2, 3) and cut["flag"] is True
-    assert first_rows((torch.zeros(4, 3), torch.zeros(4)), 5)[0].shape == (5, 3)
-
-
 def test_doubled_overrules_dtypes_in_the_code():
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -264,35 +240,6 @@ def test_batch_flattened_into_the_heads_is_measured():
     assert all(torch.allclose(y, net(loader[0]), atol=1e-4) for y in zipped(loader[0]))
 
 
-def test_forward_fn_chooses_inputs_and_output(tmp_path):
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 5), nn.Linear(5, 2)
-
-        def forward(self, x: Tensor, *, scale: Tensor) -> dict[str, Tensor]:
-            hidden = torch.relu(self.b(torch.relu(self.a(x * scale))))
-            return {"logits": self.c(hidden), "hidden": hidden}
-
-    def hidden(model: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
-        return model(x, scale=scale)["hidden"]
-
-    torch.manual_seed(0)
-    net, some = Encoder().eval(), {"x": torch.randn(64, 4), "scale": torch.rand(64, 1)}
-    spaces = fxzip.inspect(net, some, forward_fn=hidden)
-    assert [s.size for s in spaces] == [16]
-    assert fxzip.verify(net, some, forward_fn=hidden).ok
-    other = fxzip.scramble(net, some, forward_fn=hidden)
-    assert torch.equal(other.b.bias, net.b.bias) and not torch.equal(other.a.bias, net.a.bias)
-    zipped = fxzip.merge([net, other], [some], method="permute", forward_fn=hidden, progress=False)
-    assert all(torch.allclose(y, hidden(net, **some), atol=1e-5) for y in zipped(**some))
-    fxzip.save(zipped, tmp_path)
-    again = fxzip.load(tmp_path, Encoder, forward_fn=hidden)
-    assert torch.equal(again(**some)[0], zipped(**some)[0])
-    with pytest.raises(InputError, match=r"forward_fn\(\*, x\) must take the model first: forward_fn\(model, x\)"):
-        fxzip.inspect(net, some, forward_fn=lambda *, x: x)
-
-
 def test_multihead_attention_is_taken_apart():
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -310,28 +257,3 @@ def test_multihead_attention_is_taken_apart():
         spaces = fxzip.inspect(net, x)
     assert not spaces.frozen and {"8", "12", "2 x 4"} == {s.structure for s in spaces if s.segments}
     assert fxzip.verify(net, x).ok
-
-
-def test_amplified_rounding_is_no_proof_and_no_disproof():
-    proof = Verification(0.03, {"w[0]": 0.5}, 1e-9, 0.4, 0.9, 3)
-    assert not proof.ok and not proof.inconclusive and "a random group element changes" in str(proof)
-    proof = replace(proof, rounding=5e-6)
-    assert not proof.ok and proof.inconclusive
-    assert "rounding alone changes the output by 5.0e-06 (tolerance 1e-06): nothing is proven" in str(proof)
-
-
-def test_rounding_is_measured_where_the_error_is_not_small():
-    class Chaos(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.sigmoid(self.b(torch.tanh(self.a(x))))
-            for _ in range(70):  # the logistic map doubles an error each time
-                x = 4 * x * (1 - x)
-            return x
-
-    torch.manual_seed(0)
-    for proof in (fxzip.verify(Chaos().eval(), torch.randn(2, 4), seed=s) for s in range(3)):
-        assert proof.ok or proof.chaotic, proof

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import unchanged
-from test_merge import STRUCTURES, far, outputs, scrambled
+from merging import STRUCTURES, far, outputs, scrambled
 from torch import Tensor, nn
 from toys import randomise
 

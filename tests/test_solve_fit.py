@@ -7,13 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import solved
-from ranks import in_ranks
 from torch import Tensor, nn
 from toys import randomise
 
 import fxzip
-from fxzip.errors import InputError
 from fxzip.solve import CHUNK, Settings
 from fxzip.solve.fit import _single
 from fxzip.solve.refine import refine
@@ -291,34 +288,5 @@ def test_products_are_not_summed_in_half_precision(given, made):
     assert _single(torch.ones(2, dtype=getattr(torch, given))).dtype == getattr(torch, made)
 
 
-def test_settings_at_their_bounds():
-    Settings(lam=0, rows=1, least=1, sweeps=0, memory=0)
-    for name, value in (("lam", -1e-9), ("rows", 0), ("least", 0), ("sweeps", -1), ("memory", -1), ("lam", torch.nan)):
-        with pytest.raises(InputError, match=f"{name} must be at least"):
-            Settings(**{name: value})
-
-
 def test_a_folded_scale_is_one():
     assert torch.equal(merged(Scaled)[1].get_parameter("scale"), torch.ones(8, 1, 1))
-
-
-class Everything(Net):
-    """Layers, norms that they take along and norms that they do not."""
-
-    def parts(self) -> None:
-        self.layer, self.norm = nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8)
-        self.tail = nn.Sequential(nn.Tanh(), nn.BatchNorm2d(8), nn.Tanh(), nn.GroupNorm(2, 8))
-
-    def behind(self, x: Tensor) -> Tensor:
-        return self.tail(self.norm(self.layer(x)))
-
-
-def test_ranks_solve_what_one_process_solves():
-    """Three chunks for two, and fewer rows than there are: the draws must agree."""
-    nets = [randomise(Everything(), seed).eval() for seed in range(2)]
-    batches, few = list(torch.cat([IMAGES, IMAGES[:128].flip(1)]).split(128)), Settings(rows=1, least=256)
-    one = solved(nets, batches, few).shared
-    for other in in_ranks(lambda processes: solved(nets, batches, few, processes=processes).shared):
-        assert other.keys() == one.keys()
-        for name, value in one.items():
-            torch.testing.assert_close(other[name], value, atol=1e-4, rtol=1e-4)

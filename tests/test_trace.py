@@ -1,9 +1,8 @@
-"""Binding batches, tracing, and what tracing refuses."""
+"""Tracing: names, arguments, leaves, batch sizes, and what it refuses."""
 
 import copy
 import inspect
 import random
-from collections import UserDict
 
 import pytest
 import torch
@@ -11,82 +10,12 @@ import torch.nn.functional as F
 import torchvision
 from helpers import unchanged
 from torch import nn
-from torch.nn.utils import prune
 
 from fxzip.errors import InputError, TraceError
-from fxzip.trace import batch_size, bind, describe, rows, trace
+from fxzip.trace import trace
 
 torch.set_num_threads(1)
 X, Y = torch.randn(4, 3), torch.arange(4)
-
-
-def signature(function):
-    return inspect.signature(function)
-
-
-# ---------------------------------------------------------------------------------------------- bind
-
-
-@pytest.mark.parametrize(
-    ("batch", "forward", "names"),
-    [
-        (X, lambda x: 0, "X"),
-        ((X, Y), lambda x: 0, "X"),
-        ([X, Y], lambda x: 0, "X"),
-        ((X, Y), lambda x, y: 0, "XY"),
-        ((X, Y), lambda x, mask=None: 0, "X"),
-        ((X, Y), lambda x=None, mask=None: 0, "X"),
-        ((X, Y), lambda *xs: 0, "XY"),
-        (({"x": X}, Y), lambda x: 0, "X"),
-        ({"y": Y, "x": X}, lambda x, y: 0, "XY"),
-        (UserDict(b=X, labels=Y), lambda a=None, b=None, labels=None: 0, "-X"),
-        ({"x": X, "other": Y}, lambda x: 0, "X"),
-        ({"labels": Y, "x": X}, lambda x, labels: 0, "XY"),
-    ],
-)
-def test_bind(batch, forward, names):
-    got = bind(batch, signature(forward))
-    want = tuple({"X": X, "Y": Y, "-": None}[n] for n in names)
-    assert len(got) == len(want) and all(a is b for a, b in zip(got, want, strict=True))
-
-
-def test_bind_takes_names_for_a_signature():
-    assert [t.shape for t in bind((X, Y), ["a", "b"])] == [(4, 3), (4,)]
-
-
-def f(input_ids, mask, labels=None):
-    return 0
-
-
-@pytest.mark.parametrize(
-    ("batch", "function", "message"),
-    [
-        (
-            {"ids": X},
-            f,
-            "keys ['ids'] lacks 'input_ids', 'mask'; forward takes (input_ids, mask, labels=None)",
-        ),
-        ({"z": X}, lambda x=None: 0, "keys ['z'] has none of forward's parameters; forward takes (x=None)"),
-        ((X,), f, "has 1 item (float32[4, 3]), forward requires 2: (input_ids, mask, labels=None)"),
-        ((), f, "must be a tensor, a non-empty tuple or list, or a mapping; got ()"),
-        (None, f, "must be a tensor, a non-empty tuple or list, or a mapping; got None"),
-        (([1, 2], Y), lambda x: 0, "item 0 of the batch holds no tensor but [1, 2]; forward takes (x)"),
-        ({"x": X}, lambda *, x: 0, "forward takes 'x' by keyword only: (x). Wrap the model"),
-    ],
-)
-def test_bind_says_what_is_wrong(batch, function, message):
-    with pytest.raises(InputError) as error:
-        bind(batch, signature(function))
-    assert message in str(error.value)
-
-
-def test_rows_cut_and_repeat_what_has_the_batch_axis():
-    args = (X, torch.zeros(7), {"y": Y, "n": 3})
-    assert batch_size(args) == 4
-    cut, more = rows(args, 1), rows(args, 6)
-    assert torch.equal(cut[0], X[:1]) and cut[1].shape == (7,) and cut[2]["n"] == 3
-    assert torch.equal(more[0][4:], X[:2]) and torch.equal(more[2]["y"], torch.tensor([0, 1, 2, 3, 0, 1]))
-    assert describe(args) == "(float32[4, 3], float32[7], {'y': int64[4], 'n': 3})"
 
 
 # ---------------------------------------------------------------------------------------------- trace
@@ -271,102 +200,6 @@ def test_nan_outputs_are_compared_as_such():
             return {"a": torch.log(x), "b": [x > 0, None]}
 
     assert trace(Log(), X).rung == "symbolic"
-
-
-# ---------------------------------------------------------------------------------- wrappers and hooks
-
-
-def test_wrappers_are_unwrapped_with_a_notice():
-    for wrapped, kind in [
-        (nn.DataParallel(Net()), "DataParallel"),
-        (torch.compile(Net()), "OptimizedModule"),
-        (nn.DataParallel(torch.compile(Net())), "DataParallel"),
-    ]:
-        traced = trace(wrapped, IMAGES)
-        assert traced.notices[0].startswith(f"unwrapped {kind}: the merge sees the ")
-        assert "conv.weight" in traced.graph_module.state_dict()
-
-
-def hook(*args):
-    return None
-
-
-def doubles(module, args, output):
-    return 2 * output
-
-
-def writes(module, args, output):
-    output.mul_(2)
-
-
-def hides(module, args, output):
-    output.data.mul_(2)  # no version counter moves
-
-
-def replaces(module, args, kwargs, output):
-    module.weight = nn.Parameter(2 * module.weight)
-
-
-REFUSED = {
-    "conv has a forward hook that returns a value: remove it before merging (handle.remove(), or model.conv._forward_h":
-        lambda m: m.conv.register_forward_hook(doubles),
-    "head has a forward hook that writes to what is passed to it: remove it": lambda m: (
-        m.head.register_forward_hook(writes)
-    ),
-    "the output depends on what a forward hook of head writes down: remove it": lambda m: (
-        m.head.register_forward_hook(hides)
-    ),
-    "head has a forward hook that sets head.weight: remove it": lambda m: (
-        m.head.register_forward_hook(replaces, with_kwargs=True)
-    ),
-    "the model has a forward pre-hook that returns a value: remove it": lambda m: (
-        m.register_forward_pre_hook(lambda m, args: args)
-    ),
-    "bn has a backward hook: remove it": lambda m: m.bn.register_full_backward_hook(hook),
-    "the model has a backward pre-hook: remove it": lambda m: m.register_full_backward_pre_hook(hook),
-    "head.bias is pruned by a mask: make it plain before merging": lambda m: prune.random_unstructured(
-        m.head, "bias", 1
-    ),
-    "(torch.nn.utils.prune.remove(head, 'bias'))": lambda m: prune.random_unstructured(m.head, "bias", 1),
-    "head has uninitialised parameters: run one forward pass first": lambda m: setattr(
-        m, "head", nn.LazyLinear(2)
-    ),
-}
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_what_a_trace_would_drop_is_refused(message):
-    model = Net()
-    REFUSED[message](model)
-    with pytest.raises(TraceError) as error:
-        trace(model, IMAGES)
-    assert message in str(error.value)
-
-
-def test_every_hook_is_listed():
-    model = Net()
-    model.conv.register_forward_hook(doubles)
-    model.head.register_forward_hook(doubles)
-    with pytest.raises(TraceError, match="conv has a forward hook.*; head has a forward hook"):
-        trace(model, IMAGES)
-
-
-def test_hooks_that_only_look_on_are_left_out():
-    seen, model = [], Net()
-    model.conv.register_forward_hook(lambda m, args, output: seen.append(output.mean()))
-    model.head.register_forward_pre_hook(lambda m, args: None)
-    with unchanged(model):
-        traced = trace(model, IMAGES)
-    notice = "left out 2 hooks that only look on: a forward hook of conv, a forward pre-hook of head"
-    assert traced.notices == (notice,)
-    calls = len(seen)
-    assert torch.equal(traced.graph_module(IMAGES), model.eval()(IMAGES)) and len(seen) == calls + 1
-
-
-def test_compiled_in_place_traces():
-    model = Net()
-    model.compile()
-    assert trace(model, IMAGES).rung == "symbolic"
 
 
 # -------------------------------------------------------------------------------------------- len of a batch

@@ -8,8 +8,8 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from merging import STRUCTURES, far, outputs, scrambled
 from oracles import slots_of, two
-from test_merge import STRUCTURES, far, outputs, scrambled
 from torch import nn
 from toys import Residual, image, randomise
 
