@@ -187,3 +187,17 @@ def test_merge_resumes_and_goes_on_without_a_proof(capsys, place):
     assert "verify: false" in (place / "out" / "recipe.yaml").read_text()
     code, _, err = run(capsys, *argv, "--verify", "perhaps", "--out", "out")
     assert code == 2 and "verify: input should be True, False or 'report', not 'perhaps'" in err
+
+
+def test_one_set_of_logits_is_scored_like_several(capsys, place):
+    """Heads made comparable answer each task as before; all classes together they may answer otherwise."""
+    tables = {}
+    for heads in ("separate", "concat", "joint"):
+        (place / "heads.yaml").write_text((place / "recipe.yaml").read_text() + f"heads: {heads}\n")
+        assert run(capsys, "merge", "heads.yaml", heads, "--trust-code", "-q") == (0, "", "")
+        code, out, err = run(capsys, "eval", heads, "--data", "x.npz", "--trust-code")
+        assert code == 0, err
+        tables[heads] = next(line.split() for line in out.splitlines() if line.startswith("merged"))
+    assert tables["separate"] == tables["concat"]
+    *per_task, mean, joint = tables["joint"]
+    assert [*per_task, mean] == tables["concat"][:-1] and joint != tables["concat"][-1]
