@@ -196,13 +196,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 
 def markdown(rows: Sequence[Row], tasks: Sequence[str]) -> str:
-    """The table; the column of published figures only where there are any."""
-    published = any(r.published for r in rows)
-    header = ["network", *tasks, "mean", "joint", "compared", "parameters", "FLOPs", "seconds", "forwards"]
+    """The table; the columns of compared heads and of published figures only where there are any."""
+    published, compared = any(r.published for r in rows), any(r.compared is not None for r in rows)
+    header = ["network", *tasks, "mean", "joint", *(["compared"] if compared else [])]
+    header += ["parameters", "FLOPs", "seconds", "forwards"]
     header += ["published (mean / joint)"] if published else []
     lines = [header, [":--", *["--:"] * (len(header) - 1)]]
     for r in rows:
-        cells = [*map(number, (*r.per_task, r.mean, r.joint, r.compared)), f"{r.parameters:,}" if r.parameters else "-"]
+        scores = (*r.per_task, r.mean, r.joint, *([r.compared] if compared else []))
+        cells = [*map(number, scores), f"{r.parameters:,}" if r.parameters else "-"]
         cells += ["-" if r.flops is None else f"{r.flops:.2f}x", number(r.seconds), number(r.forwards)]
         lines.append([r.name, *cells, *([r.published or "-"] if published else [])])
     notes = [f"\n{r.name}: {r.note}" for r in rows if r.note]
@@ -257,6 +259,6 @@ def draw(figure: Any, path: str | Path) -> None:
 def announce(row: Row) -> Row:
     """Print a row as soon as it is there: runs are long."""
     tqdm.write(f"{row.name:34s} mean {number(row.mean):>5s}  joint {number(row.joint):>5s}  "
-               f"compared {number(row.compared):>5s}  "
+               f"{'' if row.compared is None else f'compared {row.compared:5.1f}  '}"
                f"{number(row.seconds):>6s} s  {row.note[:200]}", file=sys.stderr)  # fmt: skip
     return row

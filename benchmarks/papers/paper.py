@@ -46,7 +46,8 @@ class Setting:
     """title; tasks: (args) -> the tasks; make: (classes) -> a network; recipe, as in the paper; merges.
 
     embed: outputs are compared with a vector per class ("embedding heads"), see `Embedded`. published: of the ensemble.
-    score: as the function of that name, where accuracies are not what is to be known.
+    score: as the function of that name, where accuracies are not what is to be known. seeds: of each parent, beyond
+    --seed (0, 1, ..); key, a task's name and this name a parent in --cache.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Setting:
     embed: int = 0
     published: str = ""
     score: Callable[..., Any] | None = None
+    seeds: Sequence[int] = ()
 
 
 # --------------------------------------------------------------------------------------------- networks
@@ -98,12 +100,13 @@ def parents(setting: Setting, tasks: Sequence[Task], args: argparse.Namespace) -
     models, seconds = [], []
     for k, task in enumerate(tasks):
         with torch.random.fork_rng():
-            torch.manual_seed(args.seed + k)
+            seed = args.seed + (setting.seeds[k] if setting.seeds else k)
+            torch.manual_seed(seed)
             model = setting.make(setting.embed or task.classes)
             model = (Embedded(model, vectors[k]) if vectors else model).to(args.device)
             facts = (vars(setting.recipe), args.split, args.reduced, args.embeddings, args.pretrained)
             name = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
-            path = Path(args.cache) / f"paper-{setting.key}-{k}-s{args.seed}-{name}.pt"
+            path = Path(args.cache) / f"paper-{setting.key}-{task.name.replace(' ', '')}-s{seed}-{name}.pt"
             if path.exists():
                 found = torch.load(path, weights_only=True)
                 model.load_state_dict(found["state_dict"])

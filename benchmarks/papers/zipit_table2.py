@@ -33,9 +33,9 @@ def setting(args: argparse.Namespace) -> Setting:
         Merge(name, options, f"- / {PUBLISHED[name]}" if name in PUBLISHED else "") for name, options in rows.items()
     ]
     if args.reduced:
-        args.test = args.test or 400
+        args.test = args.test or 500
         return Setting("ResNet-50 of a quarter's inner width, CIFAR-10 5 + 5", halves("cifar10", 10), narrow,
-                       Recipe("sgd", 0.05, 2, 2000), merges, "resnet50", 384)  # fmt: skip
+                       Recipe("sgd", 0.05, 6, 8000), merges, "resnet50", 384)  # fmt: skip
     return Setting(
         "ImageNet-1k 200 + 200, ResNet-50", lambda a: [folder(a.data, "imagenet", range(s, s + 200)) for s in (0, 200)],
         lambda k: ResNet(Bottleneck, [3, 4, 6, 3], num_classes=k),

@@ -55,10 +55,10 @@ def of(members: Sequence[int]):
 
         recipe = Recipe("sgd", 0.01, 30, batch=64)
         if args.reduced:
-            args.test, recipe = args.test or 200, Recipe("sgd", 0.05, 2, 2000)
+            args.test, recipe = args.test or 500, Recipe("sgd", 0.05, 6, 8000)
         names = [(SMALL if args.reduced else SETS)[k] for k in members]
         return Setting(" + ".join(names) + ", ResNet-50", lambda a: [images(a, n) for n in names], make, recipe, merges,
-                       "resnet50-" + "-".join(names), 256 * len(members) if args.reduced else 4000,
+                       "resnet50", 256 * len(members) if args.reduced else 4000, seeds=members,
                        published=f"{published['ensemble']} / -")  # fmt: skip
 
     return made
