@@ -12,8 +12,9 @@ class Comparable(nn.Module):
     A head knows its own classes alone, so how large its logits are on samples of the others says little. Its confidence
     is its largest logit after each logit was standardised over unlabelled samples of all tasks, itself standardised
     over these (after "Standardized Max Logits", Jung et al., ICCV 2021, who standardise the largest logit by the
-    predicted class, to find what a network has not seen). What comes out is logits - max(logits) + confidence: the surest head wins, by its own first class. Within the head nothing changes:
-    differences of logits, and so its softmax, are what they were.
+    predicted class, to find what a network has not seen). What comes out is logits - max(logits) + confidence: the
+    surest head wins, by its own first class. Within a head nothing changes: differences of logits, and so its softmax,
+    are what they were.
 
     Buffers, of the logits' dtype: mean and deviation [c] of the logits, shift and scale [] of the confidence.
 
