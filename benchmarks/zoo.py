@@ -128,7 +128,7 @@ def timm() -> dict[str, Callable[[], Made]]:
 
 
 def _timm(name: str) -> Made:
-    """At 64 or 96 pixels where the model takes them, else at its own size. A model whose output is its features has
+    """At 64 to 128 pixels where the model takes them, else at its own size. A model whose output is its features has
     nothing to merge: it gets a head."""
     import timm as library
 
@@ -144,7 +144,7 @@ def _timm(name: str) -> Made:
 
     last = None
     for device in ("meta", "cpu"):  # shapes tell quickly what a model takes, where it needs no values
-        for side in (64, 96, 128, full):
+        for side in (64, 96, 128, 112, full):  # 112 is a multiple of 14, too
             for options in ({"img_size": side}, {}):
                 try:
                     model = made(side, options, device)
