@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from .measure.moments import Moments
 from .rewrite import Partition
 from .rewrite.parameters import layout
 from .solve.affine import packet
+from .trace import watched
 
 LEAST = 0.25  # no space becomes narrower than this share of one model's width
 
@@ -185,15 +187,11 @@ def _mentioned(error: SpaceError, widths: Mapping[str, int]) -> set[str]:
 def _shapes(graph_module: fx.GraphModule, args: tuple) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
 
-    class Shapes(fx.Interpreter):
-        def run_node(self, n: fx.Node):
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                found[n.name] = tuple(value.shape)
-            return value
+    def see(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[node.name] = tuple(value.shape)
 
-    with torch.no_grad():
-        Shapes(graph_module).run(*args)
+    watched(graph_module, args, see)
     return found
 
 

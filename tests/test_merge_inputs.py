@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import unchanged
 from merging import DATA, digits, merge, same_bytes, twins
-from torch import nn
+from torch import fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxzip
@@ -18,6 +18,36 @@ torch.set_num_threads(1)
 
 
 # ------------------------------------------------------------------------------------------------- models
+
+
+@fx.wrap
+def grown(sizes: list[int]) -> int:
+    sizes[0] += 1
+    return sizes[0]
+
+
+class Writes(nn.Module):
+    """Of a list in its code a wrapped function makes another, in the shared part and in the head."""
+
+    def __init__(self, seed: int, classes: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.head(self.body(x) * grown([2, x.shape[0]])) / grown([x.shape[1]])
+
+
+@pytest.mark.parametrize("options", [{}, {"heads": "concat"}, {"budget": 1.5, "method": "solve"}, {"until": "head"}])
+def test_a_function_may_write_to_its_list(options):
+    models = [Writes(0, 3).eval(), Writes(1, 3 if "until" not in options else 4).eval()]
+    x = torch.randn(64, 6)
+    zipped = fxzip.merge(models, [x], progress=False, **{"method": "permute", **options})
+    again = zipped(x)
+    twice = zipped(x)
+    assert all(torch.equal(a, b) for a, b in zip(again, twice, strict=True))
+    copied = fxzip.merge([models[0], fxzip.scramble(models[0], x[:2])], [x], method="permute", progress=False)
+    torch.testing.assert_close(copied(x)[1], models[0](x))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,9 +7,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from ..trace import watched
 from .show import typed
 from .spaces import Spaces
 
@@ -39,16 +39,12 @@ def resize(graph_module: fx.GraphModule, args: tuple, widths: Mapping[str, tuple
     A merged network has heads of several sizes and a budget's widths. widths: space -> (a model's, the merged one's).
     """
 
-    class Sizes(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
-            notes = n.meta.get("fxzip") or {}
-            if isinstance(result, Tensor) and notes.get("type"):
-                n.meta["fxzip"] = {**notes, "type": resized(notes["type"], tuple(result.shape), widths)}
-            return result
+    def see(node: fx.Node, value: Any) -> None:
+        notes = node.meta.get("fxzip") or {}
+        if isinstance(value, Tensor) and notes.get("type"):
+            node.meta["fxzip"] = {**notes, "type": resized(notes["type"], tuple(value.shape), widths)}
 
-    with torch.no_grad():
-        Sizes(graph_module).run(*args)
+    watched(graph_module, args, see)
 
 
 def resized(text: str, shape: tuple[int, ...], widths: Mapping[str, tuple[int, int]]) -> str:

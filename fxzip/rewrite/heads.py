@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import SpaceError
-from ..trace import state_by_all_names
+from ..trace import state_by_all_names, watched
 from .absorb import Value, absorb, consumed_only, copied, exact, groups, numbers
 from .parameters import axis_map
 from .partition import Partition, owned
@@ -97,15 +97,11 @@ def _capture(graph_module: fx.GraphModule, names: Collection[str], args: tuple) 
     """Values of the nodes `names` on `args`, copied at once so that later in-place ops don't show."""
     found: dict[str, Any] = {}
 
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if n.name in names:
-                found[n.name] = copied(value)
-            return value
+    def see(node: fx.Node, value: Any) -> None:
+        if node.name in names:
+            found[node.name] = copied(value)
 
-    with torch.no_grad():
-        Recorder(graph_module).run(*args)
+    watched(graph_module, args, see)
     return found
 
 

@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InputError
+from ..trace import watched
 from ..trace.guards import kept_rng
 from .absorb import numbers
 
@@ -71,16 +72,13 @@ def _outputs(graph_module: fx.GraphModule, args: tuple) -> list[tuple[str, Any]]
     output = next(n for n in graph_module.graph.nodes if n.op == "output")
     map_arg(output.args[0], lambda n: nodes.append(n) or n)
 
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if n in nodes:
-                values[n] = value
-            return value
+    def see(node: fx.Node, value: Any) -> None:
+        if node in nodes:
+            values[node] = value
 
     fresh = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
-    with torch.no_grad(), kept_rng(t for t in tree_leaves(args) if isinstance(t, Tensor)):
-        Recorder(graph_module).run(*fresh)
+    with kept_rng(t for t in tree_leaves(args) if isinstance(t, Tensor)):
+        watched(graph_module, fresh, see)
     return [(n.name, values[n]) for n in nodes]
 
 

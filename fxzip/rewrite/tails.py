@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..trace import Traced, alike, state_by_all_names
+from ..trace import Traced, alike, state_by_all_names, watched
 from ..trace.guards import kept_rng
 from .modules import attribute, has_path, persistent, set_path
 from .partition import selected
@@ -150,12 +150,7 @@ def _boundary(module: fx.GraphModule, trunk: dict[fx.Node, fx.Node], args: tuple
     """The tensors of the trunk that the tail reads, in graph order."""
     values: dict[fx.Node, Any] = {}
 
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            values[n] = super().run_node(n)
-            return values[n]
-
-    Recorder(module).run(*args)
+    watched(module, args, values.__setitem__)
     return {n: 0 for n in trunk if isinstance(values[n], Tensor) and any(u not in trunk for u in n.users)}
 
 

@@ -7,6 +7,7 @@ from .compare import alike, compare_graphs, compare_shapes, compare_sizes
 from .execute import run
 from .guards import unwrap
 from .inputs import batch_size, bind, describe, first_rows, on_meta, plain_batch, rows, shapes_only, to_meta
+from .interpreter import watched
 from .ladder import Traced, trace
 from .lower import Lowered, corresponding, lower
 from .plain import duplicate, make_plain, plain
@@ -41,4 +42,5 @@ __all__ = [
     "to_meta",
     "trace",
     "unwrap",
+    "watched",
 ]

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import FxzipError, InputError, TraceError
 from .guards import kept_rng, plain_kernels
+from .interpreter import Interpreter
 from .linear import whole_linear
 from .lines import where
 from .recorder import Recorder, random_forward
@@ -91,7 +92,7 @@ def lower(graph_module: fx.GraphModule, args: tuple) -> Lowered:
     return _finish(recorder, parameters, tied, inputs, outputs[0], interpreter.values)
 
 
-class _Interpreter(fx.Interpreter):
+class _Interpreter(Interpreter):
     """Runs the GraphModule, telling the recorder whose operators come next and noting what came out."""
 
     def __init__(self, graph_module: fx.GraphModule, recorder: Recorder):
@@ -99,11 +100,6 @@ class _Interpreter(fx.Interpreter):
         self.extra_traceback = False
         self.recorder = recorder
         self.values: dict[str, tuple[fx.Node, ...]] = {}
-
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple:
-        """As generated code passes them: a list that the function may write to, not the graph's own."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        return tuple(_thawed(a) for a in args), {k: _thawed(v) for k, v in kwargs.items()}
 
     def run_node(self, n: fx.Node) -> Any:
         self.recorder.origin = n
@@ -117,10 +113,6 @@ class _Interpreter(fx.Interpreter):
             tensors = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
             self.values[n.name] = tuple(self.recorder.node_behind(x) for x in tensors)
         return result
-
-
-def _thawed(value: Any) -> Any:
-    return [_thawed(v) for v in value] if isinstance(value, list) else value
 
 
 def _named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
