@@ -26,8 +26,11 @@ def compare_heads(zipped: nn.Module, batches: Sequence[tuple], processes: Proces
     """Set every `Comparable` of `zipped` by unlabelled samples of all tasks, in two passes that keep sums alone.
 
     The tasks should have the shares in `batches` that they will have in use. Sums are of float64, over samples and
-    pixels. processes: every rank runs its share of the batches. Raises InputError for logits that are not finite."""
+    pixels. processes: every rank runs its share of the batches. Raises InputError without batches, and for logits that
+    are not finite."""
     heads = {name: m for name, m in zipped.named_modules() if isinstance(m, Comparable)}
+    if heads and not batches:
+        raise InputError('heads="joint" compares heads by samples, and there are none: give a loader')
     for figure, mean, deviation in FIGURES if heads else ():
         for name, (count, total, power) in _sums(zipped, heads, batches, figure, processes).items():
             center = total / count

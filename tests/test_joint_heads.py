@@ -135,6 +135,8 @@ def test_two_ranks_find_what_one_finds():
 def test_refused():
     with pytest.raises(InputError, match="loader is missing"):
         fxzip.merge([mlp(0, 4), mlp(1, 3)], example_inputs=X[:2], method="rebasin", heads="joint", progress=False)
+    with pytest.raises(InputError, match='heads="joint" compares heads by samples, and there are none'):
+        compare_heads(merge(models()), [])
     said = r'heads="joint" compares logits, one tensor of real numbers per model, got task0: float32, float32, task1: '
     with pytest.raises(InputError, match=said):
         merge([nn.Sequential(mlp(k, 4), Both()) for k in (0, 1)])
