@@ -13,8 +13,7 @@ import torch
 from .measure.moments import Moments
 from .memory import wrong_memory
 from .processes import wrong_group
-
-HEADS = ("separate", "concat", "joint", "average")
+from .rewrite.outputs import HEADS
 
 
 def wrong_options(options: Mapping[str, Any]) -> list[str]:

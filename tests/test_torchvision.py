@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision.models as tv
 from helpers import unchanged
+from merging import far
 from torch import Tensor, nn
 from torchvision.models.maxvit import MaxVit
 
@@ -118,10 +119,6 @@ def trained(net: Net) -> tuple[nn.Module, list[Tensor]]:
                 p.clamp_(min=0.3 if p.flatten()[0] > 0 else 0).add_(0.1 * torch.randn_like(p))
     recompute_statistics(model, batches, lambda batch: (batch,))
     return model, batches
-
-
-def far(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 RECOVERED = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1"]
