@@ -15,7 +15,7 @@ from .files import load, save
 from .frontier import Frontier, frontier
 from .infer import readable
 from .inspection import inspect
-from .match import C2M3, CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, Select, Transport, Unmerge, Zip
+from .match import C2M3, CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, Select, Suited, Transport, Unmerge, Zip
 from .measure.moments import Moments
 from .merge import METHODS, collect, merge, plan
 from .planning import Plan
@@ -34,7 +34,7 @@ __all__ = [
     "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError", "Interrupted",
     "MergeWarning", "Moments",
     "MuDSC", "Pair", "Permute", "Plan", "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError",
-    "Transport", "Unmerge", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points",
+    "Suited", "Transport", "Unmerge", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points",
     "extract", "frontier", "greedy_soup", "html", "inspect", "landscape", "load", "merge", "passes", "plan", "plot",
     "readable", "report", "save", "scramble", "verify",
 ]  # fmt: skip

@@ -24,7 +24,10 @@ from .solve import CHUNK, Settings, SolveNeeds, solve_needs
 from .trace import batch_size
 
 # Second moments, 8 Sn^2 bytes, that matching a space of Sn features takes the memory of, M and U included
-_COPIES = {"average": 2.6, "permute": 3.2, "zip": 2.7, "transport": 4.2, "cca": 10.5, "select": 6.5, "unmerge": 4.6}
+_COPIES = {
+    "average": 2.6, "permute": 3.2, "zip": 2.7, "transport": 4.2, "cca": 10.5, "select": 6.5, "suited": 6.5,
+    "unmerge": 4.6,
+}  # fmt: skip
 _OTHER = 6.0
 _REWRITE = 5  # float64 copies of a parameter, while it is merged
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import fxzip
 from fxzip.infer.spaces import FeatureSpace, Segment
-from fxzip.match import Read, Select, read
+from fxzip.match import Read, Select, Suited, Zip, read
 from fxzip.match.elimination import Elimination
 from fxzip.measure.moments import SpaceMoments
 
@@ -126,6 +126,22 @@ def test_readers_of_a_narrower_model_are_those_of_its_own_features():
     found = read([space], {"s0": seen}, weights, {"s0": (np.arange(3), np.array([2, 0]))})["s0"]
     assert isinstance(found, Read)
     assert found.metric.tolist() == (torch.eye(5).double() / 3).tolist()
+
+
+@pytest.mark.parametrize("told", ["read", "behind a norm", "by none", "too many"])
+def test_what_suits_a_space_is_what_is_known_of_its_readers(told):
+    f = torch.randn(500, 12, generator=torch.Generator().manual_seed(1)).double()
+    seen = SpaceMoments((6, 6), 500.0, f.mean(0), f.T @ f / 500)
+    acts = frozenset({"layer_norm"}) if told == "behind a norm" else frozenset()
+    reads = () if told == "by none" else (Segment("w", 1, np.arange(6), frozenset({"consume"})),)
+    weights = [{"w": torch.randn(3, 6, generator=torch.Generator().manual_seed(k))} for k in (2, 3)]
+    found = read([FeatureSpace("s0", 6, segments=reads, nonlinear=acts)], {"s0": seen}, weights)["s0"]
+    made = Suited(most=11 if told == "too many" else 12)(found, 6).merge
+    other = (Select(plain=0.1) if told == "read" else Zip(beta=1.0))(found, 6).merge
+    assert torch.equal(made, other)
+    assert not torch.equal(Select(plain=0.1)(found, 6).merge, Zip(beta=1.0)(found, 6).merge)
+    assert not isinstance(found, Read) or torch.equal(found.restrict([np.arange(6)] * 2).metric, found.metric)
+    assert getattr(found, "straight", None) == getattr(found.restrict([np.arange(6)] * 2), "straight", None)
 
 
 def test_merge_hands_the_readers_over():

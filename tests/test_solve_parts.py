@@ -133,7 +133,7 @@ def test_what_cannot_be_fitted_stays_right(make):
 def test_a_ridge_without_end_leaves_the_zipped_weights():
     nets = [randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Flatten(),
                                     nn.Linear(5 * 16, 2)), seed).eval() for seed in range(2)]  # fmt: skip
-    stiff = fxzip.Solve(settings=Settings(lam=1e9, sweeps=0))
+    stiff = fxzip.Solve(fxzip.Zip(beta=1.0), Settings(lam=1e9, sweeps=0))
     made = [fxzip.merge(nets, IMAGES.split(8), method=m, progress=False) for m in (stiff, fxzip.Zip(beta=1.0), "solve")]
     found, wanted, free = (z.get_submodule("2").weight for z in made)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)

@@ -16,6 +16,7 @@ from .permute import Permute
 from .readers import Read, read
 from .rebasin import Rebasin
 from .select import Select
+from .suited import Suited
 from .sweeps import match
 from .transport import Transport
 from .unmerge import Unmerge
@@ -41,6 +42,7 @@ __all__ = [
     "Read",
     "Rebasin",
     "Select",
+    "Suited",
     "Transport",
     "Unmerge",
     "Weights",

@@ -20,16 +20,18 @@ class Read(SpaceMoments):
 
     metric: float64 [Sn, Sn], symmetric, positive semi-definite, in blocks, one per model: a model reads only its own
     features. A parameter W that reads them counts by the relative squared errors of its outputs,
-    the sum over outputs o of (W_o e)^2 / var(W_o f), divided by their number.
+    the sum over outputs o of (W_o e)^2 / var(W_o f), divided by their number. straight: nothing acts across the
+    features before they are read (a norm over them rescales them all), so that these are the errors readers see.
     """
 
     metric: Tensor
+    straight: bool = True
 
     def restrict(self, features: Sequence[np.ndarray]) -> Read:
         """Of some features only: `features[i]` are indices into model i's own."""
         plain = super().restrict(features)
         index = torch.cat([torch.as_tensor(f) + start for f, start in zip(features, self.offsets, strict=False)])
-        return Read(plain.sizes, plain.count, plain.mean, plain.second, self.metric[index][:, index])
+        return Read(plain.sizes, plain.count, plain.mean, plain.second, self.metric[index][:, index], self.straight)
 
 
 def read(
@@ -62,7 +64,8 @@ def read(
             index = np.arange(space.size) if real is None or space.name not in real else real[space.name][i]
             blocks.append(_metric(space, index, state, covariance[own, own]))
         if any(b.any() for b in blocks):
-            found[space.name] = Read(seen.sizes, seen.count, seen.mean, seen.second, torch.block_diag(*blocks))
+            metric, straight = torch.block_diag(*blocks), not space.nonlinear
+            found[space.name] = Read(seen.sizes, seen.count, seen.mean, seen.second, metric, straight)
     return found
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import InputError
 from ..infer import Spaces
-from ..match import Matcher, Matching, Zip
+from ..match import Matcher, Matching, Suited, Zip
 from ..measure import Programs
 from ..memory import Store
 from ..processes import ALONE, Processes
@@ -32,9 +32,10 @@ CHUNK = 128  # samples that run at once
 class Solve:
     """method="solve": match, merge, then fit every merge point in closed form (fxzip; see CONTRIBUTING, "Solve").
 
-    matcher: gives M, U and the weights the ridge pulls towards; None: `Zip(beta=1.0)` for two models, and for more
-        `Zip(alpha=1.0, beta=1.0)`, as a feature that all of them share makes a group of more than two, which
-        alpha < 1 would hold back. settings: see `Settings`.
+    matcher: gives M, U and the weights the ridge pulls towards; None: `Suited()`, which selects features where it is
+        known what an error in them costs, and zips the others; for three models and more with alpha=1.0, as a feature
+        that all of them share makes a group of more than two, which alpha < 1 would hold back. settings: see
+        `Settings`.
     """
 
     matcher: Matcher | None = None
@@ -45,7 +46,7 @@ class Solve:
 
     def matcher_for(self, models: int) -> Matcher:
         """The matcher for this many models."""
-        return self.matcher or (Zip(beta=1.0) if models == 2 else Zip(alpha=1.0, beta=1.0))
+        return self.matcher or (Suited() if models == 2 else Suited(otherwise=Zip(alpha=1.0, beta=1.0)))
 
 
 @dataclass(frozen=True)
