@@ -31,10 +31,10 @@ from .version import installed
 __version__ = installed()
 
 __all__ = [
-    "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError", "Interrupted",
-    "MergeWarning", "Moments",
-    "MuDSC", "Pair", "Permute", "Plan", "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError",
-    "Suited", "Transport", "Unmerge", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points",
-    "extract", "frontier", "greedy_soup", "html", "inspect", "landscape", "load", "merge", "passes", "plan", "plot",
-    "readable", "report", "save", "scramble", "verify",
+    "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError",
+    "Interrupted", "MergeWarning", "Moments", "MuDSC", "Pair", "Permute", "Plan", "Rebasin", "Repair", "Report",
+    "Select", "Solve", "SpaceError", "Suited", "TraceError", "Transport", "Unmerge", "Verification",
+    "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points", "extract", "frontier", "greedy_soup",
+    "html", "inspect", "landscape", "load", "merge", "passes", "plan", "plot", "readable", "report", "save",
+    "scramble", "verify",
 ]  # fmt: skip
