@@ -18,7 +18,7 @@ Sink = Callable[[fx.Node, Tensor], None]
 
 aten = torch.ops.aten
 # Operators that may write over a value that nobody reads again; most of what a fresh result costs is its new pages.
-_IN_PLACE = {aten.relu.default: aten.relu_.default, aten.add.Tensor: aten.add_.Tensor}
+_IN_PLACE: dict[Any, Any] = {aten.relu.default: aten.relu_.default, aten.add.Tensor: aten.add_.Tensor}
 # Operators whose result is memory of its own, never a view of an operand or the operand itself.
 _OWN = frozenset(
     {aten.convolution.default, aten.native_batch_norm.default, aten.linear.default, aten.addmm.default, *_IN_PLACE}
