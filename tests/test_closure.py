@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fxzip.infer.closure import Closure, Table
+from fxzip.infer.components import components
 from fxzip.infer.hashing import U64
 
 # Features (g, a, b) of 2 x 2 x 2 are the labels 0..7; parents by (g, a) 8..11, by (g, b) 12..15; two labels of g are
@@ -74,3 +75,19 @@ def test_two_families_get_blocks_of_their_own():
     assert closure.blocks == [2, 2] and parents == [{40, 41}, {40, 41}, {42, 43}, {42, 43}]
     kinds = [set(k.tolist()) for _, _, k in closure.many]
     assert kinds[0] != kinds[1] and all(len(k) == 1 for k in kinds)
+
+
+@pytest.mark.parametrize("count, edges", [(1, 0), (7, 3), (60, 40), (60, 400), (2000, 1500), (2000, 2500)])
+def test_components_are_numbered_as_scipy_numbers_them(count, edges):
+    csgraph, sparse = pytest.importorskip("scipy.sparse.csgraph"), pytest.importorskip("scipy.sparse")
+    for seed in range(5):
+        left, right = np.random.default_rng(seed).integers(0, count, (2, edges))
+        matrix = sparse.coo_matrix((np.ones(edges), (left, right)), shape=(count, count))
+        expected, labels = csgraph.connected_components(matrix, directed=False)
+        found, number = components(count, left, right)
+        assert number == expected and np.array_equal(found, labels)
+
+
+def test_a_path_in_any_order_is_one_component():
+    path = np.random.default_rng(0).permutation(5000)
+    assert components(5000, path[:-1], path[1:])[1] == 1

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from test_lower import check_equal, graph_of, leaf_graph, lowered
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxzip.errors import InputError
 from fxzip.trace import lower, run, state_of
@@ -106,3 +107,44 @@ def test_sink_sees_wanted_values_and_only_their_ancestors_run():
     assert torch.allclose(result, model(x))
     with pytest.raises(InputError, match="takes 1 input tensors, 2 given"):
         run(low, state, (x, x))
+
+
+class Called(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+class Reads(nn.Module):
+    """Activations of values that others read, too: a view, a second use, a parameter, an input, a broadcast sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        h, twice = self.fc(x), self.fc(x + 1)
+        seen = F.relu(h) + h[:, :1]
+        return seen + F.relu(twice) * twice + F.relu(self.scale) + F.relu(x) + self.scale + x
+
+
+def test_what_nobody_reads_again_is_overwritten_and_nothing_else():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval(), torch.randn(2, 3, 5, 5)
+    low, state, seen = lowered(model, x), state_of(model), {}
+    with Called() as called:
+        assert torch.equal(run(low, state, (x,)), model(x))
+    assert "aten.relu_.default" in called.names
+    before = low.values["_1"][0]
+    with Called() as called:
+        run(low, state, (x,), sink=seen.__setitem__, wanted=[before], stop_early=False)
+    assert "aten.relu_.default" not in called.names and torch.equal(seen[before], model[1](model[0](x)))
+
+    model, x = Reads().eval(), torch.randn(2, 4)
+    copies = {k: v.clone() for k, v in state_of(model).items()}, x.clone()
+    assert torch.equal(run(lowered(model, x), state_of(model), (x,)), model(x))
+    assert torch.equal(x, copies[1]) and all(torch.equal(v, copies[0][k]) for k, v in state_of(model).items())

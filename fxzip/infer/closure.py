@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .components import components
 from .hashing import U64, pair
 from .relations import Edges
 
@@ -133,12 +134,8 @@ def _overlap(a: _Side, b: _Side) -> tuple[_Side, _Side, int]:
         return a._replace(block=in_b), b, m
     if len(in_a) == m:
         return a, b._replace(block=in_a[np.argsort(in_b)]), k
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    graph = coo_matrix((np.ones(len(in_a), np.int8), (in_a, in_b + k)), shape=(k + m, k + m))
-    count, block = connected_components(graph, directed=False)
-    return a._replace(block=block[:k]), b._replace(block=block[k:]), int(count)
+    block, count = components(k + m, in_a, in_b + k)
+    return a._replace(block=block[:k]), b._replace(block=block[k:]), count
 
 
 def _representative(labels: np.ndarray, block: np.ndarray, count: int) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import SpaceError
 from .closure import Closure, Table
+from .components import components
 from .hashing import U64, mix, multiset, pair
 from .relations import Edges, Relations
 
@@ -83,7 +84,7 @@ class _State:
         """One pass of steps 1 to 5; the solution when nothing changed."""
         colour = self._refine()
         self._promote(colour)
-        atom, atoms = self._components()
+        atom, atoms = components(self.count, *self.one[:2])
         changed = self._distinguish_repeated(colour, atom)
         of_atom = multiset(atom, mix(colour), atoms)
         family = np.unique(of_atom, return_inverse=True)[1]
@@ -124,15 +125,6 @@ class _State:
         promoted = (child[single], parent[single], mix(key[single]))
         self.one = _stacked([self.one, promoted])
         self.many = (child[~single], parent[~single], kind[~single])
-
-    def _components(self) -> tuple[np.ndarray, int]:
-        from scipy.sparse import coo_matrix
-        from scipy.sparse.csgraph import connected_components
-
-        n = self.count
-        graph = coo_matrix((np.ones(len(self.one[0]), np.int8), (self.one[0], self.one[1])), shape=(n, n))
-        atoms, atom = connected_components(graph, directed=False)
-        return atom.astype(np.int64), atoms
 
     def _distinguish_repeated(self, colour: np.ndarray, atom: np.ndarray) -> bool:
         """An atom in which one role occurs twice ties a space to itself in a way we do not model: pin it."""

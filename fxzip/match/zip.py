@@ -11,6 +11,8 @@ import numpy as np
 from ..errors import InputError
 from .matching import Correspondence, Evidence, Matching, from_slots, model_of, similarity
 
+BLOCK = 64  # rows searched at once
+
 
 @dataclass(frozen=True)
 class Zip:
@@ -100,9 +102,15 @@ class _Table:
         self.c[:] = correlation
         np.fill_diagonal(self.c, -np.inf)
         self.alpha = alpha
-        self.bound = np.full(n, np.inf)  # upper bound of each row's maximum
-        self.column = np.zeros(n, np.int64)  # where it is, valid where fresh
-        self.fresh = np.zeros(n, bool)  # whether the bound is attained
+        self.column = np.zeros(n, np.int64)  # where each row's maximum is, valid where fresh
+        self.bound = np.full(n, -np.inf)  # upper bound of that maximum
+        self.fresh = np.ones(n, bool)  # whether the bound is attained
+        for start in range(0, n, BLOCK):  # a block of rows at a time: a call for each row would take longer
+            part = self.c[start : start + BLOCK, start:].copy()
+            part[np.tri(*part.shape, dtype=bool)] = -np.inf
+            rows = slice(start, start + BLOCK)
+            self.column[rows] = start + part.argmax(1)
+            self.bound[rows] = part.max(1)
 
     def best(self) -> tuple[int, int] | None:
         """The first largest pair in row-major order; None when every pair is banned."""

@@ -14,12 +14,14 @@ from ..errors import FxzipError, InputError
 from ..infer import Anchor, FeatureSpace
 from ..processes import ALONE, Processes
 from ..trace import batch_size, describe
+from .gram import finite
 from .moments import Accumulator, Moments, SpaceMoments
 from .programs import Programs, rows_in, rows_of
 from .resume import Checkpoint
 
 ROWS = 16_384  # per space: of that many independent rows a correlation is known to 0.8 % (standard error, at most)
-PER_FEATURE = 16  # rows, at least
+PER_FEATURE = 8  # rows, at least: of a space wider than 1,024, over all models, for least squares on its features
+MINOR = 8  # times fewer rows of an anchor that hardly counts, which tells silent features apart
 
 
 def collect_moments(
@@ -176,20 +178,21 @@ def _accumulator(space: FeatureSpace, sizes: list[int], device: torch.device) ->
 
 def quota(space: FeatureSpace, anchors: Sequence[Anchor], i: int, models: int, share: float) -> int:
     """How many rows of a batch, which is `share` of the data, the i-th anchor of a space gives: the space's are dealt
-    out evenly to the anchors that count; one that hardly does gives a quarter."""
+    out evenly to the anchors that count; one that hardly does gives an eighth."""
     rows = max(ROWS, PER_FEATURE * space.size * models) / max(sum(a.weight == 1 for a in anchors), 1)
     taken = max(64, int(share * rows))
-    return taken if anchors[i].weight == 1 else taken // 4
+    return taken if anchors[i].weight == 1 else max(taken // MINOR, 16)
 
 
 def _subsample(rows: int, quota: int, generator: torch.Generator) -> Tensor | None:
     if rows <= quota:
         return None
-    return torch.randint(rows, (quota,), generator=generator)
+    drawn = torch.randint(rows, (quota,), generator=generator)
+    return drawn.sort().values  # neighbours share cache lines where they are gathered
 
 
 def _check_finite(programs: Programs, name: str, model: int, rows: Tensor) -> None:
-    if bool(torch.isfinite(rows).all()):
+    if finite(rows):
         return
     node = next(n for n in programs.spaces.lowered.graph.nodes if n.name == name)
     where = f"%{node.meta.get('origin') or name} ({node.meta.get('line') or node.target})"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .example import Form
-from .gram import add_gram, mirrored
+from .gram import add_gram, finite, mirrored
 
 DEAD = 1e-12  # a feature whose variance is below this share of its power is constant in float32
 ROWS = 1 << 15  # rows multiplied at once
@@ -136,7 +136,7 @@ class Accumulator:
         where = f" at {source}" if source else ""
         if rows.ndim != 2 or rows.shape[1] != len(self.total):
             raise InputError(f"moments{where}: rows are {list(rows.shape)}, not [r, {len(self.total)}]")
-        if not rows.isfinite().all():
+        if not finite(rows):
             column = int((~rows.isfinite()).any(0).nonzero()[0])
             model = int(np.searchsorted(np.cumsum(self.sizes), column, side="right"))
             raise InputError(
@@ -144,8 +144,7 @@ class Accumulator:
                 "check the model and the loader (dtype, normalisation)"
             )
         for part in rows.to(self.total.device).split(ROWS):
-            self.total.add_(part.sum(0, dtype=torch.float64), alpha=weight)
-            add_gram(self.gram, part, weight)
+            self.total.add_(add_gram(self.gram, part, weight), alpha=weight)
         self.count += weight * len(rows)
 
     def moments(self) -> SpaceMoments:

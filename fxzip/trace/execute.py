@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -14,6 +15,15 @@ from ..errors import InputError
 from .lower import Lowered
 
 Sink = Callable[[fx.Node, Tensor], None]
+
+aten = torch.ops.aten
+# Operators that may write over a value that nobody reads again; most of what a fresh result costs is its new pages.
+_IN_PLACE: dict[Any, Any] = {aten.relu.default: aten.relu_.default, aten.add.Tensor: aten.add_.Tensor}
+# Operators whose result is memory of its own, never a view of an operand or the operand itself.
+_OWN = frozenset(
+    {aten.convolution.default, aten.native_batch_norm.default, aten.linear.default, aten.addmm.default, *_IN_PLACE}
+)
+
 
 
 @torch.no_grad()
@@ -52,7 +62,8 @@ def run(
     last_use = {x: node for node in order for x in (node, *_operands(node))}
     for node in order:
         if node not in values:
-            values[node] = move(node.meta["const"]) if _fixed(node) else _call(node, values, move)
+            in_place = _overwrites(node, values, wanted | kept)
+            values[node] = move(node.meta["const"]) if _fixed(node) else _call(node, values, move, in_place)
         if sink is not None and node in wanted:
             sink(node, values[node])
         for x in {node, *_operands(node)}:
@@ -84,12 +95,25 @@ def _needed(graph: fx.Graph, roots: Collection[fx.Node]) -> list[fx.Node]:
     return [node for node in graph.nodes if node in seen]
 
 
-def _call(node: fx.Node, values: Mapping[fx.Node, Any], move: Callable[[Any], Any]) -> Any:
+def _call(node: fx.Node, values: Mapping[fx.Node, Any], move: Callable[[Any], Any], in_place: bool) -> Any:
     def argument(x: Any) -> Any:
         return values[x] if isinstance(x, fx.Node) else move(x)
 
-    assert callable(node.target)  # lowered nodes call OpOverloads and operator.getitem
-    return node.target(*map_aggregate(node.args, argument), **map_aggregate(node.kwargs, argument))
+    target = _IN_PLACE[node.target] if in_place else node.target
+    assert callable(target)  # lowered nodes call OpOverloads and operator.getitem
+    return target(*map_aggregate(node.args, argument), **map_aggregate(node.kwargs, argument))
+
+
+def _overwrites(node: fx.Node, values: Mapping[fx.Node, Any], kept: Collection[fx.Node]) -> bool:
+    """Whether the result may take the place of the first operand: only `node` reads it, nothing shares its memory, and
+    it has the shape and dtype of the result."""
+    if node.target not in _IN_PLACE or not isinstance(x := node.args[0], fx.Node):
+        return False
+    made = x.args[0] if x.target is operator.getitem else x
+    if not isinstance(made, fx.Node) or made.target not in _OWN or "const" in x.meta or x in kept or len(x.users) > 1:
+        return False
+    value, others = values[x], [values[o] for o in node.all_input_nodes if o is not x]
+    return value.is_floating_point() and all((o.shape, o.dtype) == (value.shape, value.dtype) for o in others)
 
 
 def _bind(lowered: Lowered, order: list[fx.Node], state: Mapping[str, Tensor], args: tuple, move) -> dict:
