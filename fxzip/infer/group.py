@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .inner import permuted_inside
 from .spaces import FeatureSpace, Segment
 
 Use = tuple[str, int]  # parameter, axis
@@ -17,14 +18,15 @@ State = Mapping[str, Tensor]
 def axis_indices(
     spaces: Iterable[FeatureSpace], permutations: Mapping[str, np.ndarray], state: State
 ) -> dict[Use, np.ndarray]:
-    """(parameter, axis) -> int64 index: the permuted axis is `old.index_select(axis, index)`. Identities left out."""
+    """(parameter, axis) -> int64 index: the permuted axis is `old.index_select(axis, index)`. Identities left out.
+    Of an axis in blocks (`Segment.blocks`) the index is of (block, index on the axis)."""
     indices: dict[Use, np.ndarray] = {}
     for space in spaces:
         permutation = permutations[space.name]
         for s in space.segments:
             use = (s.parameter, s.axis)
             if use not in indices:
-                indices[use] = np.arange(state[s.parameter].shape[s.axis])
+                indices[use] = np.arange(state[s.parameter].shape[s.axis] * s.blocks)
             indices[use][s.positions] = s.positions[permutation]
     return {use: index for use, index in indices.items() if (index != np.arange(len(index))).any()}
 
@@ -32,9 +34,10 @@ def axis_indices(
 def permuted(state: State, indices: Mapping[Use, np.ndarray], leave_out: Collection[Use] = ()) -> dict[str, Tensor]:
     """A new state with every axis in `indices` permuted; `leave_out` is for negative controls."""
     out = dict(state)
-    for (name, axis), index in indices.items():
+    for (name, axis), index in sorted(indices.items(), key=lambda use: use[0][1]):  # blocks move first
         if (name, axis) not in leave_out:
-            out[name] = out[name].index_select(axis, torch.from_numpy(index).to(out[name].device))
+            x, at = out[name], torch.from_numpy(index).to(out[name].device)
+            out[name] = x.index_select(axis, at) if len(at) == x.shape[axis] else permuted_inside(x, at)
     return out
 
 
@@ -73,7 +76,11 @@ def duplicated(
 
 def _entry(state: State, segment: Segment, feature: int) -> Tensor:
     """View of what belongs to one feature of a segment."""
-    return state[segment.parameter].select(segment.axis, int(segment.positions[feature]))
+    x, position = state[segment.parameter], int(segment.positions[feature])
+    if segment.blocks > 1:
+        block, position = divmod(position, x.shape[segment.axis])
+        x = x.tensor_split(segment.blocks)[block]
+    return x.select(segment.axis, position)
 
 
 def _exchangeable_pair(space: FeatureSpace, rng: np.random.Generator) -> tuple[int, int] | None:
