@@ -13,7 +13,7 @@ from merging import far
 from torch import Tensor, nn
 
 import fxzip
-from fxzip.infer.group import axis_indices, permuted
+from fxzip.infer.group import axis_indices, duplicated, moved, permuted
 from fxzip.infer.inner import gathered, permuted_inside, spread
 from fxzip.infer.sampling import sample
 from fxzip.rewrite import recompute_statistics
@@ -228,6 +228,29 @@ def test_groups_of_other_widths_get_idle_features():
     zipped = fxzip.merge([wide, narrow], data, method="permute", progress=False)
     assert fxzip.report(zipped).shared > 0.8
     assert zipped(data[0])[0].shape == (32, 3)
+
+
+def test_moving_in_place_is_what_permuted_does_and_is_undone():
+    net = made()
+    spaces, state = fxzip.inspect(net, images(1)), {k: v.clone() for k, v in net.state_dict().items()}
+    indices = axis_indices(spaces, sample(spaces, np.random.default_rng(2), draws=16), state)
+    for leave_out in ([], [("conv.weight", 0)], [("conv.weight", 1)]):
+        wanted = permuted(net.state_dict(), indices, leave_out)
+        with moved(state, indices, leave_out):
+            assert all(torch.equal(state[name], value) for name, value in wanted.items())
+        assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+
+
+def test_copies_of_units_come_in_three_steps_and_are_undone():
+    net = made()
+    spaces, state = fxzip.inspect(net, images(1)), {k: v.clone() for k, v in net.state_dict().items()}
+    seen = [
+        torch.func.functional_call(net, {k: v.clone() for k, v in state.items()}, (images(),))
+        for _ in duplicated(state, [s for s in spaces if s.segments], np.random.default_rng(0))
+    ]
+    base, shifted, control = seen
+    assert far(shifted, base) < 1e-5 and far(control, base) > 1e-3 and far(base, net(images())) > 1e-3
+    assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
 
 
 # --------------------------------------------------------------------------------------------- on plain tensors

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -41,37 +42,70 @@ def permuted(state: State, indices: Mapping[Use, np.ndarray], leave_out: Collect
     return out
 
 
-def duplicated(
-    state: State, spaces: Iterable[FeatureSpace], rng: np.random.Generator
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]] | None:
-    """Three states that test roles: (base, shifted, control); None when no space has both two exchangeable
-    units and a consumer.
+@contextmanager
+def moved(state: State, indices: Mapping[Use, np.ndarray], leave_out: Collection[Use] = ()) -> Iterator[None]:
+    """Inside the block `state` is as `permuted` makes it, in place: no second copy of a large model is held."""
+    wanted = {use: index for use, index in indices.items() if use not in leave_out}
+    try:
+        for use, index in sorted(wanted.items(), key=lambda item: item[0][1]):
+            _move(state, use, index)
+        yield
+    finally:
+        for use, index in sorted(wanted.items(), key=lambda item: -item[0][1]):
+            _move(state, use, _inverse(index, state[use[0]].shape[use[1]]))
+
+
+def _move(state: State, use: Use, index: np.ndarray) -> None:
+    state[use[0]].copy_(permuted(state, {use: index})[use[0]])
+
+
+def _inverse(index: np.ndarray, length: int) -> np.ndarray:
+    """Of a permutation of an axis of `length`, or of (block, index on the axis), where blocks stay in place."""
+    inside = (index % length).reshape(-1, length)  # [blocks, length]
+    return (inside.argsort(1) + length * np.arange(len(inside))[:, None]).ravel()
+
+
+def duplicated(state: State, spaces: Iterable[FeatureSpace], rng: np.random.Generator) -> Iterator[None]:
+    """Edits `state` in place to three states that test roles, one a step: base, shifted, control; and undoes it.
+    No step when no space has both two exchangeable units and a consumer.
 
     base: in every such space one unit is made a copy of another (produce and vector axes).
     shifted: all consuming weight of the copy is added to the unit's, so the function equals base's; and the
     copy, which nobody reads now, is changed (where no op mixes features without weights).
     control: the same weight taken from the copy and given to nobody, so the function differs.
     """
-    base = {n: t.clone() for n, t in state.items()}
     pairs = [(s, p) for s in spaces if (p := _exchangeable_pair(s, rng)) is not None]
-    for space, (unit, twin) in pairs:
-        for s in space.segments:
-            if "consume" not in s.roles:
-                a, b = _entry(base, s, unit), _entry(base, s, twin)
-                b.copy_(a)
+    uses = [(f, s, _entry(state, s, a), _entry(state, s, b)) for f, (a, b) in pairs for s in f.segments]
     if not pairs:
-        return None
-    shifted = {n: t.clone() for n, t in base.items()}
-    control = {n: t.clone() for n, t in base.items()}
-    for space, (unit, twin) in pairs:
-        for s in space.segments:
+        return
+    with _restored(uses):
+        for _, s, unit, twin in uses:
+            if "consume" not in s.roles:
+                twin.copy_(unit)
+        yield
+        with _restored(uses):
+            for space, s, unit, twin in uses:
+                if "consume" in s.roles:
+                    unit.add_(twin)
+                    twin.zero_()
+                elif not space.nonlinear:
+                    twin.mul_(1.7)
+            yield
+        for _, s, _, twin in uses:
             if "consume" in s.roles:
-                _entry(shifted, s, unit).add_(_entry(shifted, s, twin))
-                _entry(shifted, s, twin).zero_()
-                _entry(control, s, twin).zero_()
-            elif not space.nonlinear:
-                _entry(shifted, s, twin).mul_(1.7)
-    return base, shifted, control
+                twin.zero_()
+        yield
+
+
+@contextmanager
+def _restored(uses: Sequence[tuple[FeatureSpace, Segment, Tensor, Tensor]]) -> Iterator[None]:
+    """Afterwards the entries hold what they hold now."""
+    before = [(entry, entry.clone()) for *_, unit, twin in uses for entry in (unit, twin)]
+    try:
+        yield
+    finally:
+        for entry, value in before:
+            entry.copy_(value)
 
 
 def _entry(state: State, segment: Segment, feature: int) -> Tensor:
