@@ -138,7 +138,8 @@ def _double(x: Any) -> Any:
 def _outputs(model: nn.Module, x: Any, state: State) -> list[torch.Tensor]:
     from fxzip.trace import counted, tensors_of
 
-    model.load_state_dict(state, strict=False)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor.copy_(state[name])
     with _InDouble():
         out = model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x)
     return [t for t in tensors_of(counted(out)) if t.is_floating_point()]
@@ -199,6 +200,8 @@ def _permute(graph: Any, dep: Any, old: list[int], new: list[int]) -> None:
                 tensors.append((tensor, 0 if rows or tensor.shape[1] == 1 else 1))
     for tensor, axis in tensors:
         index = torch.arange(tensor.shape[axis])
+        if max(old) >= len(index):
+            continue  # channels that the axis does not have: inputs of a grouped convolution
         index[old] = torch.tensor(new)
         tensor.copy_(tensor.index_select(axis, index))
 
