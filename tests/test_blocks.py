@@ -5,6 +5,8 @@ The inputs' group is a wreath product. Scrambled copies are made here by hand, f
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -61,7 +63,7 @@ def by_hand(net: Grouped, order: list[int], read: Tensor, made: Tensor) -> Group
     in the order made[g]."""
     rows = torch.stack([h * READ + read[g] for g, h in enumerate(order)]).flatten()
     outs = torch.stack([h * MADE + made[g] for g, h in enumerate(order)]).flatten()
-    copy = Grouped().eval()
+    other = Grouped().eval()
     state = {k: v.clone() for k, v in net.state_dict().items()}
     for name in state:
         if name.startswith(("before", "norm")) and state[name].dim():
@@ -70,8 +72,8 @@ def by_hand(net: Grouped, order: list[int], read: Tensor, made: Tensor) -> Group
     weight = state["conv.weight"]
     blocks = [weight[outs[g * MADE : (g + 1) * MADE]][:, read[g]] for g in range(GROUPS)]
     state["conv.weight"] = torch.cat(blocks)
-    copy.load_state_dict(state)
-    return copy
+    other.load_state_dict(state)
+    return other
 
 
 def orders(seed: int, size: int) -> Tensor:
@@ -124,6 +126,16 @@ def test_a_weight_that_is_an_output_is_pinned_whole(net, size):
     assert found == ([size] if size else [])
 
 
+def test_what_serves_a_group_of_outputs_alone_stays_per_model():
+    """Outputs are other classes in every model, and so are groups of them: as with units that vote for one class."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1, groups=2))
+    spaces = fxzip.inspect(net.eval(), images(1))
+    assert sorted(s.structure for s in spaces) == ["4", "4", "8"] and fxzip.verify(net, images(2)).ok
+    zipped = fxzip.merge([net, copy.deepcopy(net)], [images(32)], method="permute", progress=False)
+    names = dict(zipped.named_parameters())
+    assert "0.weight" in names and "2.weight" not in names, list(names)
+
+
 def test_a_weight_with_another_use_is_ordered_alike_in_every_group():
     """Where something else reads the weight, its second axis is one axis, and groups share an order."""
 
@@ -160,8 +172,8 @@ def test_random_elements_leave_the_output(transposed, seed):
 def test_every_order_by_hand_is_in_the_group():
     """What `by_hand` does to parameters is what the spaces' own element does to them."""
     net, read, out = made(), orders(1, READ), orders(2, MADE)
-    copy = by_hand(net, SWAPPED, read, out)
-    assert far(copy(images()), net(images())) < 1e-5
+    twin = by_hand(net, SWAPPED, read, out)
+    assert far(twin(images()), net(images())) < 1e-5
     block, reads, makes, rest = fxzip.inspect(net, images(1))
     element = {
         block.name: np.array(SWAPPED),
@@ -170,7 +182,7 @@ def test_every_order_by_hand_is_in_the_group():
         rest.name: np.arange(rest.size),
     }
     state = permuted(net.state_dict(), axis_indices((block, reads, makes, rest), element, net.state_dict()))
-    assert all(torch.equal(value, state[name]) for name, value in copy.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in twin.state_dict().items())
 
 
 def test_a_feature_in_the_wrong_group_is_noticed():
@@ -197,13 +209,13 @@ METHODS = [("permute", 1e-5), ("zip", 1e-5), ("rebasin", 1e-5), ("c2m3", 1e-5), 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], SWAPPED], ids=["inside groups", "and whole groups"])
 def test_a_copy_in_another_order_is_recovered(method, most, order):
     net = made()
-    copy = by_hand(net, order, orders(3, READ), orders(4, MADE))
+    twin = by_hand(net, order, orders(3, READ), orders(4, MADE))
     data = batches()
-    with unchanged([net, copy]):
-        zipped = fxzip.merge([net, copy], data, method=method, progress=False)
+    with unchanged([net, twin]):
+        zipped = fxzip.merge([net, twin], data, method=method, progress=False)
     wanted = net(data[0])
     assert all(far(found, wanted) < most for found in zipped(data[0]))
-    assert far(fxzip.merge([net, copy], data, method="average", progress=False)(data[0])[0], wanted) > 1e-2  # no luck
+    assert far(fxzip.merge([net, twin], data, method="average", progress=False)(data[0])[0], wanted) > 1e-2  # no luck
     assert far(fxzip.extract(zipped, 0)(data[0]), wanted) < most
 
 
@@ -211,9 +223,9 @@ def test_a_copy_in_another_order_is_recovered(method, most, order):
 def test_the_cut_before_and_behind_a_grouped_convolution(until):
     """Private weights in blocks cannot take up the merged order of groups: features are given back in the model's."""
     net = made()
-    copy = by_hand(net, SWAPPED, orders(3, READ), orders(4, MADE))
+    twin = by_hand(net, SWAPPED, orders(3, READ), orders(4, MADE))
     data = batches()
-    zipped = fxzip.merge([net, copy], data, method="zip", until=until, progress=False)
+    zipped = fxzip.merge([net, twin], data, method="zip", until=until, progress=False)
     assert all(far(found, net(data[0])) < 1e-5 for found in zipped(data[0]))
 
 
