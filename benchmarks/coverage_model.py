@@ -21,7 +21,7 @@ from torch import fx, nn
 
 BATCH, SAMPLES = 4, 8
 MEMORY = 14  # GiB that a process may allocate
-MOMENTS = 5 << 30  # bytes of second moments above which the models are matched by their weights
+CAP = 3 << 30  # bytes that moments and matrices may take; above, the merge gets that as `memory=`
 RECOVERED = 1e-3  # relative error of a model recovered from its scrambled copy
 GRACE = 30  # seconds of processor time from the polite signal to the end of the process
 
@@ -156,11 +156,11 @@ def recovery(
     """Merge with a scrambled copy: the result, which is returned, must compute what the model computes."""
     import fxzip
 
-    row["matched_by"] = "permute" if sum(32 * s.size**2 for s in spaces) < MOMENTS else "rebasin"
+    row["matched_by"], row["capped"] = "permute", sum(64 * s.size**2 for s in spaces) > CAP
     twin = scrambled(traced, spaces)
     pairs = zip(traced.graph_module.parameters(), twin.graph_module.parameters(), strict=True)
     moved = any(not torch.equal(a, b) for a, b in pairs)
-    zipped = merged(model, traced, twin, spaces, args, data, row["matched_by"])
+    zipped = merged(model, traced, twin, spaces, args, data, CAP if row["capped"] else None)
     error = far(zipped, [model, model], data[0])
     shared = round(fxzip.report(zipped).shared, 4)
     row |= {"recovery_error": error, "recovered": error < RECOVERED, "scrambled": moved, "shared": shared}
@@ -183,9 +183,9 @@ def scrambled(traced: Any, spaces: Any) -> Any:
 
 
 def merged(
-    model: nn.Module, traced: Any, twin: Any, spaces: Any, args: tuple, data: list, method: str
+    model: nn.Module, traced: Any, twin: Any, spaces: Any, args: tuple, data: list, memory: int | None
 ) -> fx.GraphModule:
-    """The stages of fxzip.merge, from the second on: models are traced and analysed."""
+    """The stages of fxzip.merge(method="permute"), from the second on: models are traced and analysed."""
     from fxzip import passes
     from fxzip.passes.job import Job, give, node_names
     from fxzip.prepared import Clock, Prepared
@@ -195,7 +195,7 @@ def merged(
         "coverage", ("0", "1"), False, (traced, twin), args, torch.device("cpu"), data, spaces, models=(model, model)
     )
     graph = give(graph, Job(prepared, prepared.models, Clock(), False, nodes=node_names(graph)))
-    stages = [passes.Cut(), passes.Read(), *([passes.Measure()] if method == "permute" else []), passes.Match(method)]
+    stages = [passes.Cut(), passes.Read(), passes.Cap(memory, "permute"), passes.Measure(), passes.Match("permute")]
     for stage in (*stages, passes.Average(), passes.Build(), passes.Calibrate(), passes.Describe()):
         graph = stage(graph).graph_module
     return graph

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from coverage_model import MOMENTS, RECOVERED, SAMPLES
+from coverage_model import CAP, RECOVERED, SAMPLES
 
 Row = dict[str, Any]
 SUITES = ("torchvision", "timm", "transformers", "others", "toys")  # in the order of the table
@@ -67,18 +67,19 @@ def write(rows: dict[str, Row], folder: Path) -> None:
     (folder / "coverage.json").write_text(json.dumps(order, indent=1) + "\n", encoding="utf-8")
 
 
-_HOW = f"""Made by `python benchmarks/coverage.py`; random weights, small inputs, one thread. *sound*: a random element
-of the inferred group leaves the output unchanged (float64), leaving a use out does not. *recovered*: merging the model
-with its scrambled copy (`method="permute"`, or "rebasin" where the moments would need more than {MOMENTS >> 30} GiB;
-{SAMPLES} random inputs) gives the model back to {RECOVERED}. *spaces*: with parameters + blocks without (heads).
-*free*: share of the parameters with an axis on a space. *shared*: share of the merged network's parameters that both
-models use. *compiles*: torch.compile with aot_eager and fullgraph; *exports*: torch.export; of the merged network,
-not tried where it says -. Seconds are of one core's processor time: for `fxzip.inspect`, with the proof, with the
-merge and all else; in brackets wall-clock seconds of a busy machine. MB: peak of the process. *no proof*: nothing was
-wrong, but the output hardly moves, so nothing is proven and fxzip refuses. *sound* as an outcome: analysed and proven,
-not merged here. *unfinished*: processor time was up. *models*: of the family, also those not tried yet. A detector is
-here three times: its backbone with the neck; that with the heads which every pixel has (dense); and whole, with boxes
-chosen from data, which no front end can trace."""
+_HOW = f"""Made by `python benchmarks/coverage.py`; random weights, small inputs, one thread. *sound*: a random
+element of the inferred group leaves the output unchanged (float64), leaving a use out does not. *recovered*: merging
+the model with its scrambled copy (`method="permute"`, with `memory=` where moments and matrices would need more than
+{CAP >> 30} GiB; in rows of earlier code "rebasin" above 5 GiB; {SAMPLES} random inputs) gives the model back to
+{RECOVERED}. *spaces*: with parameters + blocks without (heads). *free*: share of the parameters with an axis on a
+space. *shared*: share of the merged network's parameters that both models use. *compiles*: torch.compile with
+aot_eager and fullgraph; *exports*: torch.export; of the merged network, not tried where it says -. Seconds are of one
+core's processor time: for `fxzip.inspect`, with the proof, with the merge and all else; in brackets wall-clock
+seconds of a busy machine. MB: peak of the process. *no proof*: nothing was wrong, but the output hardly moves, so
+nothing is proven and fxzip refuses. *sound* as an outcome: analysed and proven, not merged here. *unfinished*:
+processor time was up. *models*: of the family, also those not tried yet. A detector is here three times: its backbone
+with the neck; that with the heads which every pixel has (dense); and whole, with boxes chosen from data, which no
+front end can trace."""
 _COUNTS = (
     "| family | models | tried | traced | sound | unsound | recovered | of those merged | compile | export"
     " | of those run |"

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from .infer import FeatureSpace, Segment, Spaces, analyse
+from .infer.inner import AXIS, gathered, spread
 from .infer.spaces import MAKES
 from .rewrite.absorb import close
 from .rewrite.modules import Tensors, fill
@@ -128,9 +129,13 @@ def _padded(
     made = {}
     for name, tensor in state.items():
         key = spaces.lowered.tied.get(name, name)
-        x = tensor.detach()
+        blocks = {s.blocks for axes in (own, wide) for held in axes.get(key, {}).values() for _, s in held}
+        many = max(blocks, default=1)
+        if len(blocks - {1}) > 1:
+            return None
+        x = spread(tensor.detach(), many)
         for axis, held in own.get(key, {}).items():
-            length = shapes[name][axis]
+            length = shapes[name][axis] * (many if axis == AXIS else 1)
             taken, source = np.zeros(length, bool), np.full(length, -1)
             for (space, mine), (_, theirs) in zip(held, wide[key][axis], strict=True):
                 taken[theirs.positions] = True
@@ -142,7 +147,7 @@ def _padded(
                 return None
             source[~taken] = rest
             x = _select(x, axis, source)
-        made[name] = x
+        made[name] = gathered(x, many)
     return made
 
 

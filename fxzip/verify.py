@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .errors import InputError
 from .infer import FeatureSpace, Spaces, analyse
-from .infer.group import axis_indices, duplicated, permuted
+from .infer.group import axis_indices, duplicated, moved, permuted
 from .infer.sampling import sample
 from .rewrite.norms import recompute_statistics
 from .trace import Traced, bind, duplicate, make_plain, rows, state_by_all_names, state_of, trace, unwrap
@@ -86,7 +86,8 @@ def _one_proof(
         reference = outputs(state)
         sensitivity = _distance(outputs(state, other), reference)
         indices = axis_indices(spaces, sample(spaces, rng, draws=16), state)
-        error = _distance(outputs(permuted(state, indices)), reference)
+        with moved(state, indices):
+            error = _distance(outputs(state), reference)
         controls = {}
         several = {(g.parameter, g.axis) for space in spaces if _uses(space) > 1 for g in space.segments}
         candidates = [use for use in indices if use in several]  # leaving out an only use is no change at all
@@ -94,12 +95,11 @@ def _one_proof(
             if tried >= _CONTROLS and any(fires(c, error) for c in controls.values()):
                 break
             use = candidates[i]
-            left_out = outputs(permuted(state, indices, leave_out=[use]))
-            controls[f"{use[0]}[{use[1]}]"] = _distance(left_out, reference)
+            with moved(state, indices, leave_out=[use]):
+                controls[f"{use[0]}[{use[1]}]"] = _distance(outputs(state), reference)
         roles, roles_control = _roles(spaces, state, outputs, rng)
-        nudged = {n: t * (1 + 1e-15 * torch.randn_like(t)) if t.is_floating_point() else t for n, t in state.items()}
         small = error < TOLERANCE and not roles >= TOLERANCE
-        rounding = 0.0 if small else _distance(outputs(nudged), reference)
+        rounding = 0.0 if small else _distance(outputs(_nudged(state)), reference)
     return Verification(error, controls, roles, roles_control, sensitivity, len(spaces), rounding, redrawn)
 
 
@@ -111,11 +111,16 @@ def _roles(spaces: Spaces, state, outputs, rng) -> tuple[float, float]:
     """Output change when weight moves between copies, and when it is taken from one; nan when no space has
     both a consumer and two exchangeable units to copy."""
     above = {p.space for space in spaces for p in space.parents}
-    states = duplicated(state, [s for s in spaces if s.name not in above], rng)
-    if states is None:
+    found = [outputs(state) for _ in duplicated(state, [s for s in spaces if s.name not in above], rng)]
+    if not found:
         return float("nan"), float("nan")
-    base, shifted, control = (outputs(s) for s in states)
+    base, shifted, control = found
     return _distance(shifted, base), _distance(control, base)
+
+
+def _nudged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every number off by a few units of rounding."""
+    return {n: t * (1 + 1e-15 * torch.randn_like(t)) if t.is_floating_point() else t for n, t in state.items()}
 
 
 def scramble(
@@ -206,10 +211,10 @@ def _nearly_constant(parameter: Tensor) -> bool:
 
 
 def _floating(outputs: Any) -> list[Tensor]:
-    """The numbers among the outputs, complex ones as pairs."""
+    """The numbers among the outputs, complex ones as pairs; copies, as an output may be a parameter that is edited."""
     tensors = [x for x in tree_flatten(outputs)[0] if isinstance(x, Tensor)]
     plain = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in tensors]
-    return [x for x in plain if x.is_floating_point()]
+    return [x.clone() for x in plain if x.is_floating_point()]
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

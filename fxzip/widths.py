@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from .errors import InputError, SpaceError
-from .infer import FeatureSpace, Spaces
+from .infer import FeatureSpace, Segment, Spaces
 from .measure.moments import Moments
 from .rewrite import Partition
 from .rewrite.parameters import layout
@@ -82,12 +82,13 @@ def resizable(spaces: Spaces, merged: Sequence[FeatureSpace], step: int) -> set[
     """Spaces without block structure, on axes that can be laid out anew at another width."""
     above = {p.space for s in spaces for p in s.parents}
     free = {s.name for s in merged if not s.parents and s.name not in above and not s.orthogonal_only and s.segments}
-    by_axis: dict[tuple[str, int], list[tuple[str, np.ndarray]]] = {}
+    by_axis: dict[tuple[str, int], list[tuple[str, Segment]]] = {}
     for space in spaces:
         for s in space.segments:
-            by_axis.setdefault((s.parameter, s.axis), []).append((space.name, s.positions))
-    for (name, axis), held in by_axis.items():
-        length = spaces.lowered.parameters[name].meta["shape"][axis]
+            by_axis.setdefault((s.parameter, s.axis), []).append((space.name, s))
+    for (name, axis), runs in by_axis.items():
+        length = spaces.lowered.parameters[name].meta["shape"][axis] * runs[0][1].blocks
+        held = [(space, s.positions) for space, s in runs]
         sizes = [len(p) + step * (s in free) for s, p in held]
         try:
             layout(length, [p for _, p in held], sizes, name)

@@ -30,8 +30,8 @@ class Product(nn.Module):
     [
         ((Product(False), nn.ReLU(), nn.Linear(32, 3)), (2, 6, 8)),
         ((Product(True), nn.ReLU(), nn.Linear(32, 3)), (2, 6, 8)),
-        ((nn.Conv1d(5, 8, 3), nn.ReLU(), nn.ConvTranspose1d(8, 6, 4, stride=2, groups=2)), (2, 5, 9)),
-        ((nn.Conv1d(5, 8, 3), nn.ReLU(), nn.Conv1d(8, 12, 3, groups=4)), (2, 5, 9)),
+        ((nn.Conv1d(5, 8, 3), nn.ConvTranspose1d(8, 6, 4, stride=2, groups=2), nn.Conv1d(6, 2, 1)), (2, 5, 9)),
+        ((nn.Conv1d(5, 8, 3), nn.ReLU(), nn.Conv1d(8, 12, 3, groups=4), nn.Conv1d(12, 2, 1)), (2, 5, 9)),
     ],
 )
 def test_terms_add_up_to_what_torch_counts(layers, shape):

@@ -83,7 +83,8 @@ def test_invariants(example):
         for s in space.segments:
             assert len(s.positions) == space.size
             assert s.roles and s.roles <= {"produce", "consume", "vector", "tangled"}
-            assert s.positions.max() < shapes[s.parameter][s.axis]
+            assert s.positions.max() < shapes[s.parameter][s.axis] * s.blocks
+            assert s.blocks == 1 or (s.axis == 1 and shapes[s.parameter][0] % s.blocks == 0)
             taken.setdefault((s.parameter, s.axis), []).append(s.positions)
         for a in space.anchors:
             assert len(a.positions) == space.size
@@ -111,7 +112,9 @@ def labelled(spaces: Spaces) -> str:
         inside = f" of {s.structure} in {' '.join(p.space for p in s.parents)}" if s.parents else ""
         notes = "".join(f", {n}" for n in [*sorted(s.nonlinear), *["permutation only"] * s.orthogonal_only])
         lines.append(f"{s.name}: {s.size}{inside}{notes}")
-        lines += [f"    {'+'.join(sorted(g.roles))} {g.parameter}[{g.axis}]{_span(g.positions)}" for g in s.segments]
+        for g in s.segments:
+            blocks = f" in {g.blocks} blocks" if g.blocks > 1 else ""
+            lines.append(f"    {'+'.join(sorted(g.roles))} {g.parameter}[{g.axis}]{_span(g.positions)}{blocks}")
         lines += [
             f"    {'seen' if a.weight == 1 else 'hardly seen'} at %{a.node}{list(a.axes)}{_span(a.positions[:, 0])}"
             for a in s.anchors

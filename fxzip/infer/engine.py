@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import SpaceError
 from ..trace.lower import Lowered
+from . import inner
 from .labels import Group, LabelledType, inert, label_of
 from .relations import Relations
-from .rules import OutSpec, Refusal, Value, apply, propagates_linear
+from .rules import OutSpec, Refusal, Value, apply, blocks, propagates_linear
 from .sampling import broken_families
 from .solver import Solution, solve
 from .spaces import Frozen
@@ -63,6 +64,7 @@ class Inference:
         self.weights: set[fx.Node] = set()  # depends on parameters and constants only
         self.data: set[fx.Node] = set()  # depends on inputs
         self.axes: dict[str, tuple[np.ndarray, ...]] = {}  # parameter -> labels of every axis
+        self.inner: dict[fx.Node, np.ndarray] = {}  # parameter cut into blocks -> labels [blocks, columns] of axis 1
         self.frozen: list[Frozen] = []
         self.frozen_nodes: list[fx.Node] = []
         self.owned = 0
@@ -81,16 +83,29 @@ class Inference:
                 self._call(node)
         for node in counted:
             if node in self.types:
-                self.notes.relations.pin_all(self.types[node], opaque=True)
+                self.notes.relations.pin_all(self.held(node), opaque=True)
         return self._solve()
 
     def _parameter(self, name: str, node: fx.Node) -> None:
         shape = node.meta["shape"]
         labels = tuple(self.notes.relations.fresh([d]) for d in shape)
+        groups = [Group((i,), a) for i, a in enumerate(labels)]
+        cut = _blocks(node)
+        if cut > 1:
+            self.inner[node] = self.notes.relations.fresh([cut, shape[inner.AXIS]])
+            labels = (*labels[: inner.AXIS], self.inner[node].ravel(), *labels[inner.AXIS + 1 :])
+            del groups[inner.AXIS]
         self.axes[name] = labels
-        self.types[node] = LabelledType(shape, tuple(Group((i,), a) for i, a in enumerate(labels)))
+        self.types[node] = LabelledType(shape, tuple(groups))
         self.linear.add(node)
         self.weights.add(node)
+
+    def held(self, node: fx.Node) -> LabelledType:
+        """The type of a value; of a parameter in blocks with the labels of its columns, on two axes more."""
+        known, columns = self.types[node], self.inner.get(node)
+        if columns is None:
+            return known
+        return LabelledType((*known.shape, *columns.shape), (*known.groups, Group((-2, -1), columns)))
 
     def _call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
@@ -135,7 +150,8 @@ class Inference:
         if leaf not in self.types:
             self.types[leaf] = self._constant(leaf.meta["const"])
         const = leaf.meta.get("const")
-        return Value(self.types[leaf], leaf.meta["dtype"], const, leaf in self.linear, leaf in self.weights)
+        kinds = leaf in self.linear, leaf in self.weights
+        return Value(self.types[leaf], leaf.meta["dtype"], const, *kinds, self.inner.get(leaf))
 
     def _constant(self, value: Tensor) -> LabelledType:
         """A constant is free along axes on which it is uniform, inert along the others (and where it has no values)."""
@@ -149,7 +165,7 @@ class Inference:
     def _freeze(self, node: fx.Node, operands: list[fx.Node], specs: list[OutSpec], reason: str) -> list[LabelledType]:
         touches = any(o in self.weights or self._depends_on_parameters(o) for o in operands)
         for operand in operands:
-            self.notes.relations.pin_all(self.types[operand], opaque=True)
+            self.notes.relations.pin_all(self.held(operand), opaque=True)
         origin = node.meta.get("origin") or node.name
         names = tuple(n for n, p in self.lowered.parameters.items() if p in operands)
         self.frozen.append(Frozen(origin, str(node.target), node.meta.get("line") or "", reason, names))
@@ -180,6 +196,15 @@ class Inference:
             labels = labels[labels < relations.size]
             relations.mark(labels, labels + (1 << 41))
         raise SpaceError(f"{len(broken)} families of features stay inconsistent; please report this graph")
+
+
+def _blocks(parameter: fx.Node) -> int:
+    """Blocks of axis 0 in which axis 1 has features of its own, if every use says the same; else 1."""
+    shape = parameter.meta["shape"]
+    if len(shape) < 2 or shape[inner.AXIS] < 2:
+        return 1
+    found = {blocks(user.target, user.args, user.kwargs, parameter) for user in parameter.users}
+    return found.pop() if len(found) == 1 else 1
 
 
 def _packet(node: fx.Node) -> str:

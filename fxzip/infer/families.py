@@ -107,7 +107,8 @@ def _space(
                 f"{name}[axis {axis}]: the features of {names[family]} do not come once each, so inference is wrong"
                 " about this graph; please report it, and merge a part of the model without this parameter"
             )
-        segments.append(Segment(name, axis, positions[:, 0], roles_of(reader.roles[labels[run]])))
+        cut = len(labels) // reader.inference.lowered.parameters[name].meta["shape"][axis]
+        segments.append(Segment(name, axis, positions[:, 0], roles_of(reader.roles[labels[run]]), cut))
     consumers = [s for s in segments if "consume" in s.roles]
     tied = any({"consume", "produce"} <= s.roles or {"consume", "vector"} <= s.roles for s in segments)
     tangled = any("tangled" in s.roles for s in segments)
@@ -141,7 +142,7 @@ def _opaque_nodes(reader: Reader) -> frozenset[str]:
     pinned &= opaque | ~_alone_and(reader, list(inference.notes.relations.placed.values()))
     nodes = {n.meta.get("origin") for n in inference.frozen_nodes}
     for node, kind in inference.types.items():
-        mine = [inference.types[o] for o in node.all_input_nodes if o in inference.linear]
+        mine = [inference.held(o) for o in node.all_input_nodes if o in inference.linear]
         if node.op != "call_function" or not mine:
             continue
         produced = inference.notes.contractions.get(node, {}).get("produce", ())

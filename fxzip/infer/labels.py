@@ -54,7 +54,8 @@ def _contiguous(group: Group) -> Group:
 
 @dataclass(frozen=True)
 class LabelledType:
-    """Shape and axis groups of one tensor; groups of a single element are dropped (nothing to reorder).
+    """Shape and axis groups of one tensor; groups of a single element are dropped (nothing to reorder). Groups are
+    disjoint, but those of the weight of one einsum, which may be (g, o) and (g, c).
 
     >>> t = LabelledType((2, 4), (Group((1,), np.arange(4)),))
     >>> t.group_of(1).labels.tolist(), t.group_of(0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, combinations, product
 
 import numpy as np
 
@@ -227,11 +227,10 @@ class Relations:
         for group in chain.from_iterable(named):
             for name in filter(still.__contains__, group.axes):
                 self.pin(group, name, placed=still[name])
-        for i, later in enumerate(named):
-            for earlier in named[:i]:
-                for a in earlier:
-                    for b in later:
-                        self.relate(a, b)
+        for i, groups in enumerate(named):
+            within = combinations(groups, 2)  # of a weight in blocks: (g, o) and (g, c)
+            for a, b in chain(within, product(chain.from_iterable(named[:i]), groups)):
+                self.relate(a, b)
         kept = [[n for n in g.axes if n in out and n not in still] for g in chain.from_iterable(named)]
         return self._cover([self.marginal(g, k) for g, k in zip(chain.from_iterable(named), kept, strict=True) if k])
 

@@ -60,7 +60,8 @@ def _axes(parameter: str, node: fx.Node, spaces: Spaces) -> str:
     for space in spaces:
         for s in space.segments:
             if s.parameter == parameter:
-                shape[s.axis].append(f"{space.name}:{len(s.positions)}")
+                size = len(s.positions)
+                shape[s.axis].append(f"{space.name}:{size}" if s.blocks == 1 else f"{space.name}:{size}/{s.blocks}")
     sizes = zip(shape, node.meta["shape"], strict=True)
     return f"[{', '.join('+'.join(dict.fromkeys(held)) or str(n) for held, n in sizes)}]"
 
@@ -86,10 +87,10 @@ def free_parameters(spaces: Spaces) -> tuple[int, int]:
     """(entries of parameters with at least one axis entirely or partly on a space, all used entries)."""
     nodes = {n: p for n, p in spaces.lowered.parameters.items() if p.users and p.meta.get("kind") == "parameter"}
     kept: dict[str, float] = {n: 1.0 for n in nodes}
-    covered: dict[tuple[str, int], int] = {}
+    covered: dict[tuple[str, int], float] = {}
     for space in spaces:
         for s in space.segments:
-            covered[s.parameter, s.axis] = covered.get((s.parameter, s.axis), 0) + len(s.positions)
+            covered[s.parameter, s.axis] = covered.get((s.parameter, s.axis), 0) + len(s.positions) / s.blocks
     for (name, axis), count in covered.items():
         if name in kept:
             kept[name] *= 1 - min(1.0, count / nodes[name].meta["shape"][axis])

@@ -24,12 +24,15 @@ class Segment:
 
     roles: "produce" (apply M), "consume" (apply U), "vector" (apply M). An axis may hold several
     segments, of several spaces (concatenation) or of one space twice (packed q and k).
+    blocks: above 1, the axis has features of its own in each of so many equal blocks of axis 0, and `positions` are
+    indices of (block, index on the axis), flattened: the input side of a grouped convolution, see `inner`.
     """
 
     parameter: str
     axis: int
     positions: np.ndarray  # int64 [n]
     roles: frozenset[str]
+    blocks: int = 1
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..infer.inner import spread
 from ..infer.spaces import FeatureSpace
 from ..measure.moments import SpaceMoments
 from .weights import as_real
@@ -76,7 +77,8 @@ def _metric(space: FeatureSpace, index: np.ndarray, state: Mapping[str, Tensor],
     for s in space.segments:
         weight = state.get(s.parameter)
         if "consume" in s.roles and weight is not None and weight.dim() > 1:
-            rows = as_real(weight.detach()).movedim(s.axis, 0)[torch.from_numpy(s.positions[index]).to(weight.device)]
+            held = spread(as_real(weight.detach()), s.blocks).movedim(s.axis, 0)
+            rows = held[torch.from_numpy(s.positions[index]).to(weight.device)]
             readers.setdefault((s.parameter, s.axis), []).append(
                 (rows.flatten(2) if rows.dim() > 2 else rows[:, :, None]).to(covariance)
             )

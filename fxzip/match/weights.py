@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..infer.inner import spread
 from ..infer.spaces import MAKES, FeatureSpace, Segment
 from ..measure.moments import SpaceMoments
 from .matching import Matching
@@ -17,16 +18,19 @@ from .matching import Matching
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """runs: (space, segment, positions [n]) on one axis of a parameter; rest: positions of no space [r]."""
+    """runs: (space, segment, positions [n]) on one axis of a parameter; rest: positions of no space [r]. blocks: of
+    axis 0, in which this axis has entries of its own (`Segment.blocks`); positions are of the axis spread out."""
 
     runs: tuple[tuple[str, Segment, Tensor], ...]
     rest: Tensor
+    blocks: int = 1
 
     @classmethod
     def of(cls, held: Sequence[tuple[str, Segment]], length: int, device: torch.device) -> Axis:
-        rest = np.setdiff1d(np.arange(length), np.concatenate([s.positions for _, s in held]))
+        blocks = held[0][1].blocks
+        rest = np.setdiff1d(np.arange(length * blocks), np.concatenate([s.positions for _, s in held]))
         runs = ((name, s, torch.from_numpy(s.positions).to(device)) for name, s in held)
-        return cls(tuple(runs), torch.from_numpy(rest).to(device))
+        return cls(tuple(runs), torch.from_numpy(rest).to(device), blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +126,7 @@ class Weights:
     def _mapped(self, name: str, matchings: Mapping[str, Matching], model: int, keep: int | None) -> Tensor:
         """One model's weight, float64, every axis but `keep` in merged order: spaces, then inert entries."""
         x = self.tensors[name][model].double()
+        x = spread(x, max(held.blocks for held in self.axes[name].values()))
         for axis, held in self.axes[name].items():
             if axis == keep:
                 continue

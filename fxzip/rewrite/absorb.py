@@ -36,14 +36,15 @@ class Value:
 
 
 def consumed_only(values: Mapping[str, Value], spaces: Spaces, private: Collection[str]) -> set[str]:
-    """Boundary spaces that every private parameter in them consumes (a tied one may also produce)."""
+    """Boundary spaces that every private parameter in them consumes (a tied one may also produce). One read in blocks
+    is not among them: blocks move with what they make."""
     held = {s for v in values.values() for s in v.spaces}
     first_name = tied_names(spaces)
     keys = {first_name.get(n, n) for n in private}
     return {
         s.name
         for s in spaces
-        if s.name in held and all("consume" in g.roles for g in s.segments if g.parameter in keys)
+        if s.name in held and all("consume" in g.roles and g.blocks == 1 for g in s.segments if g.parameter in keys)
     }
 
 

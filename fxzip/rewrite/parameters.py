@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SpaceError
+from ..infer.inner import AXIS
 from ..infer.spaces import MAKES
+from .blocks import in_blocks
 
 if TYPE_CHECKING:
     from ..infer.spaces import Segment, Spaces
@@ -191,20 +193,26 @@ def _merge(
     matchings: Mapping[str, Matching],
     shares: Sequence[float],
 ) -> Tensor:
-    """sum_i W_i x_axis A_i. The first axis that makes features sums over models; without one, the weighted mean."""
+    """sum_i W_i x_axis A_i. The first axis that makes features sums over models; without one, the weighted mean.
+    An axis in blocks is mapped together with axis 0, whose blocks they are."""
     making = min((a for a, held in axes.items() if any(s.roles & MAKES for _, s in held)), default=None)
     total = None
     for i, tensor in enumerate(tensors):
         x = tensor.detach().to("cpu", torch.complex128 if tensor.is_complex() else torch.float64)
-        share = shares[i]
+        share, steps = shares[i], {}
         for axis, held in sorted(axes.items()):
-            where = f"{name}[axis {axis}]"
+            where, many = f"{name}[axis {axis}]", held[0][1].blocks
             pieces = _pieces(held, matchings, i, axis == making, share)
-            step = axis_map(pieces, tensors[0].shape[axis], where, scale=share if axis == making else 1.0)
-            if step.length_in != x.shape[axis]:
+            step = axis_map(pieces, tensors[0].shape[axis] * many, where, scale=share if axis == making else 1.0)
+            if step.length_in != x.shape[axis] * many:
                 raise SpaceError(
-                    f"{where}: model {i} has {x.shape[axis]} entries where its spaces make {step.length_in}"
+                    f"{where}: model {i} has {x.shape[axis] * many} entries where its spaces make {step.length_in}"
                 )
+            steps[axis] = step
+        blocks = max((held[0][1].blocks for held in axes.values()), default=1)
+        if blocks > 1:
+            x = in_blocks(x, steps.pop(0, None), steps.pop(AXIS), blocks)
+        for axis, step in steps.items():
             x = apply(x, axis, step)
         x = x if making is not None else x * share
         if total is not None and total.shape != x.shape:

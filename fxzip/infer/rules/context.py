@@ -20,6 +20,7 @@ class Value:
     const: its value, when it depends on neither parameters nor inputs.
     parametric: derived from parameters and constants only.
     linear: parametric, by linear data movement alone.
+    inner: of a parameter that is only used in blocks of its first axis: the labels [blocks, columns] of the second.
     """
 
     type: LabelledType
@@ -27,6 +28,7 @@ class Value:
     const: torch.Tensor | None = None
     linear: bool = False
     parametric: bool = False
+    inner: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..labels import LabelledType
+from ..labels import Group, LabelledType
 from .context import Context, OutSpec, Refuse, Value
 from .registry import rule
 
 _SPATIAL, _MOVED, _KERNEL = "pqr", "PQR", "uvw"
 
 
-@rule("convolution")
+@rule("convolution", groups="groups")
 def convolution(
     ctx: Context, out: Sequence[OutSpec], input: Value, weight: Value, bias: Value | None,
     stride: Sequence[int], padding: Sequence[int], transposed: bool, groups: int, **_
 ) -> LabelledType:  # fmt: skip
     """n (g c) p q, (g o) c u v -> n (g o) P Q. Spatial axes keep their order, unless the kernel does not
-    reach along them. Depthwise is c = 1. A transposed weight is (g c) o u v."""
+    reach along them. Depthwise is c = 1. A transposed weight is (g c) o u v. `weight.inner`: the second axis of the
+    weight has features of its own in every group."""
     rank = input.dim - 2
     if rank > len(_SPATIAL) or weight.dim != input.dim:
         raise Refuse(f"convolution of {input.shape} with a weight of {weight.shape}")
@@ -29,6 +30,8 @@ def convolution(
     pinned = {n for i in range(rank) if not still[i] for n in (_SPATIAL[i], _KERNEL[i])}
     x = _grouped(ctx, input, 1, groups)
     w = _grouped(ctx, weight, 0, groups)
+    if weight.inner is not None:
+        w = replace(w, type=LabelledType(w.shape, (*w.type.groups, Group((0, 2), weight.inner))))
     layout = "gco" if transposed else "goc"
     shape = out[0].shape
     split = (shape[0], groups, shape[1] // groups, *shape[2:])

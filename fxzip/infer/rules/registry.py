@@ -30,6 +30,7 @@ __all__ = [
     "Value",
     "apply",
     "bind",
+    "blocks",
     "names",
     "propagates_linear",
     "rule",
@@ -40,10 +41,13 @@ Types = LabelledType | list[LabelledType]
 
 @dataclass(frozen=True)
 class Rule:
-    """moves: the op only moves, copies or drops entries, so what is linear in parameters stays so."""
+    """moves: the op only moves, copies or drops entries, so what is linear in parameters stays so. groups: the name of
+    the argument that says into how many blocks the op cuts the first axis of its `weight`, each with features of its
+    own on the second."""
 
     function: Callable[..., Types]
     moves: bool
+    groups: str | None = None
 
 
 _RULES: dict[str, Rule] = {}
@@ -52,14 +56,16 @@ _RULES: dict[str, Rule] = {}
 _SUMS = frozenset({"add", "sub", "rsub"})
 
 
-def rule(*packets: str, moves: bool = False) -> Callable[[Callable[..., Types]], Callable[..., Types]]:
+def rule(
+    *packets: str, moves: bool = False, groups: str | None = None
+) -> Callable[[Callable[..., Types]], Callable[..., Types]]:
     """Register a function for these ATen ops (names without namespace and overload)."""
 
     def register(function: Callable[..., Types]) -> Callable[..., Types]:
         for packet in packets:
             if packet in _RULES:
                 raise ValueError(f"two rules for {packet}")
-            _RULES[packet] = Rule(function, moves)
+            _RULES[packet] = Rule(function, moves, groups)
         return function
 
     return register
@@ -80,6 +86,16 @@ def _known(op: Any) -> Rule | None:
 def propagates_linear(packet: str) -> bool:
     """Whether the results of this ATen op are linear data movement of its tensor operands."""
     return packet in _RULES and _RULES[packet].moves
+
+
+def blocks(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operand: Any) -> int:
+    """Into how many blocks this call cuts the first axis of `operand`, which it takes as weight and as nothing else."""
+    known = _known(op)
+    if known is None or known.groups is None:
+        return 1
+    bound = bind(op, args, kwargs)
+    alone = bound["weight"] is operand and sum(x is operand for x in bound.values()) == 1
+    return bound[known.groups] if alone else 1
 
 
 def apply(
