@@ -19,7 +19,7 @@ import fxzip
 
 PAPER = Recipe("sgd", 0.003, 100, batch=500, rising=0.05, straight=True)
 CROSS_ENTROPY = Recipe("sgd", 0.2, 100, batch=500, rising=0.05, straight=True)
-REDUCED = Recipe("sgd", 0.1, 3, 2500)
+REDUCED = Recipe("sgd", 0.1, 8, 5000)
 
 
 def resnet(dataset: str, classes: int, width: int, embed: int, published: dict[str, str]):
@@ -28,10 +28,10 @@ def resnet(dataset: str, classes: int, width: int, embed: int, published: dict[s
     def made(args: argparse.Namespace) -> Setting:
         prefix = "network." if embed else ""
         recipe = reduced(args) or (PAPER if embed else CROSS_ENTROPY)
-        times = 1 if args.reduced else width
+        times, at_hand = 1 if args.reduced else width, "cifar10" if dataset == "cifar10" else "fashion-mnist"
         return Setting(
-            f"{dataset}{' (here CIFAR-10)' if args.reduced else ''}, ResNet-20 x{times}, "
-            f"{'embedding heads' if embed else 'cross-entropy'}", halves(dataset, classes),
+            f"{at_hand if args.reduced else dataset}, ResNet-20 x{times}, "
+            f"{'embedding heads' if embed else 'cross-entropy'}", halves(dataset, classes, stand_in=at_hand),
             lambda k: nets.ResNet20(k, 3, times), recipe, merges(published, f"{prefix}layer3", f"{prefix}layer2"),
             f"resnet20x{times}-{dataset}", 512 if args.reduced else 4096, embed, joint(published, "ensemble"),
         )  # fmt: skip
