@@ -249,9 +249,10 @@ def save(path: str | None, tables: Sequence[tuple[str, Sequence[Row]]], notes: s
 
 
 def draw(figure: Any, path: str | Path) -> None:
-    """Write a figure: the same bytes from the same numbers."""
+    """Write a figure, in a folder that is made if missing: the same bytes from the same numbers."""
     import matplotlib
 
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "fxzip"}):
         figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
