@@ -80,7 +80,7 @@ def run(args: argparse.Namespace):
         plan += [(f"solve until {cut}", "solve", cut) for cut in CUTS if not args.methods]
         found = [announce(bench.parent_rows([None] * count, [""] * count)[-1])]
         for name, method, cut in tqdm(plan, desc=f"{count} networks", leave=False, disable=None):
-            found.append(announce(bench.merged(name, method, count * args.calibration, cut)))
+            found.append(announce(bench.merged(name, method, count * args.calibration, cut and {"until": cut})))
         yield count, [without_tasks(r) for r in found]
 
 
