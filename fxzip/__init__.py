@@ -19,6 +19,7 @@ from .match import C2M3, CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, 
 from .measure.moments import Moments
 from .merge import METHODS, collect, merge, plan
 from .planning import Plan
+from .postpass import reset_statistics, respread
 from .repair import Repair
 from .report import Report, report
 from .rewrite import cut_points, extract
@@ -36,5 +37,5 @@ __all__ = [
     "MuDSC", "Pair", "Permute", "Plan", "Rebasin", "Repair", "Report", "Select", "Solve", "SpaceError", "TraceError",
     "Transport", "Unmerge", "Verification", "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points",
     "extract", "frontier", "greedy_soup", "html", "inspect", "landscape", "load", "merge", "passes", "plan", "plot",
-    "readable", "report", "save", "scramble", "verify",
+    "readable", "report", "reset_statistics", "respread", "save", "scramble", "verify",
 ]  # fmt: skip

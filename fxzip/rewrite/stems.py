@@ -30,8 +30,8 @@ ENTER, STEMS = "enter", "stems"  # what the layer that reads stems, and the valu
 class Enter(nn.Module):
     """z = W h along one axis.
 
-    >>> Enter(1, torch.tensor([[0.0, 1.0]]))(torch.tensor([[3.0, 4.0]]))
-    tensor([[4.]], grad_fn=<CloneBackward0>)
+    >>> Enter(1, torch.tensor([[0.0, 1.0]]))(torch.tensor([[3.0, 4.0]])).tolist()
+    [[4.0]]
     """
 
     def __init__(self, axis: int, weight: Tensor) -> None:
