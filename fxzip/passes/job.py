@@ -76,7 +76,7 @@ def start(
     `Prepend` after `Calibrate`) and forward_fn: as for `merge`.
     Raises InputError and TraceError as `merge` does.
 
-    >>> from .stages import *
+    >>> import torch; from fxzip.passes import *
     >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, k)) for k in (2, 3))
     >>> graph = start([a, b], [torch.randn(64, 4)], progress=False)
     >>> for stage in (Infer(), Cut(), Read(), Measure(), Match("zip"), Average(), Build(), Calibrate(), Describe()):
