@@ -191,7 +191,8 @@ def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
     if until is None:
         cut = _above_unreadable(p, cut)
     if p.stems and p.stems.only(owned(first, cut.shared)):
-        raise SpaceError(f'nothing can be merged: no layer is shared from since="{p.stems.since}" on. {legal(first)}')
+        points = legal(p.stems.own[0].graph_module)
+        raise SpaceError(f'nothing can be merged: no layer is shared from since="{p.stems.since}" on. {points}')
     problems = compare_sizes(p.graph_modules, p.names, cut.shared)
     if problems:
         raise InputError.listing(p.call, problems)
