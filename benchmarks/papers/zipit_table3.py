@@ -59,9 +59,9 @@ def of(members: Sequence[int]):
             args.test, recipe = args.test or 500, Recipe("sgd", 0.05, 6, 8000)
         names = [(SMALL if args.reduced else SETS)[k] for k in members]
         title = " + ".join(names) + (", ResNet-26 of a quarter's inner width" if args.reduced else ", ResNet-50")
+        key, calibration = ("resnet26", 256 * len(members)) if args.reduced else ("resnet50", 4000)
         return Setting(title, lambda a: [images(a, n) for n in names], make, recipe, merges,
-                       "resnet50", 256 * len(members) if args.reduced else 4000, seeds=members,
-                       published=f"{published['ensemble']} / -")  # fmt: skip
+                       key, calibration, seeds=members, published=f"{published['ensemble']} / -")  # fmt: skip
 
     return made
 
