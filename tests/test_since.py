@@ -116,8 +116,7 @@ def test_private_stems_lose_less_than_a_shared_one():
     assert loss[0] > loss[1] > loss[2]
 
 
-# ------------------------------------------------------------------------------------------ unlike stems, ties
-
+# ----------------------------------------------------------------------------------- unlike stems, ties
 
 class Wide(nn.Module):
     """`Digits` with a stem of another width and depth."""
@@ -139,6 +138,48 @@ def test_stems_of_other_widths():
     c = Wide(4, 6)  # at the border, too: merged at the wider one's
     weight = merge([a, c], since="late").get_parameter("early_2_enter.weight")
     assert weight.shape == (8, 14)
+
+
+class Deep(Wide):
+    """`Wide` with one layer more, and another operator, in the stem."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(4, width)
+        self.more = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        return self.late(torch.sigmoid(self.early(F.relu(self.more(F.relu(x))))) + 0.1)
+
+
+class Bright(Wide):
+    def forward(self, x):
+        return self.late(torch.sigmoid(self.early(x)) + 0.1)
+
+
+def test_stems_of_other_kinds(tmp_path):
+    torch.manual_seed(0)
+    a, b = Bright(3, 8), Deep(6)
+    zipped = merge({"a": a, "b": b}, since="late", method="solve")
+    names = set(zipped.state_dict())
+    assert "more_b.weight" in names and "more_a.weight" not in names and "late.0.weight" in names
+    for task, model in (("a", a), ("b", b)):
+        assert far(outputs(fxzip.extract(zipped, task)), outputs(zipped)[task]) == 0
+        assert far(outputs(zipped)[task], model(DATA)) < 0.5
+    fxzip.save(zipped, tmp_path)
+    again = fxzip.load(tmp_path, lambda task: Bright(3, 8) if task == "a" else Deep(6))
+    assert torch.equal(outputs(again)["b"], outputs(zipped)["b"])
+    with pytest.raises(fxzip.InputError, match="fxzip.merge"):
+        merge({"a": a, "b": b})
+
+
+class Renamed(Wide):
+    def forward(self, y):  # type: ignore[override]
+        return self.late(self.early(y))
+
+
+def test_inputs_of_other_names_are_refused():
+    with pytest.raises(fxzip.InputError, match=r"needs models with the same inputs.*forward\(x\) and forward\(y\)"):
+        merge([Wide(3, 8), Renamed(3, 8)], since="late")
 
 
 class Twice(nn.Module):

@@ -83,8 +83,10 @@ def split(
     Raises InputError for an unknown `since`, SpaceError where the cut cannot be there.
     """
     own = [t.graph_module for t in traced]
-    if any(str(n.target).startswith("*") for n in own[0].graph.nodes if n.op == "placeholder"):
-        raise InputError(f'since="{since}": a forward with *args cannot be cut there')
+    takes = [[str(n.target) for n in g.graph.nodes if n.op == "placeholder"] for g in own]
+    if any(t != takes[0] for t in takes) or any(n.startswith("*") for n in takes[0]):
+        forwards = " and ".join(dict.fromkeys(f"forward({', '.join(t)})" for t in takes))
+        raise InputError(f'since="{since}" needs models with the same inputs, each by its name, not {forwards}')
     sides = [_sides(g, since) for g in own]
     counts = [len(entries) for _, entries in sides]
     if not any(counts):
@@ -95,10 +97,10 @@ def split(
     entries = tuple((n.name, axis(n.name)) for n in sides[0][1])
     sizes = _sizes(own, args, names, since, [e for _, e in sides], [a for _, a in entries])
     bodies = [_body(g, side, i, entries, sizes) for i, (g, side) in enumerate(zip(own, sides, strict=True))]
-    inputs = [n.target for n in own[0].graph.nodes if n.op == "placeholder"]
-    read = [n.target for n in bodies[0].graph.nodes if n.op == "placeholder"]
+    _name_alike(bodies)
+    read = {str(n.target) for n in bodies[0].graph.nodes if n.op == "placeholder"}
     parts = tuple(_part(g, values) for g, (_, values) in zip(own, sides, strict=True))
-    stems = Stems(since, tuple(traced), args, parts, entries, tuple(k for k, n in enumerate(inputs) if n in read))
+    stems = Stems(since, tuple(traced), args, parts, entries, tuple(k for k, n in enumerate(takes[0]) if n in read))
     with torch.no_grad():
         before = stems.before(args)
         for name, g, body in zip(names, own, bodies, strict=True):
@@ -206,6 +208,17 @@ def _body(
         if node.op != "placeholder":
             env[node] = graph.node_copy(node, lambda n: env[n])
     return rooted(graph, parts, Zipped, "Body")
+
+
+def _name_alike(bodies: Sequence[fx.GraphModule]) -> None:
+    """Nodes of the first body's names: behind stems of other kinds they are counted from other numbers on."""
+    first = list(bodies[0].graph.nodes)
+    for body in bodies[1:]:
+        nodes = list(body.graph.nodes)
+        if [(n.op, n.target) for n in nodes] == [(n.op, n.target) for n in first]:
+            for node, like in zip(nodes, first, strict=True):
+                node.name = like.name
+            body.recompile()
 
 
 def _part(own: fx.GraphModule, values: Sequence[fx.Node]) -> fx.GraphModule:
