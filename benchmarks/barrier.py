@@ -35,6 +35,7 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], Recipe]] = {
     "mlp": (lambda channels: MLP(10, channels * 28 * 28), Recipe("adamw", 1e-3, 4, 12_000)),
     "resnet8": (lambda channels: ResNet20(10, channels, blocks=1), Recipe("sgd", 0.2, 3, 8000)),
 }
+TITLES = {"mlp": "MLP, no norms", "resnet8": "ResNet-8, batch norm"}
 METHODS = ("rebasin", "permute", "rebasin+repair", "permute+repair")
 CALIBRATION, TEST = 512, 1000
 
@@ -122,7 +123,7 @@ def draw_lines(lines: dict[str, dict[str, tuple[landscape.Line, list[float]]]]):
             colour, style = styles[method]
             label = "own order" if method == "none" else method
             one.plot(made.at, accuracies, color=colour, linestyle=style, marker="o", markersize=3, label=label)
-        one.set_title(name, fontsize=10)
+        one.set_title(TITLES[name], fontsize=10)
         one.set_xlabel("share of the second network")
         one.set_ylabel("accuracy, %")
         one.set_ylim(0, 100)

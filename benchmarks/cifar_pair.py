@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__, methods=True)
     parser.add_argument("--checkpoints", nargs=2, metavar="FILE", help="the two networks")
     parser.add_argument("--until", nargs="*", default=["layer3", "layer2"], help="also merge only up to here")
+    parser.add_argument("--since", nargs="*", default=[], help="also merge only from here on, stems per model")
     args = parse(parser, argv)
     bench, source, seconds = bench_of(args, args.calibration or PUBLISHED_IMAGES)
     rows = run(bench, args, seconds)
@@ -81,13 +82,14 @@ def run(bench: Bench, args: argparse.Namespace, seconds: Sequence[float | None])
     for row in rows:
         announce(row)
     wanted = args.methods or FULL
-    plan: list[tuple[str, str | None]] = [(m, None) for m in wanted]
-    plan += [(m, until) for until in args.until for m in CUT if m in wanted]
-    for method, until in tqdm(plan, desc="merge", leave=False, disable=None):
+    cuts = [(key, at) for key in ("until", "since") for at in getattr(args, key)]
+    plan: list[tuple[str, dict[str, str]]] = [(m, {}) for m in wanted]
+    plan += [(m, {key: at}) for key, at in cuts for m in CUT if m in wanted]
+    for method, cut in tqdm(plan, desc="merge", leave=False, disable=None):
         count = args.calibration or (SOLVE_IMAGES if method.startswith("solve") else PUBLISHED_IMAGES)
-        name = method if until is None else f'{method}, until="{until}"'
-        figures = published.get((method, until), "")
-        rows.append(announce(bench.merged(name, method, count, until, published=figures)))
+        name = ", ".join([method, *(f'{key}="{at}"' for key, at in cut.items())])
+        figures = "" if "since" in cut else published.get((method, cut.get("until")), "")
+        rows.append(announce(bench.merged(name, method, count, cut, published=figures)))
     return rows
 
 

@@ -10,7 +10,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,16 +121,16 @@ class Bench:
         order = torch.arange(len(self.labels))
         return fxzip.accuracy(lambda k: tuple(h[k] for h in logits), self.class_lists, order, self.labels)
 
-    def merged(self, name: str, method: str, count: int, until: str | None = None, **more: Any) -> Row:
-        """Merge as METHODS[method] says on the first `count` calibration images, and score.
+    def merged(self, name: str, method: str, count: int, cut: Mapping[str, str] | None = None, **more: Any) -> Row:
+        """Merge as METHODS[method] says on the first `count` calibration images, and score. cut: `until`, `since`.
 
         A refusal by fxzip becomes a row that says why; any other error is a bug and ends the run.
         """
         loader = self.calibration[:count].split(256)
         start = time.perf_counter()
         try:
-            zipped = fxzip.merge(self.parents, loader, until=until, calibration=count, seed=self.seed,
-                                 progress=False, **METHODS[method])  # fmt: skip
+            zipped = fxzip.merge(self.parents, loader, calibration=count, seed=self.seed,
+                                 progress=False, **METHODS[method], **(cut or {}))  # fmt: skip
         except fxzip.FxzipError as error:
             nothing = (None,) * len(self.parents)
             return Row(name, nothing, None, None, note=f"{type(error).__name__}: {error}", **more)
@@ -249,9 +249,10 @@ def save(path: str | None, tables: Sequence[tuple[str, Sequence[Row]]], notes: s
 
 
 def draw(figure: Any, path: str | Path) -> None:
-    """Write a figure: the same bytes from the same numbers."""
+    """Write a figure, in a folder that is made if missing: the same bytes from the same numbers."""
     import matplotlib
 
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "fxzip"}):
         figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 

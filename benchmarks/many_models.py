@@ -80,7 +80,7 @@ def run(args: argparse.Namespace):
         plan += [(f"solve until {cut}", "solve", cut) for cut in CUTS if not args.methods]
         found = [announce(bench.parent_rows([None] * count, [""] * count)[-1])]
         for name, method, cut in tqdm(plan, desc=f"{count} networks", leave=False, disable=None):
-            found.append(announce(bench.merged(name, method, count * args.calibration, cut)))
+            found.append(announce(bench.merged(name, method, count * args.calibration, cut and {"until": cut})))
         yield count, [without_tasks(r) for r in found]
 
 
@@ -119,8 +119,9 @@ def figure(tables: dict[int, list[Row]]):
         points.sort(key=lambda r: r.flops or 0)
         right.plot([r.flops for r in points], [r.mean for r in points], marker="o", markersize=4, color=f"C{j}",
                    label=f"{count} networks")  # fmt: skip
-        right.annotate("ensemble", (points[-1].flops, points[-1].mean), (0, 5), textcoords="offset points", ha="right",
+        right.annotate("ensemble", (points[-1].flops, points[-1].mean), (6, -3), textcoords="offset points",
                        fontsize=7, color=f"C{j}")  # fmt: skip
+    right.margins(x=0.16)
     right.set_xlabel("FLOPs, times one network (solve: whole, wider, cut)")
     right.legend(frameon=False, fontsize=8)
     return made

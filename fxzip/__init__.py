@@ -19,6 +19,7 @@ from .match import C2M3, CCA, MATCHERS, Average, MuDSC, Pair, Permute, Rebasin, 
 from .measure.moments import Moments
 from .merge import METHODS, collect, merge, plan
 from .planning import Plan
+from .postpass import reset_statistics, respread
 from .repair import Repair
 from .report import Report, report
 from .rewrite import cut_points, extract
@@ -35,6 +36,6 @@ __all__ = [
     "Interrupted", "MergeWarning", "Moments", "MuDSC", "Pair", "Permute", "Plan", "Rebasin", "Repair", "Report",
     "Select", "Solve", "SpaceError", "Suited", "TraceError", "Transport", "Unmerge", "Verification",
     "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points", "extract", "frontier", "greedy_soup",
-    "html", "inspect", "landscape", "load", "merge", "passes", "plan", "plot", "readable", "report", "save",
-    "scramble", "verify",
+    "html", "inspect", "landscape", "load", "merge", "passes", "plan", "plot", "readable", "report",
+    "reset_statistics", "respread", "save", "scramble", "verify",
 ]  # fmt: skip

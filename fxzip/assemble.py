@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import InputError
+from .evaluate import cost
 from .infer import Spaces
 from .match import Matching, lossless
 from .measure.moments import Moments
 from .prepared import Prepared
 from .processes import ALONE, Processes
 from .rewrite import Heads, build, head_parameters, merge_parameters, owned, recompute_statistics
-from .trace import state_by_all_names
-from .widths import allocate, cost_terms, probe, resizable
+from .trace import rows, state_by_all_names
+from .widths import Term, allocate, cost_terms, probe, resizable
 
 
 def merged_parameters(p: Prepared, matchings: Mapping[str, Matching]) -> tuple[dict[str, Tensor], Heads]:
@@ -40,7 +41,7 @@ def assemble(
 def choose_widths(p: Prepared, moments: Moments, budget: float, models: Sequence[nn.Module]) -> dict[str, int]:
     """Widths within the budget. Spaces that turn out not to take a new width keep theirs, and we allocate again."""
     merged = p.merged_spaces()
-    terms = cost_terms(p.spaces, p.cut, len(p.names))
+    terms = [*cost_terms(p.spaces, p.cut, len(p.names)), *_stem_terms(p)]
     free = resizable(p.spaces, merged, 8)
 
     def build_at(widths: Mapping[str, int]) -> fx.GraphModule:
@@ -54,6 +55,11 @@ def choose_widths(p: Prepared, moments: Moments, budget: float, models: Sequence
             return widths
         free -= wrong
     raise InputError(f"budget={budget}: no space of this network can change its width; use until= to spend more")
+
+
+def _stem_terms(p: Prepared) -> list[Term]:
+    """What the models' own stems cost, whatever the widths behind them."""
+    return [Term(cost(part, rows(p.stems.args, 1)).flops, ()) for part in p.stems.parts] if p.stems else []
 
 
 def plain_matching(size: int, width: int, models: int) -> Matching:
@@ -83,7 +89,8 @@ def feature_axis(spaces: Spaces):
 
 def agree(p: Prepared, matchings: Mapping[str, Matching], moments: Moments) -> bool:
     """Whether the models are equal, or compute the same features in another order."""
-    first, *others = (state_by_all_names(m) for m in p.graph_modules)
+    whole = [t.graph_module for t in p.stems.own] if p.stems else p.graph_modules  # bodies begin with other `Enter`s
+    first, *others = (state_by_all_names(m) for m in whole)
     used = first.keys() - set(p.spaces.untouched)  # counters of batches are not
     if all(s[n].shape == first[n].shape and torch.equal(s[n], first[n]) for s in others for n in used):
         return True

@@ -51,7 +51,7 @@ def measure(
             programs, prepared.merged_spaces(), batches, samples(batches), seed=seed, progress=progress,
             checkpoint=checkpoint or None, processes=processes, only=names, keep=keep,
         )  # fmt: skip
-    return Moments(found, form_of(prepared.args))
+    return Moments(found, form_of(prepared.stems.args if prepared.stems else prepared.args))
 
 
 def identities(prepared: Prepared) -> tuple[str, ...]:
@@ -89,12 +89,18 @@ def _checkpoint(
     return Checkpoint(folder, fingerprint(programs.states, batches, seed, rows))
 
 
+def from_stems(prepared: Prepared, batches: Sequence[tuple]) -> list[tuple]:
+    """Batches as the graphs take them: with private stems the values that these compute."""
+    return [prepared.stems.before(b) for b in batches] if prepared.stems else list(batches)
+
+
 def calibration_batches(prepared: Prepared, count: int, seed: int, processes: Processes = ALONE) -> list[tuple]:
-    """All batches, the same in every process; none without a loader."""
+    """All batches as the models take them, the same in every process; none without a loader."""
     with processes.alike():
         batches = _read(prepared, count, seed)
     if processes.world > 1:
-        processes.same("models", fingerprint([state_of(m) for m in prepared.graph_modules], []))
+        modules = (*prepared.graph_modules, *(prepared.stems.parts if prepared.stems else ()))
+        processes.same("models", fingerprint([state_of(m) for m in modules], []))
         processes.same("batches", fingerprint([], batches, count, seed))
     return batches
 
@@ -102,11 +108,11 @@ def calibration_batches(prepared: Prepared, count: int, seed: int, processes: Pr
 def _read(prepared: Prepared, count: int, seed: int) -> list[tuple]:
     if prepared.loader is None:
         return []
-    parameters = signature(prepared.graph_modules[0].forward)
-    batches = read_batches(prepared.loader, parameters, count, prepared.device, seed)
+    whole = prepared.stems.own[0].graph_module if prepared.stems else prepared.graph_modules[0]
+    batches = read_batches(prepared.loader, signature(whole.forward), count, prepared.device, seed)
     first, *others = other_forms(batches)
     for k in others:
-        reason = _fails(prepared.graph_modules[0], batches[k])
+        reason = _fails(whole, batches[k])
         if reason:
             raise InputError(
                 f"batch {k} of the loader (counted from 0) is {describe(batches[k])}, batch {first}"

@@ -125,7 +125,7 @@ def frontier(
     held = _slice(batches, calibration if total > calibration else max(total - holdout, 0), total)
     kept = options.pop("resume", None)
     moments = collect(models, fitted, calibration=calibration, seed=seed, progress=progress, resume=kept,
-                      memory=options.get("memory"), **reading)  # fmt: skip
+                      memory=options.get("memory"), since=options.get("since"), **reading)  # fmt: skip
     given: dict[str, Any] = options | {
         "verify": False, "calibration": calibration, "seed": seed, "progress": progress,
     }  # fmt: skip

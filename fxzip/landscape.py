@@ -125,6 +125,8 @@ def line(
     if not isinstance(models, Sized) or len(models) != 2 or steps < 2:
         given = f"{len(models)} models" if isinstance(models, Sized) else type(models).__name__
         raise InputError(f"fxzip.landscape.line: needs two models and at least 2 steps, not {given} and {steps} steps")
+    if options.get("since") is not None:
+        raise InputError("fxzip.landscape.line: since= keeps weights per model, and those are on no line: leave it out")
     until, seed = options.pop("until", None), options.pop("seed", 0)
     repair, matcher = split(method)
     if repair is not None and loader is None:

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from . import passes
-from .calibration import calibration_batches, identities, measure
+from .calibration import calibration_batches, from_stems, identities, measure
 from .check import check_merge
 from .errors import InputError
 from .match import MATCHERS, Matcher, needs, resolve
@@ -36,6 +36,7 @@ def merge(
     *,
     method: str | Matcher | Solve | Repair = "solve",
     until: str | None = None,
+    since: str | None = None,
     budget: float | None = None,
     heads: str = "separate",
     model_weights: Sequence[float] | Mapping[str, float] | None = None,
@@ -65,6 +66,8 @@ def merge(
         `Repair(Zip())` also sets right the spread of merged features (REPAIR), "+rescale" that alone.
     until: path of the first module that stays per model (`"layer3"`): only what is not downstream is merged, and from
         there on the models may differ (one segments, one classifies).
+    since: path of the first module that is shared: every model keeps its own layers before it (stems), all of them run,
+        and what is shared reads their merged features. A task's network, as `extract` gives it, has all stems.
     budget: FLOPs of the result, times those of one model: widths are chosen to fit. Default: the models' widths.
     heads: "separate"; "concat", all outputs side by side along axis 1, as logits over all classes; "joint", so and made
         comparable (`rewrite.Comparable`; reads the loader), for one answer out of all classes; or "average".
@@ -99,8 +102,8 @@ def merge(
     clock = Clock()
     models, loader, model_weights = apart(models, loader, model_weights)
     wrong = wrong_options(
-        {"until": until, "budget": budget, "heads": heads, "seed": seed, "device": device, "verify": verify,
-         "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments, "resume": resume,
+        {"until": until, "since": since, "budget": budget, "heads": heads, "seed": seed, "device": device,
+         "verify": verify, "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments, "resume": resume,
          "memory": memory, "distributed": distributed}
     ) + wrong_weights(model_weights, models)  # fmt: skip
     repair, solver, matcher = choose(method, budget, models, wrong)
@@ -113,7 +116,7 @@ def merge(
     graph = passes.start(
         models, loader, call="fxzip.merge", clock=clock, progress=progress, example_inputs=example_inputs,
         device=device, calibration=calibration, needs_data=needs_data or heads == "joint", forward_fn=forward_fn,
-        distributed=distributed, model_weights=model_weights, until=until, heads=heads,
+        distributed=distributed, model_weights=model_weights, until=until, since=since, heads=heads,
     )  # fmt: skip
     stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]
     stages += [passes.Prove(seed, strict=verify != "report")] if verify else []
@@ -123,7 +126,7 @@ def merge(
     stages += [passes.Match(matcher, budget, seed), passes.Average()]
     stages += [passes.Respread(repair)] if repair else []
     stages += [passes.Solve(solver, heads, seed)] if solver else []
-    stages += [passes.Build(heads), passes.Calibrate(), passes.Describe(evaluate)]
+    stages += [passes.Build(heads), passes.Calibrate(), passes.Prepend(), passes.Describe(evaluate)]
     for stage in stages:
         graph = stage(graph).graph_module
     return graph
@@ -149,6 +152,7 @@ def collect(
     loader: Iterable | Mapping[str, Iterable],
     *,
     until: str | None = None,
+    since: str | None = None,
     calibration: int = 2048,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -163,17 +167,17 @@ def collect(
     Arguments and errors as for `merge`. Count, mean [Sn] and second moment [Sn, Sn] (float64) per space.
     """
     wrong = wrong_options(
-        {"until": until, "seed": seed, "device": device, "forward_fn": forward_fn, "resume": resume,
+        {"until": until, "since": since, "seed": seed, "device": device, "forward_fn": forward_fn, "resume": resume,
          "memory": memory, "distributed": distributed}
     )  # fmt: skip
     if wrong:
         check_merge(models, loader, calibration=calibration, problems=wrong, call="fxzip.collect")
     p = prepare(
-        models, loader, call="fxzip.collect", clock=Clock(), until=until, device=device, verify=False, seed=seed,
-        calibration=calibration, forward_fn=forward_fn,
+        models, loader, call="fxzip.collect", clock=Clock(), until=until, since=since, device=device, verify=False,
+        seed=seed, calibration=calibration, forward_fn=forward_fn,
     )  # fmt: skip
     processes = Processes.of(distributed)
-    batches = calibration_batches(p, calibration, seed, processes)
+    batches = from_stems(p, calibration_batches(p, calibration, seed, processes))
     processes.same("memory", cap := parsed(memory))
     capped = None if cap is None else make_plan(p, batches, cap, resume=resume is not None)
     found = measure(p, batches, seed, progress and processes.rank == 0, resume, processes, capped)
@@ -187,6 +191,7 @@ def plan(
     method: str | Matcher | Solve | Repair = "solve",
     memory: int | str | None = None,
     until: str | None = None,
+    since: str | None = None,
     calibration: int = 2048,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -205,17 +210,18 @@ def plan(
     """
     models, loader, _ = apart(models, loader, None)
     wrong = wrong_options(
-        {"until": until, "seed": seed, "device": device, "forward_fn": forward_fn, "memory": memory}
+        {"until": until, "since": since, "seed": seed, "device": device, "forward_fn": forward_fn, "memory": memory}
     )
     repair, solver, matcher = choose(method, None, models, wrong)
     if wrong:
         check_merge(models, loader, calibration=calibration, problems=wrong, call="fxzip.plan")
     p = prepare(
-        models, loader, call="fxzip.plan", clock=Clock(), until=until, device=device, verify=False, seed=seed,
-        calibration=calibration, forward_fn=forward_fn,
+        models, loader, call="fxzip.plan", clock=Clock(), until=until, since=since, device=device, verify=False,
+        seed=seed, calibration=calibration, forward_fn=forward_fn,
     )  # fmt: skip
     measures = bool(solver or repair or needs(matcher) - {"weights"})
+    batches = from_stems(p, calibration_batches(p, calibration, seed))
     return make_plan(
-        p, calibration_batches(p, calibration, seed), parsed(memory), method=solver.name if solver else matcher.name,
-        matcher=matcher, settings=solver.settings if solver else None, measures=measures, resume=resume,
+        p, batches, parsed(memory), method=solver.name if solver else matcher.name, matcher=matcher,
+        settings=solver.settings if solver else None, measures=measures, resume=resume,
     )  # fmt: skip

@@ -63,8 +63,11 @@ def _positive(value: Any) -> bool:
     return number and 0 < value <= float_info.max
 
 
-def _until(value: Any) -> str:
-    return "" if value is None or isinstance(value, str) else f"until must be the path of a module, got {value!r}"
+def _path(name: str) -> Callable[[Any], str]:
+    def rule(value: Any) -> str:
+        return "" if value is None or isinstance(value, str) else f"{name} must be the path of a module, got {value!r}"
+
+    return rule
 
 
 def _budget(value: Any) -> str:
@@ -123,7 +126,8 @@ def _device(value: Any) -> str:
 
 
 _RULES: dict[str, Callable[[Any], str]] = {
-    "until": _until,
+    "until": _path("until"),
+    "since": _path("since"),
     "budget": _budget,
     "heads": _heads,
     "seed": _seed,

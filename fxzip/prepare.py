@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_map
 
 from .check import Checked, check_merge, compare_graphs, compare_shapes
 from .errors import InputError, SpaceError, TraceError
-from .infer import analyse, annotate
+from .infer import Spaces, analyse, annotate
 from .nested import apart
 from .options import shares, wrong_weights
 from .padding import pad
 from .prepared import Clock, Prepared, shared_spaces
-from .rewrite import Partition, Tails, join, owned, partition, same_outputs, unreadable
+from .rewrite import Partition, Stems, Tails, join, legal, owned, partition, same_outputs, selected, split, unreadable
 from .trace import Traced, bind, compare_sizes, first_rows, state_of, trace
 from .verify import verify_spaces
 
@@ -50,6 +50,7 @@ def begin(
     *,
     call: str,
     until: str | None = None,
+    since: str | None = None,
     example_inputs: Any = None,
     device: str | torch.device = "auto",
     calibration: int = 2048,
@@ -60,7 +61,8 @@ def begin(
 ) -> Prepared:
     """Check the call and trace every model. See `fxzip.merge` for arguments.
 
-    until: models that differ only there and behind it are joined, see `rewrite.join`."""
+    until: models that differ only there and behind it are joined, see `rewrite.join`. since: what comes before it is
+    split off, see `rewrite.split`."""
     models, loader, model_weights = apart(models, loader, model_weights)
     checked: Checked = check_merge(
         models,
@@ -79,16 +81,17 @@ def begin(
         t.graph_module.to(where)
     args = bind(few, signature(traced[0].graph_module.forward))
     args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
-    own = [t.graph_module for t in traced]
-    traced, tails = ends(call, traced, checked.names, args, until)
     if heads != "separate":
-        same_outputs(own, checked.names, args, heads)
+        same_outputs([t.graph_module for t in traced], checked.names, args, heads)
+    traced, stems = starts(traced, checked.names, args, since, until)
+    args = stems.before(args) if stems else args
+    traced, tails = ends(call, traced, checked.names, args, until)
     for t in traced:
         _in_the_order_of(traced[0].graph_module, t.graph_module)
     return Prepared(
         call, tuple(checked.names), isinstance(models, Mapping), traced, args, where, checked.loader,
         models=checked.models, notices=checked.notices, shares=shares(model_weights, checked.names),
-        tails=tails,
+        tails=tails, stems=stems,
     )  # fmt: skip
 
 
@@ -107,6 +110,44 @@ def ends(
     traced, tails = joined or (traced, None)
     compare(call, traced, names)
     return traced, tails
+
+
+def starts(
+    traced: tuple[Traced, ...], names: Sequence[str], args: tuple, since: str | None, until: str | None = None
+) -> tuple[tuple[Traced, ...], Stems | None]:
+    """The graphs from `since` on, and what comes before; see `rewrite.split`."""
+    if since is None:
+        return traced, None
+    first: list[Spaces] = []
+
+    def axis(name: str) -> int:
+        if not first:
+            first.append(analyse(traced[0].graph_module, args))
+        return _feature_axis(first[0], traced[0].graph_module, name, since)
+
+    found = split(traced, args, names, since, axis)
+    if found and until is not None:
+        whole, body = (selected(t.graph_module, until) for t in (traced[0], found[0][0]))
+        if whole and not body:
+            raise InputError(f'until="{until}" comes before since="{since}": nothing would be shared')
+    return found or (traced, None)
+
+
+def _feature_axis(spaces: Spaces, first: fx.GraphModule, name: str, since: str) -> int:
+    """The axis of a value that holds features and nothing else. Raises SpaceError where there is none."""
+    nodes = spaces.lowered.values.get(name, ())
+    layouts = spaces.layouts(nodes[0].name) if len(nodes) == 1 else ()
+    axes = sorted({a for k in layouts for a in k.axes})
+    held = {int(p) for k in layouts for _, positions in k.runs for p in positions.flatten()}
+    if len(nodes) > 1:
+        why = "is several tensors"
+    elif len(axes) > 1:
+        why = f"has its features along several axes ({', '.join(map(str, axes))})"
+    elif not axes or len(held) < next(iter(nodes)).meta["shape"][axes[0]]:
+        why = "is not made of features that may be merged alone"
+    else:
+        return axes[0]
+    raise SpaceError(f'since="{since}": %{name}, which crosses there, {why}. {legal(first)}')
 
 
 def infer_spaces(p: Prepared, strict: bool = False) -> Prepared:
@@ -149,6 +190,9 @@ def cut_graph(p: Prepared, until: str | None = None) -> Prepared:
     cut, notices = _above_other_shapes(p, cut, until)
     if until is None:
         cut = _above_unreadable(p, cut)
+    if p.stems and p.stems.only(owned(first, cut.shared)):
+        points = legal(p.stems.own[0].graph_module)
+        raise SpaceError(f'nothing can be merged: no layer is shared from since="{p.stems.since}" on. {points}')
     problems = compare_sizes(p.graph_modules, p.names, cut.shared)
     if problems:
         raise InputError.listing(p.call, problems)

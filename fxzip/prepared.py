@@ -16,7 +16,7 @@ from .infer import Anchor, FeatureSpace, Spaces
 from .match import Weights, read
 from .measure.moments import Moments, SpaceMoments
 from .padding import Real
-from .rewrite import Partition, Tails, owned
+from .rewrite import Partition, Stems, Tails, owned
 from .trace import Traced
 from .verification import Verification
 
@@ -46,6 +46,7 @@ class Prepared:
     args: example arguments, two samples. call: what the user called, for messages. models: the user's, see
     `Checked`; notices: what was done to them. shares: what each counts in the means, adding up to 1.
     real, unpadded, widest: of models whose widths differ, see `padding`. tails: of models that end differently.
+    stems: where what comes before `since` stays per model; traced and args are those of the rest then.
     """
 
     call: str
@@ -65,6 +66,7 @@ class Prepared:
     unpadded: tuple[Traced, ...] = ()
     widest: int = 0
     tails: Tails | None = None
+    stems: Stems | None = None
 
     @property
     def graph_modules(self) -> list:
@@ -73,6 +75,8 @@ class Prepared:
     @property
     def own(self) -> list:
         """The models' graphs before they were made alike."""
+        if self.stems:
+            return [t.graph_module for t in self.stems.own]
         return list(self.tails.own) if self.tails else [t.graph_module for t in self.unpadded or self.traced]
 
     def merged_spaces(self) -> list[FeatureSpace]:

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent / "fxzip"
 LAYERS = (  # lowest first
     "errors version memory processes markup drawing trace infer evaluate measure match rewrite solve "
     "comparable repair verification verify loaders check options padding nested prepared prepare planning "
-    "calibration inspection widths assemble heatmap report describe sanity passes merge frontier landscape plot "
-    "html soup "
+    "calibration inspection widths assemble heatmap report describe sanity passes postpass merge frontier "
+    "landscape plot html soup "
     "files __init__ demo cli __main__"
 )
 LEVEL = {name: level for level, name in enumerate(LAYERS.split())}

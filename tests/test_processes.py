@@ -29,7 +29,8 @@ pytestmark = [
 ]
 SHAPE = (3, 18, 18)  # more pixels than are sampled: the draws have to agree
 DATA = [torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(n)) for n in (99, 100, 60)]
-METHODS = {"zip": "zip", "solve": Solve(settings=Settings(least=256, rows=1))}
+SOLVE = Solve(settings=Settings(least=256, rows=1))
+MERGES = {"zip": {"method": "zip"}, "solve": {"method": SOLVE}, "stems": {"method": SOLVE, "since": "3"}}
 
 
 def nets(seed: int = 0) -> list[nn.Module]:
@@ -44,8 +45,8 @@ def nets(seed: int = 0) -> list[nn.Module]:
 
 def results(distributed: bool, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     found = {}
-    for name, method in METHODS.items():
-        zipped = fxzip.merge(nets(), DATA, method=method, verify=False, progress=False, distributed=distributed)
+    for name, options in MERGES.items():
+        zipped = fxzip.merge(nets(), DATA, verify=False, progress=False, distributed=distributed, **options)
         found[name] = dict(zipped.state_dict())
     moments = fxzip.collect(nets(), DATA, progress=False, distributed=distributed, resume=folder)
     cap = fxzip.plan(nets(), DATA, method="zip").least

@@ -109,7 +109,7 @@ def test_the_users_own_measure():
 def test_nan_never_comes_out(monkeypatch):
     import importlib
 
-    module = importlib.import_module("fxzip.passes.stages")
+    module = importlib.import_module("fxzip.passes.finish")
     assemble = module.assemble
 
     def spoiled(*args):

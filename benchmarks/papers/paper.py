@@ -104,7 +104,7 @@ def parents(setting: Setting, tasks: Sequence[Task], args: argparse.Namespace) -
             torch.manual_seed(seed)
             model = setting.make(setting.embed or task.classes)
             model = (Embedded(model, vectors[k]) if vectors else model).to(args.device)
-            facts = (vars(setting.recipe), args.split, args.reduced, args.embeddings, args.pretrained)
+            facts = (vars(setting.recipe), args.split, args.reduced, args.embeddings, args.pretrained, setting.embed)
             name = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
             path = Path(args.cache) / f"paper-{setting.key}-{task.name.replace(' ', '')}-s{seed}-{name}.pt"
             if path.exists():

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import DOWNLOADS, Data, load  # noqa: E402
+from data import Data, load  # noqa: E402
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -100,13 +100,14 @@ def _task(name: str, train: Any, test: Any, classes: Sequence[int], moved: Calla
                 Labelled(test, own[1], labels, still), len(labels))  # fmt: skip
 
 
-def halves(name: str, classes: int, tasks: int = 2) -> Callable[[argparse.Namespace], list[Task]]:
-    """A random split of an image set's classes; with --reduced of CIFAR-10's, whatever the name."""
+def halves(
+    name: str, classes: int, tasks: int = 2, stand_in: str = "cifar10"
+) -> Callable[[argparse.Namespace], list[Task]]:
+    """A random split of an image set's classes; with --reduced of those of `stand_in`, which has ten."""
 
     def made(args: argparse.Namespace) -> list[Task]:
-        known = name in DOWNLOADS and not (args.reduced and name != "cifar10")
-        data = load(name if known else "cifar10", args.data)
-        order = torch.randperm(classes if known else 10, generator=torch.Generator().manual_seed(args.split))
+        data = load(stand_in if args.reduced else name, args.data)
+        order = torch.randperm(10 if args.reduced else classes, generator=torch.Generator().manual_seed(args.split))
         size = len(order) // tasks
         return [tensors(data, sorted(own.tolist()), f"task {k}") for k, own in enumerate(order.split(size)[:tasks])]
 

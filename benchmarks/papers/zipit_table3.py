@@ -46,7 +46,8 @@ def of(members: Sequence[int]):
         starts = iter([args.pretrained[k] for k in members] if args.pretrained else [])
 
         def make(classes: int) -> nn.Module:
-            model = ResNet(Bottleneck, [3, 4, 6, 3], num_classes=classes, width_per_group=16 if args.reduced else 64)
+            blocks, width = ([2, 2, 2, 2], 16) if args.reduced else ([3, 4, 6, 3], 64)
+            model = ResNet(Bottleneck, blocks, num_classes=classes, width_per_group=width)
             start = next(starts, None)
             if start is not None:
                 found = {k.removeprefix("module."): v for k, v in torch.load(start, weights_only=True).items()}
@@ -57,9 +58,10 @@ def of(members: Sequence[int]):
         if args.reduced:
             args.test, recipe = args.test or 500, Recipe("sgd", 0.05, 6, 8000)
         names = [(SMALL if args.reduced else SETS)[k] for k in members]
-        return Setting(" + ".join(names) + ", ResNet-50", lambda a: [images(a, n) for n in names], make, recipe, merges,
-                       "resnet50", 256 * len(members) if args.reduced else 4000, seeds=members,
-                       published=f"{published['ensemble']} / -")  # fmt: skip
+        title = " + ".join(names) + (", ResNet-26 of a quarter's inner width" if args.reduced else ", ResNet-50")
+        key, calibration = ("resnet26", 256 * len(members)) if args.reduced else ("resnet50", 4000)
+        return Setting(title, lambda a: [images(a, n) for n in names], make, recipe, merges,
+                       key, calibration, seeds=members, published=f"{published['ensemble']} / -")  # fmt: skip
 
     return made
 

@@ -107,6 +107,7 @@ def run(
         job.loader,
         method=method_of(recipe),
         until=recipe.until,
+        since=recipe.since,
         budget=recipe.budget,
         heads=recipe.heads,
         model_weights=recipe.model_weights,

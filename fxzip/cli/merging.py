@@ -41,6 +41,7 @@ def merge(
     calibration: Annotated[int | None, option(INPUT, "Samples to use (2048).")] = None,
     method: Annotated[str | None, option(METHOD, "solve (default), zip, permute, ..., zip+repair")] = None,
     until: Annotated[str | None, option(METHOD, "First module that stays per model, such as layer3.")] = None,
+    since: Annotated[str | None, option(METHOD, "First module that is shared; default: all before until.")] = None,
     budget: Annotated[float | None, option(METHOD, "FLOPs of the result, times those of one model.")] = None,
     heads: Annotated[str | None, option(METHOD, "separate (default), concat, joint or average")] = None,
     seed: Annotated[int | None, option(METHOD, "Of all that is drawn (0).")] = None,
@@ -64,7 +65,7 @@ def merge(
     """
     flags = {
         "model": model, "weights": weights, "name": name, "data": data, "image_size": image_size,
-        "calibration": calibration, "method": method, "until": until, "budget": budget, "heads": heads,
+        "calibration": calibration, "method": method, "until": until, "since": since, "budget": budget, "heads": heads,
         "seed": seed, "device": device, "memory": memory, "dtype": dtype, "verify": VERIFY.get(verify or "", verify),
     }  # fmt: skip
     given = {k: v for k, v in flags.items() if v is not None and v != []}

@@ -83,6 +83,7 @@ def _frontier(source: Path, budget: list[float], until: list[str], trust_code: b
         work.loader,
         budget,
         untils=until,
+        since=read.recipe.since,
         calibration=read.recipe.calibration,
         seed=read.recipe.seed,
         device=read.recipe.device,

@@ -70,6 +70,7 @@ class Recipe(_Strict):
     method: str = "solve"
     parameters: dict[str, Any] = {}
     until: str | None = None
+    since: str | None = None
     budget: float | None = Field(None, ge=0.1)
     heads: Literal["separate", "concat", "joint", "average"] = "separate"
     model_weights: list[Annotated[float, Field(gt=0)]] | None = None

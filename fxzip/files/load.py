@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, fx, nn
 
 from ..errors import FxzipError, InputError
-from ..rewrite import Heads, Tails, Unmerge, build, difference, join, signature, versions
+from ..rewrite import Heads, Stems, Tails, Unmerge, build, difference, join, prepend, signature, split, versions
 from ..rewrite.zipped import KEY
 from ..trace import Traced, compare_graphs, state_by_all_names
 from ..trace.guards import kept_rng
@@ -48,8 +48,10 @@ def load(
     with kept_rng(()):
         made = modules(plan, model_fn)
         graphs = _traced_once(plan, made, forward_fn)
-        graphs, tails = _alike(plan, graphs)
-        zipped = _rebuilt(plan, [t.graph_module for t in graphs], tails, tensors)
+        graphs, stems, args = _bodies(plan, graphs)
+        graphs, tails = _alike(plan, graphs, args)
+        zipped = _rebuilt(plan, [t.graph_module for t in graphs], tails, args, tensors)
+        zipped = prepend(zipped, stems, plan.tasks) if stems else zipped
     differs = difference(plan.signature, signature(zipped), "as saved", "from model_fn")
     if differs:
         raise wrong(plan, differs)
@@ -84,10 +86,26 @@ def _traced_once(
     return graphs
 
 
-def _alike(plan: Plan, graphs: Sequence[Traced]) -> tuple[Sequence[Traced], Tails | None]:
+def _bodies(plan: Plan, graphs: Sequence[Traced]) -> tuple[Sequence[Traced], Stems | None, tuple]:
+    """The graphs without private stems, the stems, and example arguments for the graphs."""
+    device = next((t.device for t in state_by_all_names(graphs[0].graph_module).values()), torch.device("cpu"))
+    args = example_from_json(plan.example, device, torch.Generator().manual_seed(0))
+    if plan.since is None:
+        return graphs, None, args
+    since, axes = plan.since[0], dict(plan.since[1])
+    try:
+        made = split(graphs, args, plan.tasks, since, lambda name: axes[name])
+    except (FxzipError, LookupError, RuntimeError, TypeError) as error:
+        raise wrong(plan, f'it cannot be cut at since="{since}" as it was: {error}') from error
+    if made is None:
+        raise wrong(plan, f'nothing comes before since="{since}"')
+    return *made, made[1].before(args)
+
+
+def _alike(plan: Plan, graphs: Sequence[Traced], args: tuple) -> tuple[Sequence[Traced], Tails | None]:
     """The graphs, joined if they end differently."""
     problems, tails = compare_graphs(graphs, plan.tasks), None
-    joined = join(graphs, _example(plan, graphs[0].graph_module)) if problems else None
+    joined = join(graphs, args) if problems else None
     if joined and {n.name for n in joined[0][0].graph_module.graph.nodes} == plan.cut.shared | plan.cut.private:
         graphs, tails = joined
         problems = compare_graphs(graphs, plan.tasks)
@@ -98,13 +116,8 @@ def _alike(plan: Plan, graphs: Sequence[Traced]) -> tuple[Sequence[Traced], Tail
     return graphs, tails
 
 
-def _example(plan: Plan, graph_module: fx.GraphModule) -> tuple:
-    device = next((t.device for t in state_by_all_names(graph_module).values()), torch.device("cpu"))
-    return example_from_json(plan.example, device, torch.Generator().manual_seed(0))
-
-
 def _rebuilt(
-    plan: Plan, graph_modules: Sequence[fx.GraphModule], tails: Tails | None, tensors: Mapping[str, Tensor]
+    plan: Plan, graph_modules: Sequence[fx.GraphModule], tails: Tails | None, args: tuple, tensors: Mapping[str, Tensor]
 ) -> fx.GraphModule:
     """The merged graph, made as `merge` made it, with tensors of the saved shapes."""
     own = {n: tensors[plan.tied.get(n, n)] for n in plan.signature.tensors}
@@ -123,7 +136,6 @@ def _rebuilt(
     device = next((t.device for t in state_by_all_names(graph_modules[0]).values()), torch.device("cpu"))
     try:
         heads = Heads(tuple(private), _unmerges(plan, held, device), frozenset(), plan.cloned)
-        args = _example(plan, graph_modules[0])
         return build(
             graph_modules, plan.cut, shared, heads, plan.tasks, args, as_dict=plan.as_dict, heads=plan.heads,
             shares=plan.shares, tails=tails,

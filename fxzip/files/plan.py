@@ -48,7 +48,8 @@ class Plan:
 
     originals: per task, name -> (shape, dtype) of the models that were merged. tensors: key in the file ->
     facts; keys of the network's own tensors are their names. tied: other name -> first name. untouched:
-    task -> name -> key in the file. example: see `example_to_json`. summary: str(report), to read.
+    task -> name -> key in the file. example: see `example_to_json`. summary: str(report), to read. since: module path,
+    and (node, feature axis) of what crosses there, where stems are private.
     """
 
     format: str
@@ -75,6 +76,7 @@ class Plan:
     aliases: Mapping[str, str]
     state_names: tuple[str, ...] | None
     shares: tuple[float, ...] = ()
+    since: tuple[str, tuple[tuple[str, int], ...]] | None = None
 
 
 def is_merge(folder: Path) -> bool:

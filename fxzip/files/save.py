@@ -175,6 +175,7 @@ def _plan(
         aliases=info["aliases"],
         state_names=info["state_names"],
         shares=info["shares"],
+        since=info.get("since"),
     )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ _LATER: Any = None  # what a later stage makes
 
 @dataclass(frozen=True)
 class Job:
-    """What the stages have found so far. models: see `Checked`. batches: argument tuples on the device.
+    """What the stages have found so far. models: see `Checked`. batches: argument tuples on the device; inputs: the
+    same as the models take them, where stems stay per model.
     settings: of each stage that ran, by its name. processes: who shares the work. plan: from `Cap`."""
 
     prepared: Prepared
@@ -34,6 +35,7 @@ class Job:
     progress: bool
     nodes: tuple[str, ...] = ()  # of the graph that was inferred on
     batches: list[tuple] = _LATER
+    inputs: list[tuple] = _LATER
     moments: Moments = _LATER
     widths: Mapping[str, int] = field(default_factory=dict)
     matchings: Matchings = _LATER
@@ -70,11 +72,11 @@ def start(
 ) -> fx.GraphModule:
     """Check the call and trace all models: the first one's GraphModule, with its Job.
 
-    models, loader, distributed, and of the options example_inputs, device, calibration, heads and
-    forward_fn: as for `merge`.
+    models, loader, distributed, and of the options example_inputs, device, calibration, heads, since (which needs
+    `Prepend` after `Calibrate`) and forward_fn: as for `merge`.
     Raises InputError and TraceError as `merge` does.
 
-    >>> from .stages import *
+    >>> import torch; from fxzip.passes import *
     >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, k)) for k in (2, 3))
     >>> graph = start([a, b], [torch.randn(64, 4)], progress=False)
     >>> for stage in (Infer(), Cut(), Read(), Measure(), Match("zip"), Average(), Build(), Calibrate(), Describe()):
@@ -124,7 +126,7 @@ class Stage(PassBase):
         now, here = job(graph_module), type(self).__name__
         found = {"spaces": now.prepared.spaces, "cut": now.prepared.cut} | vars(now)
         missing = [f"passes.{who}" for what, who in self.needs.items() if found[what] is None]
-        if now.built and here not in ("Calibrate", "Describe"):
+        if now.built and here not in ("Calibrate", "Prepend", "Describe"):
             raise InputError(f"passes.{here} runs before passes.Build, on the models' graph")
         if missing:
             raise InputError(f"passes.{here} needs what {' and '.join(missing)} finds: run that before")

@@ -1,37 +1,27 @@
-"""The stages of `merge`, in their order."""
+"""The stages of `merge` on the models' graphs, in their order."""
 
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassResult
+from torch import fx
 
-from ..assemble import agree, assemble, calibrate, choose_widths, merged_parameters
-from ..calibration import calibration_batches, measure, refuse_others
-from ..comparable import compare_heads
-from ..describe import describe
-from ..errors import InputError, MergeWarning
-from ..infer import resize
+from ..assemble import agree, assemble, choose_widths, merged_parameters
+from ..calibration import calibration_batches, from_stems, measure, refuse_others
+from ..errors import InputError
 from ..match import Matcher, Matching, match, needs, resolve
 from ..measure.moments import Moments
 from ..memory import Store, parsed
 from ..planning import make_plan
 from ..prepare import compare, cut_graph, infer_spaces, prove
 from ..repair import Repair, repair_parameters
-from ..rewrite.zipped import KEY
-from ..sanity import doubts, measured, refuse_broken
 from ..solve import Solve as SolveMethod
 from ..solve import solve_parameters
-from ..trace import rows
-from .job import JOB, Job, Stage, job, node_names
+from .job import Job, Stage, job, node_names
 
 log = logging.getLogger("fxzip")
 
@@ -86,8 +76,8 @@ class Read(Stage):
     clock: ClassVar[str] = "read"
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
-        batches = calibration_batches(now.prepared, self.calibration, self.seed, now.processes)
-        return graph, replace(now, batches=batches)
+        inputs = calibration_batches(now.prepared, self.calibration, self.seed, now.processes)
+        return graph, replace(now, inputs=inputs, batches=from_stems(now.prepared, inputs))
 
 
 @dataclass(frozen=True)
@@ -231,71 +221,3 @@ class Solve(Stage):
             now, shared=found.shared, heads=found.heads, records=found.records, solved=True, method=self.solve.name,
             notices=(*now.notices, *found.notices),
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Build(Stage):
-    """One graph of all models. heads: "separate", "concat", "joint" or "average"."""
-
-    heads: str = "separate"
-    clock: ClassVar[str] = "rewrite"
-    needs: ClassVar = {"shared": "Average"}
-
-    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
-        zipped = assemble(now.prepared, now.shared, now.heads, now.models, self.heads)
-        for node in zipped.graph.nodes:  # M and U of all spaces are much larger than the network
-            if "matchings" in node.meta.get("fxzip", {}):
-                node.meta["fxzip"] = {k: v for k, v in node.meta["fxzip"].items() if k != "matchings"}
-        widths = {s: (m.sizes[0], m.width) for s, m in now.matchings.items()}
-        resize(zipped, rows(now.prepared.args, 1), widths)
-        return zipped, replace(now, built=True)
-
-
-@dataclass(frozen=True)
-class Calibrate(Stage):
-    """Batch-norm statistics of the merged network, where solve has not set them; and what compares its heads."""
-
-    clock: ClassVar[str] = "calibrate"
-    needs: ClassVar = {"batches": "Read"}
-
-    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
-        now.processes.first(*graph.state_dict().values())  # ranks on unlike machines may differ in the last bit
-        found: list[str] = []
-        if not now.solved:
-            same = agree(now.prepared, now.measured_matchings, now.moments)
-            found = calibrate(graph, now.batches, same, now.processes)
-        compare_heads(graph, now.batches, now.processes)
-        return graph, replace(now, notices=(*now.notices, *found))
-
-
-@dataclass(frozen=True)
-class Describe(Stage):
-    """The last: onto the models' device, with the Report and its doubts; the Job is forgotten.
-
-    evaluate: as in `merge`. Warns (MergeWarning) where the outcome is likely to disappoint; raises InputError when
-    the result is not finite."""
-
-    evaluate: Callable[[nn.Module, str], float] | None = field(default=None, repr=False)
-    clock: ClassVar[str] = "describe"
-
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        now = job(graph_module)
-        if not now.built:
-            raise InputError("passes.Describe needs what passes.Build makes: run that before")
-        tensors = (t for m in now.models for t in (*m.parameters(), *m.buffers()))
-        graph_module.to(next((t.device for t in tensors), torch.device("cpu")))
-        refuse_broken(graph_module)
-        p = now.prepared
-        with now.clock.stage(self.clock):
-            own = now.measured_matchings
-            made = describe(p, graph_module, now.method, own, now.moments, now.records, now.notices, now.settings)
-            given = list(now.models)
-            figures, losses = measured(graph_module, p.names, given, self.evaluate) if self.evaluate else ([], [])
-            doubtful = doubts(p.verification, made.shared, own, now.moments, p.names, p.own,
-                              now.batches or [])  # fmt: skip
-        for text in (*doubtful, *losses):
-            warnings.warn(text, MergeWarning, stacklevel=4)
-        made = made.with_(notices=(*doubtful, *losses, *made.notices, *figures), seconds=dict(now.clock.seconds))
-        graph_module.meta[KEY]["report"] = made
-        del graph_module.meta[JOB]
-        return PassResult(graph_module, False)

@@ -8,8 +8,10 @@ from .modules import versions
 from .norms import batch_norms, recompute_statistics
 from .outputs import same_outputs
 from .parameters import merge_parameters
-from .partition import Partition, cut_points, owned, partition
+from .partition import Partition, cut_points, legal, owned, partition, selected
+from .prepend import prepend
 from .signature import Signature, difference, signature
+from .stems import Stems, split
 from .tails import Tails, join
 from .unmerge import Unmerge
 from .zipped import Zipped
@@ -19,6 +21,7 @@ __all__ = [
     "Heads",
     "Partition",
     "Signature",
+    "Stems",
     "Tails",
     "Unmerge",
     "Zipped",
@@ -29,12 +32,16 @@ __all__ = [
     "extract",
     "head_parameters",
     "join",
+    "legal",
     "merge_parameters",
     "owned",
     "partition",
+    "prepend",
     "recompute_statistics",
     "same_outputs",
+    "selected",
     "signature",
+    "split",
     "unreadable",
     "versions",
 ]

@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 from ..errors import InputError
 from .modules import attribute, has_path, persistent, set_path
 from .outputs import own_output
+from .tails import meet
 from .zipped import KEY, Zipped, notes
 
 
@@ -22,8 +23,9 @@ def extract(zipped: fx.GraphModule, task: str | int) -> fx.GraphModule:
     task: a task name, or the position of its model. What the merged graph never used (auxiliary heads) comes
     back from that task's model, so after a full same-width merge the state_dict loads with strict=True into
     the user's class. Where the task reads merged features through an operator of its own, the state_dict has its
-    buffers (`..._unmerge_<task>.`): the class lacks it, and load_state_dict says so. Works on a deepcopy or an
-    unpickled copy, too. Mode (train or eval) is kept.
+    buffers (`..._unmerge_<task>.`): the class lacks it, and load_state_dict says so. So with private stems (`since=`):
+    what is shared reads the stems of all tasks, and the others' are in it under their names here. Works on a deepcopy
+    or an unpickled copy, too. Mode (train or eval) is kept.
     Raises InputError for an unknown task, or a module that fxzip.merge did not make.
     """
     info = notes(zipped)
@@ -40,7 +42,7 @@ def extract(zipped: fx.GraphModule, task: str | int) -> fx.GraphModule:
             set_path(root, new, found, persistent(zipped, old))
     single = Zipped(root, graph, class_name="Extracted")
     _restore(single, info["untouched"].get(name, {}), info["aliases"])
-    _forget(single, info["state_names"], info.get("unmerges", ()))
+    _forget(single, info["state_names"], {*info.get("unmerges", ()), *others})
     for path, version in info["versions"].items():
         if not path or isinstance(single.get_submodule(path) if has_path(single, path) else None, nn.Module):
             single.get_submodule(path)._version = version
@@ -99,18 +101,25 @@ def _graph(
     graph, env, moved = fx.Graph(), {}, {}
     targets = {str(n.target) for n in keep if n.op in ("call_module", "get_attr")}
     shared = {t for t in targets if t not in info["targets"]}
+    stems = info.get("stems", {})
+    foreign = frozenset().union(*(names for t, names in stems.items() if t != task))
+    stem = {str(n.target) for n in keep if n.name in stems.get(task, ())} & info["targets"].keys()
+    taken = {info["targets"][t][1] for t in stem}
     for node in zipped.graph.nodes:
         if node not in keep:
             continue
         target = node.target
         if node.op in ("call_module", "get_attr"):
-            _, original = info["targets"].get(str(target), (task, str(target)))
+            owner, original = info["targets"].get(str(target), (task, str(target)))
+            rivals = set() if str(target) in shared else shared if str(target) in stem else taken
+            if owner != task or any(meet(original, t) for t in rivals):
+                original = str(target)  # another's stem, or what was one with a part of this task's and no longer is
             # a module that both parts use keeps its suffix: the original name belongs to the shared copy
             target = original if original not in shared or str(target) in shared else str(target)
             moved[str(node.target)] = target
         args = map_arg(node.args, lambda n: env[n])
         kwargs = map_arg(node.kwargs, lambda n: env[n])
-        name = info["nodes"].get(node.name, node.name)
+        name = node.name if node.name in foreign else info["nodes"].get(node.name, node.name)
         env[node] = graph.create_node(node.op, target, args, kwargs, name=name, type_expr=node.type)
         env[node].meta = copy.copy(node.meta)
     graph.output(map_arg(output, lambda n: env[n]))
@@ -142,6 +151,6 @@ def _forget(module: nn.Module, state_names: tuple[str, ...] | None, ours: Collec
     if state_names is None:
         return
     for path, inner in module.named_modules():
-        for name in inner._buffers if path not in ours else ():
+        for name in inner._buffers if not any(f"{path}.".startswith(f"{o}.") for o in ours) else ():
             if (f"{path}.{name}" if path else name) not in state_names:
                 inner._non_persistent_buffers_set.add(name)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..errors import SpaceError
 from ..trace import state_by_all_names
@@ -131,6 +131,28 @@ def persistent(root: nn.Module, path: str) -> bool:
     parent, _, last = path.rpartition(".")
     owner = root.get_submodule(parent)
     return last not in owner._non_persistent_buffers_set
+
+
+def rooted(
+    graph: fx.Graph, parts: Iterable[tuple[str, nn.Module, str]], make: type[fx.GraphModule] = fx.GraphModule,
+    name: str = "GraphModule",
+) -> fx.GraphModule:  # fmt: skip
+    """A GraphModule, in eval mode, over tensors and modules of others; nothing is copied.
+
+    parts: (path here, whose it is, path there). Buffers stay persistent or not, as they are there."""
+    root, passing = nn.Module(), []
+    for new, source, old in sorted(parts, key=lambda p: (not isinstance(attribute(p[1], p[2]), nn.Module), p[0])):
+        if not has_path(root, new):  # a parameter that is also part of a module is there already
+            found = attribute(source, old)
+            assert isinstance(found, (nn.Module, Tensor))
+            set_path(root, new, found)
+            passing += [new] * (not isinstance(found, (nn.Module, nn.Parameter)) and not persistent(source, old))
+    module = make(root, graph, class_name=name).eval()
+    for new in passing:  # a GraphModule makes every buffer a persistent one
+        path, _, last = new.rpartition(".")
+        module.get_submodule(path)._non_persistent_buffers_set.add(last)
+    module.graph.lint()
+    return module
 
 
 def versions(state: Mapping[str, Tensor]) -> dict[str, int]:

@@ -56,7 +56,7 @@ def partition(
     unknown = sorted(set(opaque) - {n.name for n in nodes})
     if unknown:
         raise SpaceError(f"partition: opaque names {unknown}, which are no nodes of this graph")
-    seeds = set(opaque) | (set() if until is None else _named(graph_module, until)) | {"output"}
+    seeds = set(opaque) | (set() if until is None else named(graph_module, until)) | {"output"}
     private: set[str] = set()
     for node in nodes:
         seeded = node.name in seeds and node.op != "placeholder"
@@ -88,7 +88,7 @@ def cut_points(graph_module: fx.GraphModule) -> tuple[str, ...]:
     """
     import networkx as nx
 
-    data = _data_nodes(graph_module.graph)
+    data = data_nodes(graph_module.graph)
     flow = nx.DiGraph()
     flow.add_edges_from(("", n.name) for n in data if n.op == "placeholder")
     flow.add_edges_from((i.name, n.name) for n in data for i in n.all_input_nodes if i in data)
@@ -134,16 +134,16 @@ def selected(graph_module: fx.GraphModule, until: str) -> set[str]:
     return inside or {n.name for n in nodes if n.name == until and n.op not in ("placeholder", "output")}
 
 
-def _named(graph_module: fx.GraphModule, until: str) -> set[str]:
-    """`selected`; raises InputError if that is nothing."""
-    found = selected(graph_module, until)
+def named(graph_module: fx.GraphModule, path: str, option: str = "until") -> set[str]:
+    """`selected`; raises InputError, about this option, if that is nothing."""
+    found = selected(graph_module, path)
     if found:
         return found
     nodes = list(graph_module.graph.nodes)
-    named = [n for n in nodes if n.name == until]
-    if named:
+    called = [n for n in nodes if n.name == path]
+    if called:
         raise InputError(
-            f'until="{until}" is an {named[0].op} of the graph, not a layer. {_legal(graph_module)}'
+            f'{option}="{path}" is an {called[0].op} of the graph, not a layer. {legal(graph_module)}'
         )
     known = {
         ".".join(p.split(".")[: k + 1])
@@ -151,14 +151,15 @@ def _named(graph_module: fx.GraphModule, until: str) -> set[str]:
         for p in module_paths(n)
         for k in range(p.count(".") + 1)
     }
-    close = difflib.get_close_matches(until, sorted(known - {""} | {n.name for n in nodes}), n=4, cutoff=0.5)
+    close = difflib.get_close_matches(path, sorted(known - {""} | {n.name for n in nodes}), n=4, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
     raise InputError(
-        f'until="{until}" is no module or node that this graph runs.{hint} {_legal(graph_module)}'
+        f'{option}="{path}" is no module or node that this graph runs.{hint} {legal(graph_module)}'
     )
 
 
-def _legal(graph_module: fx.GraphModule, most: int = 12) -> str:
+def legal(graph_module: fx.GraphModule, most: int = 12) -> str:
+    """Where a cut is simple, in a sentence."""
     points = cut_points(graph_module)
     more = f", ... ({len(points)} in all, see cut_points)" if len(points) > most else ""
     return f"Cut points with a single value between the parts: {', '.join(points[:most]) or 'none'}{more}."
@@ -175,12 +176,12 @@ def _nothing(
         why.append(f"%{first} cannot be shared, nor what is downstream of it")
     if not why:
         why.append("the graph uses no parameters")
-    return f"nothing can be merged: {'; '.join([*why, *reasons])}. {_legal(graph_module)}"
+    return f"nothing can be merged: {'; '.join([*why, *reasons])}. {legal(graph_module)}"
 
 
 def _pull_constants(nodes: Sequence[fx.Node], private: set[str]) -> tuple[set[str], set[str]]:
     """Parameter-only values that private nodes read become private, or copied if shared ones read them."""
-    data = _data_nodes(nodes[0].graph)
+    data = data_nodes(nodes[0].graph)
     made: set[fx.Node] = set()  # from parameters alone
     for node in nodes:
         if node not in data and (node.op in ("get_attr", "call_module") or made & set(node.all_input_nodes)):
@@ -194,7 +195,7 @@ def _pull_constants(nodes: Sequence[fx.Node], private: set[str]) -> tuple[set[st
     return private, copied
 
 
-def _data_nodes(graph: fx.Graph) -> set[fx.Node]:
+def data_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose value depends on the entries, not only on the shape, of a graph input."""
     data: set[fx.Node] = set()
     for node in graph.nodes:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..trace import Traced, alike, state_by_all_names, watched
 from ..trace.guards import kept_rng
-from .modules import attribute, has_path, persistent, set_path
+from .modules import attribute, rooted
 from .partition import selected
 from .zipped import Zipped
 
@@ -159,14 +159,14 @@ def _free(target: str, k: int, common: set[str], sources: dict[str, tuple[int, s
     number goes to where the names part: `head.0` beside another network's layer `head` becomes `head_1.0`."""
     new = target
     taken = [t for t, found in sources.items() if found != (k, t)]  # a network's own names do not meet, until renamed
-    while clash := next((t for t in (*common, *taken) if _meet(new, t)), ""):
+    while clash := next((t for t in (*common, *taken) if meet(new, t)), ""):
         parts = new.split(".")
         parts[min(len(parts) - 1, clash.count("."))] += f"_{k}"
         new, taken = ".".join(parts), list(sources)
     return new
 
 
-def _meet(one: str, other: str) -> bool:
+def meet(one: str, other: str) -> bool:
     """Whether a path is the other, or above or below it."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
@@ -175,20 +175,8 @@ def _module(
     graph: fx.Graph, own: Sequence[fx.GraphModule], i: int, common: set[str], sources: dict[str, tuple[int, str]]
 ) -> fx.GraphModule:
     """The joined graph with network i's tensors in the trunk, and everyone's own in the tails."""
-    root, passing = nn.Module(), []
     parts = [*((t, own[i], t) for t in common), *((new, own[k], old) for new, (k, old) in sources.items())]
-    for new, source, old in sorted(parts, key=lambda p: (not isinstance(attribute(p[1], p[2]), nn.Module), p[0])):
-        if not has_path(root, new):  # a parameter that is also part of a module is there already
-            found = attribute(source, old)
-            assert isinstance(found, (nn.Module, Tensor))
-            set_path(root, new, found)
-            passing += [new] * (not isinstance(found, (nn.Module, nn.Parameter)) and not persistent(source, old))
-    module = Zipped(root, copy.deepcopy(graph), class_name="Joined").eval()
-    for new in passing:  # a GraphModule makes every buffer a persistent one
-        path, _, last = new.rpartition(".")
-        module.get_submodule(path)._non_persistent_buffers_set.add(last)
-    module.graph.lint()
-    return module
+    return rooted(copy.deepcopy(graph), parts, Zipped, "Joined")
 
 
 def _fresh(args: tuple) -> tuple:

@@ -18,7 +18,8 @@ class Zipped(fx.GraphModule):
     (task, original)} and nodes {private node: original}; untouched {task: {name: tensor}}, aliases {name: first
     name} and state_names (all keys) of the users' state_dicts; the report; and what fxzip.save writes down: cut,
     cloned (names), unmerges {target: (boundary node, task)}, example (arguments on the meta device), originals
-    (per model {name: (shape, dtype)}) and signature (of the graph as built).
+    (per model {name: (shape, dtype)}) and signature (of the graph as built). With private stems also since (the
+    module's path, the entries, see `Stems`) and stems {task: names of its nodes}.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
