@@ -64,7 +64,8 @@ def _section(name: str, args: argparse.Namespace) -> list[Row]:
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT.get(name, {}))
     if done.returncode:
-        return [row(f"failed: {done.stderr.strip().splitlines()[-1]}", float("nan"), "")]
+        why = done.stderr.strip().splitlines() or [f"ended by {done.returncode}"]  # -9: killed, for memory perhaps
+        return [row(f"failed: {why[-1]}", float("nan"), "")]
     print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
