@@ -21,7 +21,7 @@ from torch import fx, nn
 
 BATCH, SAMPLES = 4, 8
 MEMORY = 14  # GiB that a process may allocate
-CAP = 3 << 30  # bytes that moments and matrices may take; above, the merge gets that as `memory=`
+CAP = 3 << 30  # bytes of moments and matrices above which the merge gets `memory=`
 RECOVERED = 1e-3  # relative error of a model recovered from its scrambled copy
 GRACE = 30  # seconds of processor time from the polite signal to the end of the process
 
@@ -160,7 +160,8 @@ def recovery(
     twin = scrambled(traced, spaces)
     pairs = zip(traced.graph_module.parameters(), twin.graph_module.parameters(), strict=True)
     moved = any(not torch.equal(a, b) for a, b in pairs)
-    zipped = merged(model, traced, twin, spaces, args, data, CAP if row["capped"] else None)
+    enough = max([1 << 30, *(128 * s.size**2 for s in spaces)])  # to measure and match the widest space alone
+    zipped = merged(model, traced, twin, spaces, args, data, enough if row["capped"] else None)
     error = far(zipped, [model, model], data[0])
     shared = round(fxzip.report(zipped).shared, 4)
     row |= {"recovery_error": error, "recovered": error < RECOVERED, "scrambled": moved, "shared": shared}

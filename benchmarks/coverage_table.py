@@ -75,11 +75,11 @@ the model with its scrambled copy (`method="permute"`, with `memory=` where mome
 space. *shared*: share of the merged network's parameters that both models use. *compiles*: torch.compile with
 aot_eager and fullgraph; *exports*: torch.export; of the merged network, not tried where it says -. Seconds are of one
 core's processor time: for `fxzip.inspect`, with the proof, with the merge and all else; in brackets wall-clock
-seconds of a busy machine. MB: peak of the process. *no proof*: nothing was wrong, but the output hardly moves, so
-nothing is proven and fxzip refuses. *sound* as an outcome: analysed and proven, not merged here. *unfinished*:
-processor time was up. *models*: of the family, also those not tried yet. A detector is here three times: its backbone
-with the neck; that with the heads which every pixel has (dense); and whole, with boxes chosen from data, which no
-front end can trace."""
+seconds of a busy machine. MB: peak of the process, with the temporary files of `memory=`, which are mapped. *no
+proof*: nothing was wrong, but the output hardly moves, so nothing is proven and fxzip refuses. *sound* as an outcome:
+analysed and proven, not merged here. *unfinished*: processor time was up. *models*: of the family, also those not
+tried yet. A detector is here three times: its backbone with the neck; that with the heads which every pixel has
+(dense); and whole, with boxes chosen from data, which no front end can trace."""
 _COUNTS = (
     "| family | models | tried | traced | sound | unsound | recovered | of those merged | compile | export"
     " | of those run |"
