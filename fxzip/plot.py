@@ -110,12 +110,13 @@ def correlations(zipped: fx.GraphModule | Report) -> Any:
 
 
 def layers(zipped: fx.GraphModule | Report) -> Any:
-    """Relative squared error of every fitted layer, before and after solve."""
+    """Relative squared error of every fitted layer, before and after solve; one without error is at the bottom."""
     rows = _report(zipped).layers
     _some(rows, "plot.layers", 'this merge fitted no layers (method="solve" does)')
     figure, axes = drawing("plot.layers", max(6, 0.25 * len(rows)), 4.5)
     names = [f"{r.node} ({r.task})" if r.task else r.node for r in rows]
-    before, after = [max(r.before or 0, 1e-8) for r in rows], [max(r.after or 0, 1e-8) for r in rows]  # a log axis
+    least = min((e for r in rows for e in (r.before, r.after) if e and e > 1e-6), default=1e-6) / 10  # rounding aside
+    before, after = [max(r.before or 0, least) for r in rows], [max(r.after or 0, least) for r in rows]  # a log axis
     axes.vlines(names, after, before, color="0.8", zorder=1)
     axes.scatter(names, before, facecolors="none", edgecolors="C1", label="before solve", zorder=2)
     axes.scatter(names, after, color="C2", label="after solve", zorder=2)

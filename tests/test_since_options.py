@@ -109,9 +109,10 @@ def test_planned_and_tried_on_a_frontier():
     made = fxzip.plan([a, b], [DATA], since="block1", method="zip")
     every = fxzip.plan([a, b], [DATA], method="zip")
     assert len(made.measuring.spaces) == len(every.measuring.spaces)  # that of the stem is of the border now
+    solve = fxzip.Solve(fxzip.Zip(beta=1.0))
     found = fxzip.frontier([a, b], [DATA], [1.0], untils=["block2"], since="block1", calibration=48, holdout=16,
-                           progress=False)  # fmt: skip
-    plain = fxzip.frontier([a, b], [DATA], [1.0], calibration=48, holdout=16, progress=False)
+                           method=solve, progress=False)  # fmt: skip
+    plain = fxzip.frontier([a, b], [DATA], [1.0], calibration=48, holdout=16, method=solve, progress=False)
     assert [p.name for p in found.points] == ["1x", "until block2", "ensemble"]
     assert found.points[0].cost > plain.points[0].cost and sum(found.points[0].drift) < sum(plain.points[0].drift)
 
