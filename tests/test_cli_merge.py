@@ -123,6 +123,16 @@ def test_merge_in_another_dtype_without_data(capsys, place):
     assert run(capsys, "eval", "out", "--data", "x.npz", *classes, "--trust-code")[0] == 0
 
 
+def test_private_stems_by_option_and_by_recipe(capsys, place):
+    argv = ["merge", *FLAGS, "--data", "x.npz", "--since", "2", "-q", "--out"]
+    assert run(capsys, *argv, "out")[0] == 0
+    assert {"0_a.weight", "0_b.weight"} <= set(load_file(place / "out" / "model.safetensors"))
+    assert "since: '2'" in (place / "out" / "recipe.yaml").read_text()
+    assert run(capsys, "merge", "out/recipe.yaml", "out2", "--trust-code", "-q")[0] == 0
+    for name in ("model.safetensors", "plan.json"):
+        assert (place / "out" / name).read_bytes() == (place / "out2" / name).read_bytes()
+
+
 def test_the_page_of_a_merge(capsys, place):
     assert run(capsys, "merge", "recipe.yaml", "out", "--trust-code", "-q", "--html") == (0, "", "")
     first = (place / "out" / "report.html").read_bytes()

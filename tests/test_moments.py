@@ -39,10 +39,7 @@ def test_any_dtype_is_accumulated_in_float64_without_touching_the_rows(rows):
     a = Accumulator((5,))
     a.add(half)
     assert a.moments().second.dtype == torch.float64 and torch.equal(half, before)
-    exact, few = half.double().mean(0), Accumulator((5,))
-    assert ((a.moments().mean - exact).abs() < 1e-6 * half.double().std(0)).all()  # float32 within a batch
-    few.add(half[:20])
-    np.testing.assert_allclose(few.moments().mean, half[:20].double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(a.moments().mean, half.double().mean(0), rtol=1e-12)
 
 
 def test_moments_do_not_follow_later_rows(rows):

@@ -84,6 +84,8 @@ def test_stems_are_the_models_own_bit_for_bit():
     a, b = digits(0), digits(1)
     with unchanged([a, b]):
         zipped = merge({"a": a, "b": b}, method="solve", since="block1")
+    states = {n.name: n.meta["fxzip"]["state"] for n in zipped.graph.nodes if n.op != "output"}
+    assert set(states.values()) == {"merged", "per model"} and states["x"] == "merged"
     for task, model in (("a", a), ("b", b)):
         state = model.state_dict()
         found = own(zipped, task, ("stem", "norm"))

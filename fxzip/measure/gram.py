@@ -27,27 +27,25 @@ def gram(x: Tensor) -> Tensor:
     return mirrored(found)
 
 
-def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
+def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
     """total += weight * rows.T @ rows, in blocks on and below the diagonal; `mirrored` fills in the rest.
 
-    total: float64 [p, p]; rows: [r, p]. Returns the sum of the rows, float64 [p]. Rows of float32 and less are centred,
-    so that a mean far from zero costs no digits, and added and multiplied in float32: the error is about 1e-6 of the
-    features' deviations. Float64 throughout for few rows, for rows of float64, where float32 might overflow, and where
-    torch is told to multiply float32 as TF32.
+    total: float64 [p, p]; rows: [r, p]. Rows of float32 and less are centred, so that a mean far from zero costs no
+    digits, and multiplied in float32: the error is about 1e-6 of the features' deviations. Float64 throughout for few
+    rows, for rows of float64, where float32 might overflow, and where torch is told to multiply float32 as TF32.
     """
     centred = _centred(rows)
     if centred is None:
         x = rows.to(total)
         for i, j in tiles(len(total)):
             total[i:j, :j].addmm_(x[:, i:j].T, x[:, :j], alpha=weight)
-        return x.sum(0)
+        return
     y, centre = centred
-    c, rest = centre.double(), y.sum(0).double()  # next to nothing: float32 will do, and is ten times faster
-    u = rest + len(rows) / 2 * c  # sum x x' = sum y y' + c u' + u c'
+    c = centre.double()
+    u = y.sum(0, dtype=torch.float64) + len(rows) / 2 * c  # sum x x' = sum y y' + c u' + u c'
     left, right = weight * torch.stack([c, u], 1), torch.stack([u, c])  # [p, 2], [2, p]
     for i, j in tiles(len(total)):
         total[i:j, :j].add_(y[:, i:j].T @ y[:, :j], alpha=weight).addmm_(left[i:j], right[:, :j])
-    return rest + len(rows) * c
 
 
 def finite(rows: Tensor) -> bool:

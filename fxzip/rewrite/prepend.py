@@ -23,7 +23,9 @@ def prepend(zipped: fx.GraphModule, stems: Stems, names: Sequence[str]) -> fx.Gr
     """The merged body behind copies of all stems, on the networks' inputs; names in stems end in _<task>."""
     graph, inputs, beside = fx.Graph(), [], []
     for node in stems.own[0].graph_module.graph.nodes:
-        inputs += [graph.node_copy(node)] if node.op == "placeholder" else []
+        if node.op == "placeholder":
+            inputs.append(graph.node_copy(node))
+            inputs[-1].meta[KEY] = {"type": "", "spaces": (), "state": "merged"}  # as `annotate` says of inputs
     taken = {n.name for n in zipped.graph.nodes}
     targets: dict[str, tuple[str, str]] = {}
     owned: dict[str, dict[str, str]] = {}  # task -> node -> the network's own
