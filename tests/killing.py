@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import tqdm.auto
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from toys import randomise
@@ -54,6 +56,10 @@ def killed_after(seconds: float, folder: Path) -> bool:
     child = os.fork()
     if child == 0:
         try:
+            # tqdm's own lock is a semaphore that a fork shares: killed with it in hand, this one would leave it taken,
+            # and the parent would wait at its next progress bar for ever. (Torch's Interpreter has bars of the second.)
+            for bars in (tqdm.auto.tqdm, tqdm.std.tqdm):
+                bars.set_lock(threading.RLock())
             job(folder)
             os._exit(0)
         except BaseException:
