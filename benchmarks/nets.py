@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformer
 
 
 def group_norm(channels: int) -> nn.Module:
@@ -189,3 +190,11 @@ class TinyConvNeXt(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage2(self.down(self.stage1(self.stem(x))))
         return self.head(self.norm(x.mean((2, 3))))
+
+
+def tiny_swin(classes: int, channels: int = 3, size: int = 32, dim: int = 32) -> nn.Module:
+    """torchvision's Swin (Liu et al. 2021), small: patches of 2 pixels, two stages of two blocks, shifted windows."""
+    window = next(w for w in (7, 4) if size // 2 % w == 0 and size // 4 % w == 0)
+    net = SwinTransformer([2, 2], dim, [2, 2], [2, 4], [window, window], stochastic_depth_prob=0.0, num_classes=classes)
+    net.features[0][0] = nn.Conv2d(channels, dim, 2, 2)  # type: ignore[index]
+    return net

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from common import Bench, Row, announce, machine, options, parse, save, show
 from data import Data, load
-from nets import VGG11, ResNet20, TinyConvNeXt, TinyViT, group_norm
+from nets import VGG11, ResNet20, TinyConvNeXt, TinyViT, group_norm, tiny_swin
 from torch import nn
 from tqdm import tqdm
 from training import Recipe, train
@@ -27,6 +27,7 @@ PAIRS: dict[str, tuple[Callable[[int, int, int], nn.Module], Recipe]] = {
     "vgg11": (lambda k, c, s: VGG11(k, c), Recipe("sgd", 0.03, 4, 12_000)),
     "vgg11-bn": (lambda k, c, s: VGG11(k, c, batch_norm=True), Recipe("sgd", 0.1, 3, 12_000)),
     "vit": (lambda k, c, s: TinyViT(k, c, s), Recipe("adamw", 2e-3, 3)),
+    "swin": (lambda k, c, s: tiny_swin(k, c, s), Recipe("adamw", 2e-3, 3)),
     "convnext": (lambda k, c, s: TinyConvNeXt(k, c), Recipe("adamw", 2e-3, 2, 20_000)),
 }
 DEFAULT = ("average", "permute", "zip", "zip-beta1", "select", "solve", "solve-select")
