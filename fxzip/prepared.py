@@ -97,7 +97,7 @@ class Prepared:
         states = [dict(m.named_parameters(remove_duplicate=False)) for m in self.graph_modules]
         tied = self.spaces.lowered.tied
         shared = {tied.get(n, n) for n in owned(self.graph_modules[0], self.cut.shared)}
-        return Weights.of(states, self.merged_spaces(), shared)
+        return Weights.of(states, self.merged_spaces(), shared, self.real)
 
 
 def shared_spaces(spaces: Spaces, cut: Partition, parameters: Iterable[str]) -> list[FeatureSpace]:

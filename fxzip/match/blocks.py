@@ -102,6 +102,9 @@ def _plain(
         if width != space.size:
             raise SpaceError(f"{space.name}: without moments its width {space.size} cannot become {width}")
         return from_slots(np.concatenate(own), width, [len(o) for o in own])
+    sizes = [len(o) for o in own]
+    if matcher.correspondence == "identity" and len(set(sizes)) > 1:  # as they lie in the widest
+        return from_slots(np.concatenate(own), width, sizes, similarity(moments))
     if space.orthogonal_only and matcher.correspondence == "free":
         matcher = Permute()
     return _run(space.name, matcher, moments, width)

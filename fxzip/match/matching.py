@@ -78,6 +78,17 @@ class Matching:
         sizes = tuple(len(r) for r in real)
         return replace(self, merge=self.merge[:, places], unmerge=self.unmerge[places], sizes=sizes)
 
+    def of_own(self, real: Sequence[np.ndarray]) -> Matching:
+        """A permutation of as many features in every model, of those that are its own: what a merged feature counts
+        for the others goes to them.
+
+        >>> m = Matching(torch.full((1, 2), 0.5), torch.ones(2, 1), (1, 1))
+        >>> m.of_own([np.array([0]), np.array([], int)]).merge
+        tensor([[1.]], dtype=torch.float64)
+        """
+        found = self.narrowed(real)
+        return replace(found, merge=found.merge / found.merge.sum(1, keepdim=True).clamp(min=1e-300))
+
     @property
     def _starts(self) -> list[int]:
         return np.cumsum((0, *self.sizes))[:-1].tolist()

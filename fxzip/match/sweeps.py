@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from ..errors import InputError, SpaceError
+from ..errors import InputError
 from ..infer.spaces import FeatureSpace, Spaces
 from ..measure.moments import SpaceMoments
 from .average import Average
@@ -78,14 +78,8 @@ def match(
     """
     every = list(spaces)
     plain = matcher.matcher if isinstance(matcher, Unmerge) else matcher
-    if real and ("weights" in needs(plain) or plain.correspondence == "identity"):
-        name, own = next(iter(real.items()))
-        raise SpaceError(
-            f"{name}: the models have {' and '.join(str(len(o)) for o in own)} features here, and {plain.name} needs as"
-            " many in each; use 'permute', 'zip', 'pair' or 'solve', or until= to keep this part per model"
-        )
     found = (
-        _by_weights(every, moments, plain, widths, models, weights, seed)
+        _by_weights(every, moments, plain, widths, models, weights, seed, real or {})
         if "weights" in needs(plain)
         else Matchings(match_once(every, moments, plain, widths, models, real, keep))
     )
@@ -108,6 +102,7 @@ def _by_weights(
     models: int | None,
     weights: Weights | None,
     seed: int,
+    real: Mapping[str, Sequence[np.ndarray]],
 ) -> Matchings:
     if weights is None:
         raise InputError(f"match: {matcher.name} compares weights; pass weights=Weights.of(states, spaces)")
@@ -115,15 +110,19 @@ def _by_weights(
     if isinstance(matcher, JointMatcher):
         if widths:
             raise InputError(f"match: {matcher.name} keeps the models' widths; leave out widths, or use 'zip'")
-        return matcher.joint(families(every), weights, count, seed)
+        found = matcher.joint(families(every), weights, count, seed)
+        result = Matchings({s: m.of_own(real[s]) if s in real else m for s, m in found.items()})
+        result.notices = found.notices
+        return result
     if not isinstance(matcher, SweepMatcher):
         raise InputError(f"match: {matcher.name} needs weights, but has neither `affinity` (SweepMatcher) nor `joint`")
-    return _Sweeps(families(every), moments, matcher, widths or {}, count, weights).run(seed)
+    return _Sweeps(families(every), moments, matcher, widths or {}, count, weights, real).run(seed)
 
 
 @dataclass
 class _Sweeps:
-    """families: spaces that are matched together, each list in order."""
+    """families: spaces that are matched together, each list in order. real: as for `match`; while they are looked
+    for, matchings are over as many features of every model as the widest has, as weights are."""
 
     families: Sequence[Sequence[FeatureSpace]]
     moments: Mapping[str, SpaceMoments]
@@ -131,6 +130,7 @@ class _Sweeps:
     widths: Mapping[str, int]
     models: int
     weights: Weights
+    real: Mapping[str, Sequence[np.ndarray]]
 
     def run(self, seed: int) -> Matchings:
         rng = np.random.default_rng(seed)
@@ -145,7 +145,7 @@ class _Sweeps:
         end = f"{done} sweeps" if not changed else f"{done} sweeps, not settled (sweeps={self.matcher.sweeps})"
         after = self._figure(found, scale)
         if self.matcher.monotone:
-            plain = self._figure(match_once(self._every(), {}, Average(), models=self.models), scale)
+            plain = self._figure(self._in_order(), scale)
             what = f"weights agree to {after:.4f} (1: equal; in the models' own order {plain:.4f}, at the start"
         else:
             what = f"merged features are alike by {after:.4f} (1: equal; at the start, by activations,"
@@ -161,12 +161,27 @@ class _Sweeps:
 
     def _scored(self, space: FeatureSpace, found: Mapping[str, Matching]) -> Matching:
         """With the correlation of weights as quality where the matcher saw inner products."""
-        moments = self.weights.moments(space, found) if self.matcher.monotone else None
+        own = self.real.get(space.name)
+        matching = found[space.name].narrowed(own) if own else found[space.name]
+        moments = self._moments(space, found) if self.matcher.monotone else None
         if moments is None:
-            return found[space.name]
-        slots, identity = found[space.name].unmerge.argmax(1).numpy(), np.tile(np.arange(space.size), self.models)
+            return matching
+        identity = np.concatenate(own or [np.arange(space.size)] * self.models)
+        slots = matching.unmerge.argmax(1).numpy()
         scores = [mean_correlation(k, moments.sizes, similarity(moments)) for k in (slots, identity)]
-        return replace(found[space.name], quality=scores[0], baseline=scores[1])
+        return replace(matching, quality=scores[0], baseline=scores[1])
+
+    def _moments(self, space: FeatureSpace, found: Mapping[str, Matching]) -> SpaceMoments | None:
+        """Of the weights of the models' own features."""
+        seen, own = self.weights.moments(space, found), self.real.get(space.name)
+        return seen.restrict(own) if seen is not None and own else seen
+
+    def _in_order(self) -> dict[str, Matching]:
+        return self._wide(match_once(self._every(), {}, Average(), models=self.models, real=self.real))
+
+    def _wide(self, found: Mapping[str, Matching]) -> dict[str, Matching]:
+        size = {s.name: s.size for s in self._every()}
+        return {s: m.expanded(self.real[s], size[s]) if s in self.real else m for s, m in found.items()}
 
     def _every(self) -> list[FeatureSpace]:
         return [s for family in self.families for s in family]
@@ -174,7 +189,7 @@ class _Sweeps:
     def _start(self) -> dict[str, Matching]:
         found: dict[str, Matching] = {}
         if self.matcher.start == "order":
-            return match_once(self._every(), {}, Average(), models=self.models)
+            return self._in_order()
         for family in self.families:
             found |= self._matched(family, found if self.matcher.start == "sorted" else None)
         return found
@@ -183,12 +198,12 @@ class _Sweeps:
         """A family, given the others as `found`; by activations alone if that is None."""
         alike = {}
         for space in family:
-            seen = None if found is None else self.weights.moments(space, found)
+            seen = None if found is None else self._moments(space, found)
             affinity = self.matcher.affinity(seen, self.moments.get(space.name))
             if affinity is not None:
                 alike[space.name] = affinity
         widths = {s.name: self.widths[s.name] for s in family if s.name in self.widths}
-        return match_once(family, alike, self.matcher.matcher, widths, self.models)
+        return self._wide(match_once(family, alike, self.matcher.matcher, widths, self.models, self.real))
 
     def _step(self, family: Sequence[FeatureSpace], found: dict[str, Matching], scale: float) -> bool:
         """Match one family anew; whether that changed anything."""

@@ -55,10 +55,12 @@ class Weights:
         states: Sequence[Mapping[str, Tensor]],
         spaces: Sequence[FeatureSpace],
         names: Collection[str] | None = None,
+        real: Mapping[str, Sequence[np.ndarray]] | None = None,
     ) -> Weights:
         """The parameters of numbers among `names` (default: all) that lie on `spaces`; complex ones as pairs.
 
-        Raises InputError when a parameter has not one shape in all models.
+        real: of models that were padded to one width, which features of a space are every model's own; the weights
+        of the others are zero here. Raises InputError when a parameter has not one shape in all models.
         """
         lying: dict[str, dict[int, list]] = {}
         for space in spaces:
@@ -67,7 +69,10 @@ class Weights:
                 known = len(held) == len(states) and (held[0].is_floating_point() or held[0].is_complex())
                 if known and (names is None or s.parameter in names):
                     lying.setdefault(s.parameter, {}).setdefault(s.axis, []).append((space.name, s))
-        tensors = {name: tuple(as_real(state[name].detach()) for state in states) for name in lying}
+        tensors = {
+            name: tuple(_of_own(as_real(state[name].detach()), held, real or {}, i) for i, state in enumerate(states))
+            for name, held in lying.items()
+        }
         for name, all_of in tensors.items():
             if len({t.shape for t in all_of}) > 1:
                 raise InputError(f"{name}: shapes {[list(t.shape) for t in all_of]} differ, so weights do not compare")
@@ -137,6 +142,21 @@ class Weights:
                 parts.append(part.sort(0).values if found is None else _turn(found, segment, part, model))
             x = torch.cat(parts).movedim(0, axis)
         return x
+
+
+def _of_own(
+    x: Tensor,
+    held: Mapping[int, Sequence[tuple[str, Segment]]],
+    real: Mapping[str, Sequence[np.ndarray]],
+    model: int,
+) -> Tensor:
+    """`x` without what makes features that are not the model's own; nothing reads them in a padded model."""
+    for axis, runs in held.items():
+        for space, segment in runs:
+            if space in real and segment.roles & MAKES:
+                idle = np.setdiff1d(np.arange(len(segment.positions)), real[space][model])
+                x = x.index_fill(axis, torch.from_numpy(segment.positions[idle]).to(x.device), 0)
+    return x
 
 
 def as_real(x: Tensor) -> Tensor:

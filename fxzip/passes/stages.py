@@ -153,7 +153,7 @@ class Match(Stage):
         def keep(matching: Matching) -> Matching:
             return matching.moved(store.keep)
 
-        found = match(p.merged_spaces(), evidence, matcher, widths, len(p.names), None if p.real else p.weights(),
+        found = match(p.merged_spaces(), evidence, matcher, widths, len(p.names), p.weights(),
                       self.seed, p.shares, p.real, keep)  # fmt: skip
         found.update({s: keep(found[s].expanded(own, p.spaces[s].size)) for s, own in p.real.items() if s in found})
         for node in graph.graph.nodes:
