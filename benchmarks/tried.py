@@ -1,11 +1,12 @@
-"""What was tried for solve and is not in the library, on the CIFAR-10 pair: targets by task, a metric by gradients.
+"""What was tried for solve and is not in the library, on the CIFAR-10 pair: targets by task, other metrics of select.
 
     python benchmarks/tried.py --data ../shared/data --checkpoints a.pt b.pt
 
 *Targets by task*: on an image of task i, merged features are fitted to model i's features rather than to the mean of
 their groups; the others count `rest`. Which task an image is of is known here from its label, or guessed from the
-parents' logits. *By gradients*: features are selected in the metric E[g g^T], g the gradients of random sums of logits.
-Both reach into fxzip's internals: this is a record of an experiment, not a way to use the library.
+parents' logits. *By gradients*: features are selected in the metric E[g g^T], g the gradients of random sums of
+logits. *By all that follows*: in one without gradients, see what_follows.py. All reach into fxzip's internals: this is
+a record of an experiment, not a way to use the library.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from cifar_pair import parents_of
 from common import Bench, Row, announce, machine, options, parse, save, show
 from data import _shuffled, load
 from torch import Tensor, fx
+from what_follows import metric_by_what_follows
 
 import fxzip
 from fxzip import Permute, Select, Solve, Suited
@@ -142,6 +144,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("select, metric of the readers (the default)", Solve(Suited()))
     with metric_by_gradients(bench.calibration[:IMAGES]):
         add("select, metric by gradients", Solve(Select(plain=0.1)))
+    for leak in (0.0, 0.5):
+        with metric_by_what_follows(leak):
+            add(f"select, metric by all that follows, leak {leak}", Solve(Suited()))
     notes = machine(args, calibration=count, **{"test images": len(bench.images)})
     show("solve: targets by task, a metric by gradients", rows, ["a", "b"], notes)
     save(args.out, [("tried", rows)], notes)

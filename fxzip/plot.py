@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
 from .drawing import drawing
 from .errors import InputError
+from .evaluate import Accuracy, Cost
 from .infer import Spaces
 from .report import Report, SpaceRow, report
 
-__all__ = ["correlations", "graph", "layers", "similarity", "spaces"]
+__all__ = ["accuracies", "correlations", "graph", "layers", "similarity", "spaces"]
 
 
 def spaces(found: Spaces) -> Any:
@@ -125,6 +126,50 @@ def layers(zipped: fx.GraphModule | Report) -> Any:
     axes.tick_params(axis="x", rotation=90, labelsize=7)
     axes.legend(frameon=False)
     return figure
+
+
+def accuracies(found: Mapping[str, Accuracy], costs: Mapping[str, Cost] | None = None) -> Any:
+    """Accuracy of several networks, per task and joint (percent); beside that, with `costs` of the same names, the mean
+    over tasks and the joint accuracy against FLOPs, in units of the cheapest network's.
+
+    Raises InputError without networks, where they have other numbers of tasks, or a cost is missing.
+
+    >>> figure = accuracies({"zip": Accuracy((90.0, 80.0), 85.0, 60.0)})  # doctest: +SKIP
+    """
+    _some(found, "plot.accuracies", "there is no network")
+    counts = {name: len(a.per_task) for name, a in found.items()}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"plot.accuracies: the networks have other numbers of tasks: {counts}")
+    missing = [name for name in found if costs is not None and name not in costs]
+    if missing:
+        raise InputError(f"plot.accuracies: no cost of {', '.join(missing)}")
+    figure, axes = drawing("plot.accuracies", 6 if costs is None else 11, 4, 1 if costs is None else 2)
+    left, *right = [axes] if costs is None else axes
+    tasks = max(counts.values())
+    rows = [*((f"task {k}", [a.per_task[k] for a in found.values()]) for k in range(tasks)),
+            ("joint", [a.joint for a in found.values()])]  # fmt: skip
+    wide = 0.8 / len(rows)
+    for k, (name, values) in enumerate(rows):
+        at = [x + (k - tasks / 2) * wide for x in range(len(found))]
+        left.bar(at, values, wide, label=name, color="0.6" if name == "joint" else _colour(k))
+    left.set_xticks(range(len(found)), list(found), rotation=30 if len(found) > 4 else 0)
+    left.set_ylabel("accuracy, %")
+    left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(len(rows), 6), frameon=False)
+    if costs is not None:
+        _by_cost(right[0], found, [costs[name].flops for name in found])
+    return figure
+
+
+def _by_cost(axes: Any, found: Mapping[str, Accuracy], flops: Sequence[int]) -> None:
+    xs = [f / max(min(flops), 1) for f in flops]
+    mean, joint = [a.mean for a in found.values()], [a.joint for a in found.values()]
+    for label, marker, colour, ys in (("mean over tasks", "o", _colour(0), mean), ("joint", "s", "0.6", joint)):
+        axes.plot(xs, ys, marker, label=label, color=colour)
+        for x, y, name in zip(xs, ys, found, strict=True):
+            axes.annotate(name, (x, y), (5, 3), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("FLOPs, times those of the cheapest")
+    axes.margins(0.2, 0.1)
+    axes.legend(fontsize=8)
 
 
 def _rows(flow: Any) -> dict[str, tuple[int, int]]:

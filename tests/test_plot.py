@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxzip
 from fxzip import InputError, landscape
+from fxzip.evaluate import Accuracy, Cost
 
 plot = pytest.importorskip("fxzip.plot")
 pytest.importorskip("matplotlib", reason="figures need the report extra")
@@ -55,6 +56,21 @@ def test_figures_show_every_space_and_layer(zipped, models, tmp_path):
     assert figure.axes[1].images[0].get_array().shape == (report.spaces[0].matched.side,) * 2
     assert plot.graph(found).axes[0].collections
     figure.savefig(tmp_path / "similarity.png")
+
+
+def test_accuracies_stand_beside_what_they_cost():
+    found = {"one": Accuracy((90.0, 80.0), 85.0, 60.0), "both": Accuracy((91.0, 83.0), 87.0, 66.0)}
+    (bars,) = plot.accuracies(found).axes
+    assert [[p.get_height() for p in row] for row in bars.containers] == [[90, 91], [80, 83], [60, 66]]
+    _, points = plot.accuracies(found, {"both": Cost(2, 300), "one": Cost(1, 200)}).axes
+    assert [line.get_xydata().tolist() for line in points.lines] == [[[1, 85], [1.5, 87]], [[1, 60], [1.5, 66]]]
+    for wrong, costs, said in (
+        ({}, None, "there is no network"),
+        ({**found, "third": Accuracy((1.0,), 1.0, 1.0)}, None, "other numbers of tasks: {'one': 2, 'both': 2, 'third'"),
+        (found, {"one": Cost(1, 200)}, "no cost of both"),
+    ):
+        with pytest.raises(InputError, match=f"plot.accuracies: .*{said}"):
+            plot.accuracies(wrong, costs)
 
 
 class Branches(nn.Module):
