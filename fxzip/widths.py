@@ -169,8 +169,9 @@ def probe(
     types say. build_at: widths -> the merged GraphModule, any weights."""
     try:
         zipped = build_at(widths)
-    except SpaceError as error:
-        return _mentioned(error, widths) or set(widths)
+    except SpaceError:
+        changed = {s: m for s, m in widths.items() if m != spaces[s].size}
+        return _stopped(build_at, changed) or set(widths)
     expected = _shapes(graph_module, args)
     found = _shapes(zipped, args)
     wrong: set[str] = set()
@@ -179,6 +180,21 @@ def probe(
         if name in found and nodes and found[name] != _resized(shape, spaces.layouts(nodes[0].name), spaces, widths):
             wrong |= {s for k in spaces.layouts(nodes[0].name) for s, _ in k.runs} & set(widths)
     return wrong
+
+
+def _stopped(build_at: Callable[[Mapping[str, int]], fx.GraphModule], widths: Mapping[str, int]) -> set[str]:
+    """Spaces at whose new widths the network does not run: those that the error names, else found by halving."""
+    if not widths:
+        return set()
+    try:
+        build_at(widths)
+    except SpaceError as error:
+        names, half = list(widths), len(widths) // 2
+        if len(names) == 1 or (named := _mentioned(error, widths)):
+            return set(names) if len(names) == 1 else named
+        parts = [{s: widths[s] for s in some} for some in (names[:half], names[half:])]
+        return {s for part in parts for s in _stopped(build_at, part)} or set(names)
+    return set()
 
 
 def _mentioned(error: SpaceError, widths: Mapping[str, int]) -> set[str]:

@@ -56,3 +56,14 @@ def test_a_dilation_as_large_as_a_width_stays():
     far = fxzip.merge(nets, [x], method="zip", budget=3.9, progress=False, verify=False).get_submodule("far")
     assert far.in_channels == far.weight.shape[1] == 16
     assert far.dilation == far.padding == (8,)
+
+
+def test_a_width_that_a_module_insists_on_leaves_the_others_free():
+    """Shifted windows are cut with the channels written into the call: the streams stay, the MLPs grow."""
+    swin = pytest.importorskip("torchvision.models.swin_transformer").SwinTransformer
+    nets = [swin([2, 2], 16, [1, 1], [2, 4], [4, 4], num_classes=3).eval() for _ in range(2)]
+    zipped = fxzip.merge(nets, [torch.randn(8, 3, 32, 32)], method="zip", budget=1.3, progress=False, verify=False)
+    rows = fxzip.report(zipped).spaces
+    grown = {r.width_in[0]: r.width for r in rows if r.width > r.width_in[0]}
+    assert grown and set(grown) <= {64, 128}, "four times the streams' 16 and 32"
+    assert cost(zipped, torch.randn(1, 3, 32, 32)).flops > 1.1 * cost(nets[0], torch.randn(1, 3, 32, 32)).flops
