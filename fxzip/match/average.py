@@ -16,7 +16,8 @@ class Average:
     """Feature k of every model is one: M = [I/N ... I/N], U = stacked I.
 
     Wortsman et al., "Model soups", ICML 2022; McMahan et al., "Federated averaging", AISTATS 2017.
-    Raises SpaceError when the models' widths differ, InputError for any width but theirs.
+    Raises SpaceError when the models' widths differ (`match` pairs those by their places in the widest, instead of
+    asking here), InputError for any width but theirs.
     """
 
     name: ClassVar[str] = "average"
