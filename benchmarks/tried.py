@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with metric_by_what_follows(leak):
             add(f"select, metric by all that follows, leak {leak}", Solve(Suited()))
     notes = machine(args, calibration=count, **{"test images": len(bench.images)})
-    show("solve: targets by task, a metric by gradients", rows, ["a", "b"], notes)
+    show("solve: targets by task, other metrics of select", rows, ["a", "b"], notes)
     save(args.out, [("tried", rows)], notes)
 
 

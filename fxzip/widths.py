@@ -169,9 +169,9 @@ def probe(
     types say. build_at: widths -> the merged GraphModule, any weights."""
     try:
         zipped = build_at(widths)
-    except SpaceError:
+    except SpaceError as error:
         changed = {s: m for s, m in widths.items() if m != spaces[s].size}
-        return _stopped(build_at, changed) or set(widths)
+        return _stopped(build_at, changed, error) or set(widths)
     expected = _shapes(graph_module, args)
     found = _shapes(zipped, args)
     wrong: set[str] = set()
@@ -182,19 +182,21 @@ def probe(
     return wrong
 
 
-def _stopped(build_at: Callable[[Mapping[str, int]], fx.GraphModule], widths: Mapping[str, int]) -> set[str]:
-    """Spaces at whose new widths the network does not run: those that the error names, else found by halving."""
-    if not widths:
-        return set()
-    try:
-        build_at(widths)
-    except SpaceError as error:
-        names, half = list(widths), len(widths) // 2
-        if len(names) == 1 or (named := _mentioned(error, widths)):
-            return set(names) if len(names) == 1 else named
-        parts = [{s: widths[s] for s in some} for some in (names[:half], names[half:])]
-        return {s for part in parts for s in _stopped(build_at, part)} or set(names)
-    return set()
+def _stopped(
+    build_at: Callable[[Mapping[str, int]], fx.GraphModule], widths: Mapping[str, int], error: SpaceError
+) -> set[str]:
+    """Spaces at whose new widths the network does not run: those that the error at `widths` names, else by halving."""
+    named = _mentioned(error, widths)
+    if named or len(widths) < 2:
+        return named or set(widths)
+    names, found = list(widths), set()
+    for some in (names[: len(names) // 2], names[len(names) // 2 :]):
+        part = {s: widths[s] for s in some}
+        try:
+            build_at(part)
+        except SpaceError as inner:
+            found |= _stopped(build_at, part, inner)
+    return found or set(widths)
 
 
 def _mentioned(error: SpaceError, widths: Mapping[str, int]) -> set[str]:
