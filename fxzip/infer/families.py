@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import SpaceError
 from .anchors import Layouts, anchors_of
 from .engine import Inference
-from .labels import LabelledType
+from .labels import LabelledType, label_of
 from .reader import Reader, roles_of
 from .solver import Solution
 from .spaces import Anchor, FeatureSpace, Parent, Segment, Spaces
@@ -125,9 +125,17 @@ def _space(
 
 
 def _kinds(reader: Reader) -> dict[int, set[str]]:
+    """family -> what touches it that only permutations commute with, or touches labels that stand for its."""
+    notes = reader.inference.notes
     kinds: dict[int, set[str]] = defaultdict(set)
-    for labels, kind in reader.inference.notes.nonlinearities:
-        for family in np.unique(reader.solution.family[reader.atoms(labels)]):
+    for kind in sorted({kind for _, kind in notes.nonlinearities}):
+        touched = np.zeros(len(reader.solution.atom), bool)
+        for labels, other in notes.nonlinearities:
+            if other == kind:
+                touched[labels] = True
+        for new, source in reversed(notes.relations.derived):
+            touched[source[touched[label_of(new)]]] = True
+        for family in np.unique(reader.solution.family[reader.solution.atom[touched]]):
             kinds[int(family)].add(kind)
     return kinds
 

@@ -165,7 +165,7 @@ class Relations:
             self.marginal(group, rest)
 
     def join(self, names: Sequence[Name], sizes: Mapping[Name, int], groups: Sequence[Group]) -> Group:
-        """One joint group over `names`, from disjoint groups and inert names."""
+        """One joint group over `names`, from groups, which may overlap, and inert names."""
         names = tuple(names)
         shape = tuple(sizes[n] for n in names)
         labelled = set(chain.from_iterable(g.axes for g in groups))
@@ -244,24 +244,15 @@ class Relations:
             if inside and set(chain.from_iterable(f.axes for f in inside)) == names:
                 continue
             crossing = [f for f in final if set(f.axes) & names and not set(f.axes) <= names]
-            if not crossing:
-                final = [f for f in final if not set(f.axes) <= names] + [group]
-                continue
-            final = self._split_crossing(final, crossing, group)
+            joint = self._joint([*crossing, group]) if crossing else group
+            final = [f for f in final if not set(f.axes) <= set(joint.axes)] + [joint]
         return final
 
-    def _split_crossing(self, final: list[Group], crossing: list[Group], group: Group) -> list[Group]:
-        """Overlapping, not nested: cut the overlap out of both."""
-        final = [f for f in final if not any(f is c for c in crossing)]
-        for f in crossing:
-            final.append(self.marginal(f, [x for x in f.axes if x in group.axes]))
-            final.append(self.marginal(f, [x for x in f.axes if x not in group.axes]))
-        for f in list(final):
-            overlap = [x for x in f.axes if x in group.axes]
-            if overlap:
-                self.relate(self.marginal(group, overlap), f)
-        rest = [x for x in group.axes if not any(x in f.axes for f in final)]
-        return [*final, self.marginal(group, rest)] if rest else final
+    def _joint(self, crossing: Sequence[Group]) -> Group:
+        """Of groups that overlap and are not nested: keys and values of linear attention, (h, d) and (h, e), make
+        (h, d, e), on which d and e have another order for every h."""
+        sizes = {n: s for g in crossing for n, s in zip(g.axes, g.labels.shape, strict=True)}
+        return self.join(list(sizes), sizes, crossing)
 
     def reshape(self, labelled: LabelledType, shape: Sequence[int]) -> LabelledType:
         """The type after a row-major reshape to `shape`."""
