@@ -4,8 +4,8 @@
 
 Similarity: how the features of two models are compared, by their activations (1), their weights (0) or a mixture
 (MuDSC's balance). Solver: the mean of the zipped weights; those with the least-squares unmerge; or the layers fitted in
-order, solve. The default of fxzip.merge is 1, suited, solve; suited asks more of activations than similarities, so it has
-no mixtures. Features are measured once for all.
+order, solve. The default of fxzip.merge is 1, suited, solve; suited asks more of activations than similarities, so it
+has no mixtures. Features are measured once for all.
 """
 
 from __future__ import annotations

@@ -62,10 +62,14 @@ def shown(count: float) -> str:
 
 @dataclass
 class Store:
-    """Where values go: memory while there is `room` (bytes), then files that nothing else can open."""
+    """Where values go: memory while there is `room` (bytes), then files that nothing else can open.
+
+    held: bytes of what is in memory; who lets go of a value takes it off. most: the largest that was."""
 
     room: float
     mapped: int = 0  # bytes that went to files, in all
+    held: int = 0
+    most: int = 0
 
     def keep(self, value: Any) -> Any:
         """`value`, or (for tensors without room) an equal CPU tensor on disk. Raises InputError when that is full."""
@@ -74,8 +78,9 @@ class Store:
         if not isinstance(value, Tensor) or not value.numel():
             return value
         size = value.numel() * value.element_size()
-        self.room -= size
-        if self.room >= 0:
+        if self.held + size <= self.room:
+            self.held += size
+            self.most = max(self.most, self.held)
             return value
         self.mapped += size
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .allocator import retained
 from .errors import InputError
 from .infer import FeatureSpace, Spaces, analyse
 from .infer.group import axis_indices, duplicated, moved, permuted
@@ -52,6 +53,7 @@ def verify(
     return verify_spaces(traced, analyse(traced.graph_module, args), args, seed)
 
 
+@retained()
 def verify_spaces(traced: Traced, spaces: Spaces, args: tuple, seed: int = 0) -> Verification:
     """As `verify`, for spaces that are known already. args: positional example arguments, any batch size.
 

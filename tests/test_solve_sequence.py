@@ -62,7 +62,7 @@ def made(net: nn.Module, private: str = "", memory: float = inf, models: int = 2
     inputs = {spaces.lowered.inputs[0].name: [X, -X]}
     merged = lane(inputs)
     own = [lane({}, merged.value) for _ in range(models)]
-    return Pass([lane(inputs) for _ in own], merged, own, tail, spaces, {}, Settings(**settings), Chunks(2), memory)
+    return Pass([lane(inputs) for _ in own], merged, own, tail, spaces, {}, Settings(**settings), Chunks(2))
 
 
 def steps(p: Pass) -> list[tuple[str, list[Link] | None]]:
@@ -190,7 +190,7 @@ def test_the_peak_is_what_memory_has_to_hold():
     net = TwoOutputs(lambda n, z: n.first(torch.relu(z)))
     free = made(net, "head")
     free.run(progress=False)
-    for memory, mapped in ((free.peak, False), (free.peak - 1, True)):
+    for memory, mapped in ((free.store.most, False), (free.store.most - 1, True)):
         capped = made(net, "head", memory)
         capped.run(progress=False)
         assert bool(capped.store.mapped) == mapped

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
+from ..allocator import retained
 from ..errors import InputError
 from ..processes import ALONE, Processes
 from ..trace import batch_size
@@ -17,6 +18,7 @@ from ..trace import batch_size
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+@retained()
 def recompute_statistics(
     module: nn.Module, batches: Iterable[Any], bind: Callable[[Any], tuple], processes: Processes = ALONE
 ) -> int:

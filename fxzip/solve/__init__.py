@@ -117,7 +117,7 @@ def solve_parameters(
         for lane in (*parents, merged):
             for node, value in zip(lane.lowered.inputs, tensors, strict=True):
                 lane.values.setdefault(lane.names[node], []).append(value)
-    steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, share, room)
+    steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, share)
     with torch.no_grad():
         steps.run(progress)
     if store.mapped and memory is None:
@@ -127,7 +127,7 @@ def solve_parameters(
         )
     fitted = tuple({n: lane.state[n] for n in s} for lane, s in zip(private, heads.states, strict=True))
     return Solved(
-        {n: merged.state[n] for n in shared}, replace(heads, states=fitted), tuple(steps.records), steps.peak, notices
+        {n: merged.state[n] for n in shared}, replace(heads, states=fitted), tuple(steps.records), store.most, notices
     )
 
 

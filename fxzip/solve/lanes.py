@@ -7,7 +7,7 @@ are mapped to temporary files, which change nothing but the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from ..memory import Store
 from ..processes import ALONE, Processes
-from ..trace.lower import Lowered
+from ..trace import Lowered, overwriting
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class Lane:
         self.state[name] = value.to(self.state[name])
         self._static.clear()
 
-    def apply(self, node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
-        """Run one op with operands from `read`."""
+    def apply(self, node: fx.Node, read: Callable[[fx.Node], Any], target: Any = None) -> Any:
+        """Run one op, or `target` instead of it, with operands from `read`."""
         args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
         kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return (target or node.target)(*args, **kwargs)  # type: ignore[operator]
 
     def value(self, name: str, chunk: int) -> Any:
         if name in self.values:
@@ -106,14 +106,30 @@ class Lane:
         name = self.names.get(node)
         return self.value(name, chunk) if name is not None and name in dynamic else self.static(node)
 
-    def compute(self, name: str, chunks: int, dynamic: Mapping[str, Any]) -> None:
-        """Values of one node on all chunks."""
+    def compute(self, name: str, chunks: int, dynamic: Mapping[str, Any], spent: Collection[str] = ()) -> None:
+        """Values of one node on all chunks. spent: names of operands that nobody else will read in this lane; they are
+        forgotten chunk by chunk, or written over, so that what comes next finds their memory at hand."""
         if name in self.values:
             return
-        node = self.nodes[name]
-        self.values[name] = [
-            self.store.keep(self.apply(node, lambda n, j=j: self.operand(n, j, dynamic))) for j in range(chunks)
-        ]
+        node, made = self.nodes[name], []
+        left = {o: list(self.values[o]) for o in spent if o in self.values}
+        self.values |= left
+        first = self.names.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        for j in range(chunks):
+
+            def read(n: fx.Node, j: int = j) -> Any:
+                return self.operand(n, j, dynamic)
+
+            target = overwriting(node, read) if first in left else node.target
+            value = self.apply(node, read, target)
+            if over := target is not node.target:
+                made.append(value)  # where its operand was
+            else:
+                made.append(self.store.keep(value))
+            for operand, chunks_of in left.items():
+                self.store.held -= 0 if over and operand == first else _size(chunks_of[j])
+                chunks_of[j] = None
+        self.values[name] = made
 
 
 def dynamic_nodes(lowered: Lowered) -> dict[str, fx.Node]:

@@ -54,9 +54,7 @@ class Pass:
     matchings: Mapping[str, Matching]
     settings: Settings
     chunks: Chunks
-    memory: float  # bytes of activations that stay there
     records: list[Record] = field(default_factory=list)
-    peak: int = 0
 
     def __post_init__(self) -> None:
         self.dynamic = dynamic_nodes(self.spaces.lowered)
@@ -131,19 +129,29 @@ class Pass:
     # -- one node ---------------------------------------------------------------------------------
 
     def _step(self, name: str, links: list[Link] | None) -> None:
-        self.store.room = self.memory - nbytes(self.lanes)
+        self.store.held = nbytes(self.lanes)
         for parent in self.parents:
-            parent.compute(name, self.chunks.own, self.dynamic)
+            self._compute(parent, name)
         node = self.dynamic[name]
         for model, lane in enumerate(self.private) if name in self.is_private else [(None, self.merged)]:
             if links is not None:
                 self._fit(node, lane, links, model)
             elif packet(node) in NORMS and name not in self.folded:
                 self._fit_norm(node, lane, model)
-            lane.compute(name, self.chunks.own, self.dynamic)
+            self._compute(lane, name)
         self.done.add(name)
-        self.peak = max(self.peak, nbytes(self.lanes))
         self._free(node)
+
+    def _compute(self, lane: Lane, name: str) -> None:
+        """The values of a node. An operand is spent if all its readers have their values: a fit that aims at it was
+        made before they were computed."""
+        there = self.done | lane.values.keys() | {name}
+        spent = [
+            o.name
+            for o in self.dynamic[name].all_input_nodes
+            if all(u.name in there for u in o.users if u.name in self.dynamic)
+        ]
+        lane.compute(name, self.chunks.own, self.dynamic, spent)
 
     def _parents(self, model: int | None) -> Sequence[Lane]:
         """Those that a fit aims at: all, or the model whose private layer it is."""
@@ -154,8 +162,8 @@ class Pass:
         for link in links:
             for parent in parents:
                 if link.kind == "norm":
-                    parent.compute(link.other.name, self.chunks.own, self.dynamic)  # type: ignore[union-attr]
-                parent.compute(link.node.name, self.chunks.own, self.dynamic)
+                    self._compute(parent, link.other.name)  # type: ignore[union-attr]
+                self._compute(parent, link.node.name)
         point = Point(node.name, last, links, lane, parents, model is None)
         record = solve_point(
             point, self.spaces, self.matchings, self.settings, self.chunks, self.dynamic, self.generator
@@ -170,7 +178,7 @@ class Pass:
             return
         parents = self._parents(model)
         for parent in parents:
-            parent.compute(first.name, self.chunks.own, self.dynamic)
+            self._compute(parent, first.name)
         record = solve_norm(
             node,
             first.name,

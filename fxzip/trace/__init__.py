@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .call import call_signature, counted, tensors_of
 from .compare import alike, compare_graphs, compare_shapes, compare_sizes
-from .execute import run
+from .execute import overwriting, run
 from .guards import unwrap
 from .inputs import batch_size, bind, describe, first_rows, on_meta, plain_batch, rows, shapes_only, to_meta
 from .interpreter import watched
@@ -31,6 +31,7 @@ __all__ = [
     "lower",
     "make_plain",
     "on_meta",
+    "overwriting",
     "plain",
     "plain_batch",
     "rows",

@@ -62,8 +62,7 @@ def run(
     last_use = {x: node for node in order for x in (node, *_operands(node))}
     for node in order:
         if node not in values:
-            in_place = _overwrites(node, values, wanted | kept)
-            values[node] = move(node.meta["const"]) if _fixed(node) else _call(node, values, move, in_place)
+            values[node] = move(node.meta["const"]) if _fixed(node) else _call(node, values, move, wanted | kept)
         if sink is not None and node in wanted:
             sink(node, values[node])
         for x in {node, *_operands(node)}:
@@ -95,25 +94,28 @@ def _needed(graph: fx.Graph, roots: Collection[fx.Node]) -> list[fx.Node]:
     return [node for node in graph.nodes if node in seen]
 
 
-def _call(node: fx.Node, values: Mapping[fx.Node, Any], move: Callable[[Any], Any], in_place: bool) -> Any:
+def _call(
+    node: fx.Node, values: Mapping[fx.Node, Any], move: Callable[[Any], Any], kept: Collection[fx.Node]
+) -> Any:
     def argument(x: Any) -> Any:
         return values[x] if isinstance(x, fx.Node) else move(x)
 
-    target = _IN_PLACE[node.target] if in_place else node.target
+    target = node.target if node.args and node.args[0] in kept else overwriting(node, values.__getitem__)
     assert callable(target)  # lowered nodes call OpOverloads and operator.getitem
     return target(*map_aggregate(node.args, argument), **map_aggregate(node.kwargs, argument))
 
 
-def _overwrites(node: fx.Node, values: Mapping[fx.Node, Any], kept: Collection[fx.Node]) -> bool:
-    """Whether the result may take the place of the first operand: only `node` reads it, nothing shares its memory, and
-    it has the shape and dtype of the result."""
+def overwriting(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
+    """The operator of `node`, in place if the result may take the place of the first operand, which nobody wants any
+    more: only `node` reads it, nothing shares its memory, and it has the shape and dtype of the result."""
     if node.target not in _IN_PLACE or not isinstance(x := node.args[0], fx.Node):
-        return False
+        return node.target
     made = x.args[0] if x.target is operator.getitem else x
-    if not isinstance(made, fx.Node) or made.target not in _OWN or "const" in x.meta or x in kept or len(x.users) > 1:
-        return False
-    value, others = values[x], [values[o] for o in node.all_input_nodes if o is not x]
-    return value.is_floating_point() and all((o.shape, o.dtype) == (value.shape, value.dtype) for o in others)
+    if not isinstance(made, fx.Node) or made.target not in _OWN or "const" in x.meta or len(x.users) > 1:
+        return node.target
+    value, others = read(x), [read(o) for o in node.all_input_nodes if o is not x]
+    fits = value.is_floating_point() and all((o.shape, o.dtype) == (value.shape, value.dtype) for o in others)
+    return _IN_PLACE[node.target] if fits else node.target
 
 
 def _bind(lowered: Lowered, order: list[fx.Node], state: Mapping[str, Tensor], args: tuple, move) -> dict:

@@ -1,0 +1,55 @@
+"""Memory that tensors free stays with this process while fxzip works, and goes back when it is done."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+_TRIM, _MAP_FROM, _MAPS = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX of malloc.h
+_KEEP = {_MAPS: 0, _TRIM: -1}
+# What glibc sets for itself once a block of 32 MB was freed, the most that it goes up to: as it would be afterwards.
+_USUAL = {_MAPS: 65_536, _MAP_FROM: 32 << 20, _TRIM: 64 << 20}
+_lock, _inside = Lock(), 0
+
+
+@contextmanager
+def retained() -> Iterator[None]:
+    """Within, glibc's malloc takes freed memory again instead of giving it back and asking for more.
+
+    Every activation of a forward is new memory, and what costs is not to get it but the page faults when it is written
+    for the first time: of two ResNet-50 at 224 pixels 40 % of the time. No number depends on it. Afterwards what is
+    free goes back to the system at once. Nothing happens where malloc is not glibc's. May be nested, also by threads.
+
+    >>> with retained():
+    ...     x = __import__("torch").ones(3)
+    """
+    global _inside
+    with _lock:
+        _inside += 1
+        if _inside == 1:
+            _set(_KEEP)
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _set(_USUAL)
+                if trim := getattr(_libc(), "malloc_trim", None):
+                    trim(0)
+
+
+def _set(options: dict[int, int]) -> None:
+    mallopt = getattr(_libc(), "mallopt", None)
+    if mallopt:
+        for option, value in options.items():
+            mallopt(option, value)
+
+
+def _libc() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows has no library of the process itself
+        return None
