@@ -77,6 +77,15 @@ def _small_mvit() -> Iterator[None]:
         mvit._mvit = own
 
 
+def _small_branches(model: nn.Module) -> None:
+    """Residual branches a tenth of the stream, nearly as training starts with (Goyal et al., 2017): in networks as deep
+    as these, with branches as large as the stream, rounding errors grow to the size of the output, and nothing can be
+    proven."""
+    for block in model.modules():
+        if getattr(block, "use_res_connect", False):
+            nn.init.constant_(block.block[-1][1].weight, 0.1)  # type: ignore[union-attr, index]
+
+
 def _torchvision(key: str, kind: str, part: str = "") -> Made:
     from torchvision import models
 
@@ -88,6 +97,8 @@ def _torchvision(key: str, kind: str, part: str = "") -> Made:
         options["image_size"] = 112 if name == "vit_h_14" else 64
     with _small_mvit():
         model = models.get_model(name, **options)
+    if name in ("efficientnet_b7", "efficientnet_v2_l"):
+        _small_branches(model)
     if kind == "video":
         frames, side = (16, 224) if name == "s3d" else (8, 64)
         return model, lambda n: torch.randn(n, 3, frames, side, side)

@@ -20,7 +20,7 @@ from .memory import shown
 from .prepared import Prepared
 from .processes import ALONE, Processes
 from .rewrite import owned
-from .solve import CHUNK, Settings, SolveNeeds, solve_needs
+from .solve import Settings, SolveNeeds, chunk_size, solve_needs
 from .trace import batch_size
 
 # Second moments, 8 Sn^2 bytes, that matching a space of Sn features takes the memory of, M and U included
@@ -184,8 +184,8 @@ def make_plan(
     solving = None
     if settings is not None and batches:
         graph, size = programs.lowered(0, batches[0])[0], max(batch_size(batches[0]), 1)
-        solving = solve_needs(graph, size, processes.count(total) if processes.world > 1 else total, CHUNK, count,
-                              settings)  # fmt: skip
+        held = processes.count(total) if processes.world > 1 else total
+        solving = solve_needs(graph, size, held, chunk_size(graph), count, settings)
     plan = Plan(
         method, count, cap, models, sum(_size(x) for x in tree_leaves(list(batches)) if isinstance(x, Tensor)),
         models - (count - 1) * sum(_size(t) for t in shared),

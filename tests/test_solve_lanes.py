@@ -72,6 +72,45 @@ def test_a_lane_computes_what_its_network_does(lane):
     assert lane.values[output.name] is held, "computed once"
 
 
+@torch.no_grad()
+def test_what_is_spent_makes_room_chunk_by_chunk():
+    """A convolution's result, which relu alone reads, is written over; an operand of another size is let go."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 3, 1)).eval()
+    lowered = lower(fx.symbolic_trace(net), (torch.ones(2, 1, 4, 4),))
+    state = {n: t.detach() for n, t in state_of(fx.symbolic_trace(net)).items()}
+    lane = Lane(lowered, {n.name: n for n in lowered.graph.nodes}, state, Store(1e9))
+    dynamic = dynamic_nodes(lowered)
+    first, relu, last = (n for n, node in dynamic.items() if node.op == "call_function")
+    (given,) = (n.name for n in lowered.inputs)
+    own = [random(2, 1, 4, 4, seed=k).float() for k in range(3)]
+    lane.values[given] = own
+    lane.compute(first, 3, dynamic)
+    assert lane.store.held == 3 * 2 * 2 * 16 * 4 and lane.values[given] is own and own[0] is not None
+    made = list(lane.values[first])
+    lane.compute(relu, 3, dynamic, [first])
+    assert all(a is b for a, b in zip(lane.values[relu], made, strict=True)) and lane.values[first] == [None] * 3
+    assert lane.store.held == 3 * 2 * 2 * 16 * 4
+    lane.compute(last, 3, dynamic, [relu])
+    assert lane.values[relu] == [None] * 3 and lane.store.held == 3 * 2 * 3 * 16 * 4
+    for k, x in enumerate(own):
+        torch.testing.assert_close(lane.value(last, k), net(x))
+    assert lane.store.most == 4 * (3 * 2 * 3 * 16 + 2 * 2 * 16), "all of the next, but one chunk of the one before"
+
+
+@torch.no_grad()
+def test_what_somebody_reads_still_is_not_written_over():
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()).eval()
+    lowered = lower(fx.symbolic_trace(net), (torch.ones(2, 1, 4, 4),))
+    state = {n: t.detach() for n, t in state_of(fx.symbolic_trace(net)).items()}
+    lane = Lane(lowered, {n.name: n for n in lowered.graph.nodes}, state, Store(1e9))
+    dynamic = dynamic_nodes(lowered)
+    first, relu = (n for n, node in dynamic.items() if node.op == "call_function")
+    lane.values[lowered.inputs[0].name] = [random(2, 1, 4, 4).float()]
+    lane.compute(first, 1, dynamic)
+    lane.compute(relu, 1, dynamic)
+    assert (lane.value(first, 0) < 0).any() and torch.equal(lane.value(first, 0).relu(), lane.value(relu, 0))
+
+
 def test_dynamic_is_what_lies_between_inputs_and_outputs(lane):
     graph, output = nx.DiGraph(), lane.lowered.graph.output_node()
     graph.add_edges_from((i, n) for n in lane.lowered.graph.nodes for i in n.all_input_nodes)

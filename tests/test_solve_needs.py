@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxzip.solve import FitNeed, Settings, SolveNeeds, solve_needs
+from fxzip.solve import CHUNK, FitNeed, Settings, SolveNeeds, chunk_size, solve_needs
 from fxzip.trace import Lowered, lower
 
 torch.set_num_threads(1)
@@ -76,6 +76,17 @@ def test_values_of_all_networks_count_and_weights_do_not():
     assert found.activations == 4 * (2 * 2 + 2 * 4 + 2 * 4) * 7 // 2 * 3, "y, x and what is made of them"
     assert [f.node for f in found.fits] == ["a", "b"]
     assert solve_needs(graph, 2, 7, 99, 2, FEW).value == 2 * 4 * 4 * 7 // 2, "no more at once than there are"
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_samples_that_run_at_once_are_fewer_where_their_values_are_large(samples):
+    """64 MB of one value; the input, which is there anyway, does not count."""
+
+    def at_once(size: int) -> int:
+        graph = lower(fx.symbolic_trace(nn.Conv2d(1, 16, 1)).eval(), (torch.ones(samples, 1, size, size, device="meta"),))
+        return chunk_size(graph)
+
+    assert [at_once(size) for size in (8, 64, 128, 224, 4096)] == [CHUNK, CHUNK, 64, 16, 1]
 
 
 def test_the_largest_fit_and_two_values_are_at_work():

@@ -20,12 +20,13 @@ from ..rewrite import Heads, Partition
 from ..trace import Lowered, batch_size, describe, lower, state_of
 from .fit import Settings
 from .lanes import Chunks, Lane
-from .needs import FitNeed, SolveNeeds, solve_needs
+from .needs import CHUNK, FitNeed, SolveNeeds, chunk_size, solve_needs
 from .sequence import Pass, Record
 
-__all__ = ["CHUNK", "FitNeed", "Record", "Settings", "Solve", "SolveNeeds", "Solved", "solve_needs", "solve_parameters"]
-
-CHUNK = 128  # samples that run at once
+__all__ = [
+    "CHUNK", "FitNeed", "Record", "Settings", "Solve", "SolveNeeds", "Solved", "chunk_size", "solve_needs",
+    "solve_parameters",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,10 @@ def solve_parameters(
     shares: what every model counts where values that are no features are averaged (default: all alike). memory: bytes
     of activations that do not go to files, if other than `settings.memory`; the result does not depend on it.
     """
-    chunks, notices = _chunks(batches), ()
+    chunks, notices = _chunks(batches, chunk_size(spaces.lowered)), ()
     if len(chunks) < processes.world:
-        notices = (f"solve: {len(chunks)} chunks of {CHUNK} samples do not go round {processes.world} processes, so"
-                   " every process solved on all of them",)  # fmt: skip
+        notices = (f"solve: {len(chunks)} chunks of {batch_size(chunks[0])} samples do not go round {processes.world}"
+                   " processes, so every process solved on all of them",)  # fmt: skip
         processes = ALONE
     share, chunks = Chunks(len(chunks), processes), [c for k, c in enumerate(chunks) if processes.mine(k)]
     programs = Programs(graph_modules, spaces)
@@ -131,10 +132,10 @@ def solve_parameters(
     )
 
 
-def _chunks(batches: Sequence[tuple]) -> list[tuple]:
-    """All samples in chunks of one size; what does not fill a chunk is left out."""
+def _chunks(batches: Sequence[tuple], most: int = CHUNK) -> list[tuple]:
+    """All samples in chunks of one size, `most` if there are so many; what does not fill a chunk is left out."""
     total = sum(max(batch_size(b), 1) for b in batches)
-    size = min(CHUNK, total)
+    size = min(most, total)
     leaves, spec = [tree_flatten(b)[0] for b in batches], tree_flatten(batches[0])[1]
     shapes = {
         tuple(tuple(x.shape[1:]) if isinstance(x, Tensor) else None for x in of): b

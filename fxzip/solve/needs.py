@@ -15,6 +15,7 @@ from .fit import Settings, wanted_rows
 from .lanes import dynamic_nodes
 from .slots import argument
 
+CHUNK, PIECE = 128, 1 << 26  # samples that run at once, at most, and bytes of one value of theirs, where more than one
 _GRAMS, _CROSSES = 7, 6  # float64 copies of [p, p] and of [o, p] that a fit has at once, by measurement
 _DESIGNS, _TARGETS = 4, 5  # float32 copies of design rows and of target rows
 
@@ -46,6 +47,14 @@ class SolveNeeds:
     def work(self) -> int:
         """Beyond activations that may go to files: a fit, or a value that is just made and the rows of its input."""
         return self.largest.size + 2 * self.value
+
+
+def chunk_size(lowered: Lowered) -> int:
+    """How many samples run at once: a power of two. lowered: of one model, at any number of samples."""
+    samples = next((int(i.meta["shape"][0]) for i in lowered.inputs if i.meta["shape"]), 1)
+    values = (size_of(n) for n in dynamic_nodes(lowered).values() if n.op == "call_function")
+    fitting = PIECE * samples // max([1, *values])
+    return 1 << (max(1, min(CHUNK, fitting)).bit_length() - 1)
 
 
 def solve_needs(lowered: Lowered, batch: int, samples: int, chunk: int, models: int, settings: Settings) -> SolveNeeds:

@@ -1,0 +1,46 @@
+"""Freed memory stays while fxzip works: seen by page faults, which are counted, not timed."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+
+import pytest
+import torch
+
+from fxzip.allocator import retained
+
+SIZE = 48 << 20  # bytes: more than glibc keeps by itself
+PAGES = SIZE // resource.getpagesize()
+
+
+def faults() -> int:
+    """Page faults of making a tensor of SIZE bytes and writing to it."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(SIZE // 4).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.fixture(autouse=True)
+def _glibc() -> None:
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        pytest.skip("malloc is not glibc's")
+    if faults() < PAGES / 2:
+        pytest.skip("pages are huge, or another malloc is loaded: there is nothing to see")
+
+
+def test_within_freed_memory_is_taken_again_and_afterwards_it_is_given_back():
+    with retained():
+        with retained():
+            first = [faults() for _ in range(10)]
+        second = [faults() for _ in range(10)]
+    assert sum(first) < 4 * PAGES, "a free block may be a few bytes too small, now and then"
+    assert sum(second) < 4 * PAGES, "still, after the inner one"
+    assert faults() > PAGES / 2
+
+
+def test_an_error_ends_it_too():
+    with pytest.raises(ZeroDivisionError), retained():
+        _ = 1 / 0
+    assert faults() > PAGES / 2
