@@ -49,7 +49,7 @@ def test_a_fit_holds_its_gram_matrices_and_its_rows(layer, shape, groups, column
     """Of 7 samples at a time, 21 in all: of three chunks each gives a third of the rows, or all it has."""
     found = solve_needs(lowered(layer, *shape, batch=3), 3, 21, 7, 2, settings)
     rows = min(max(settings.rows * columns, 10) // 3 + 1, 7 * positions)
-    grams = 8 * groups * (7 * columns * columns + 6 * outputs * columns)
+    grams = int(8 * groups * (3.5 * columns * columns + 9 * outputs * columns))
     copies = 4 * groups * rows * (4 * columns + 5 * outputs)
     name = "addmm" if isinstance(layer, Product) else "layer"
     assert found.fits == (FitNeed(name, columns, grams + copies),)

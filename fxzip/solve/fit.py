@@ -248,10 +248,9 @@ def _write(
     weight.write(lane, design.operand(matrix.to(lane.state[weight.name].dtype), weight.index.shape))
     norm = next((k for k in point.links if k.kind == "norm"), None)
     if norm is not None:
-        s = gram.second / gram.rows  # type: ignore[operator]
-        mean_x = s[..., -1, :-1]  # [g, p]: the last column is the constant 1
+        mean_x = gram.second[..., -1, :-1]  # [g, p]: the last column is the constant 1, and a ridge has left means
         mean = (matrix @ mean_x.unsqueeze(-1)).flatten()
-        var = ((matrix @ s[..., :-1, :-1]) * matrix).sum(-1).flatten() - mean**2
+        var = ((matrix @ gram.second[..., :-1, :-1]) * matrix).sum(-1).flatten() - mean**2
         given = arguments(_norm(lane, norm))
         var = var.clamp(min=1e-8)
         assert shift is not None  # a norm on the way brings an intercept

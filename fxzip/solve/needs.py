@@ -16,7 +16,7 @@ from .lanes import dynamic_nodes
 from .slots import argument
 
 CHUNK, PIECE = 128, 1 << 26  # samples that run at once, at most, and bytes of one value of theirs, where more than one
-_GRAMS, _CROSSES = 7, 6  # float64 copies of [p, p] and of [o, p] that a fit has at once, by measurement
+_GRAMS, _CROSSES = 3.5, 9  # float64 copies of [p, p] and of [o, p] that a fit has at once, by measurement
 _DESIGNS, _TARGETS = 4, 5  # float32 copies of design rows and of target rows
 
 
@@ -84,7 +84,7 @@ def _fit(node: fx.Node, batch: int, samples: int, chunk: int, settings: Settings
     there = prod(node.meta["shape"]) // max(outputs, 1) * chunk // batch
     count = wanted_rows(settings, groups, columns)
     rows = min(count // (samples // chunk) + 1, there)
-    gram = 8 * groups * (_GRAMS * columns**2 + _CROSSES * columns * each)
+    gram = int(8 * groups * (_GRAMS * columns**2 + _CROSSES * columns * each))
     design_rows = 4 * groups * rows * (_DESIGNS * columns + _TARGETS * each)
     return FitNeed(node.meta.get("origin") or node.name, columns, gram + design_rows)
 

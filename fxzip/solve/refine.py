@@ -50,7 +50,8 @@ def refine(
             step = _retargeting(_predict(x, weights), t, full - t, bend)
             moved += (step.permute(1, 2, 0) @ x.transpose(0, 1)).double()
         processes.sum(moved)
-        weights = weights + RELAX * (problem.solve(weights @ problem.s + moved / int(count)) - weights)
+        aimed = problem.solve((weights @ problem.s).add_(moved.div_(int(count))))
+        weights = aimed.sub_(weights).mul_(RELAX).add_(weights)
     return Fit(weights, before, _error(weights, kept, bend, processes))
 
 

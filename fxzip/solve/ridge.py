@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..measure.gram import gram
+from ..measure.gram import mirrored, tiles
 from ..processes import Processes
 
 
@@ -21,7 +21,7 @@ from ..processes import Processes
 class Gram:
     """Streamed second moments of design rows x [r, g, p] and targets t [r, g, o]; g independent groups."""
 
-    second: Tensor = torch.zeros(())  # float64 [g, p, p], once there are rows
+    second: Tensor = torch.zeros(())  # float64 [g, p, p], once there are rows: blocks on and below the diagonal
     cross: Tensor = torch.zeros(())  # float64 [g, o, p]
     energy: Tensor = torch.zeros(())  # float64 [g, o]: E[t^2], for the fit's residual
     rows: int = 0
@@ -29,14 +29,15 @@ class Gram:
     def add(self, x: Tensor, t: Tensor) -> None:
         """Products in the data's precision, sums in float64 (float64 throughout where the device lacks speed)."""
         x, t = x.transpose(0, 1), t.transpose(0, 1)  # [g, r, p], [g, r, o]
-        second, cross = gram(x).double(), (t.mT @ x).double()
-        energy = (t.double() ** 2).sum(1)
-        if self.rows:
-            self.second += second
-            self.cross += cross
-            self.energy += energy
-        else:
-            self.second, self.cross, self.energy = second, cross, energy
+        if not self.rows:
+            g, p, o = len(x), x.shape[-1], t.shape[-1]
+            self.second, self.cross, self.energy = (
+                x.new_zeros(shape, dtype=torch.float64) for shape in ((g, p, p), (g, o, p), (g, o))
+            )
+        for i, j in tiles(x.shape[-1]):  # `mirrored` fills in the rest
+            self.second[:, i:j, :j] += x[..., i:j].mT @ x[..., :j]
+        self.cross += t.mT @ x
+        self.energy += (t.double() ** 2).sum(1)
         self.rows += x.shape[1]
 
     def reduce(self, processes: Processes) -> None:
@@ -44,6 +45,13 @@ class Gram:
         rows = torch.tensor([self.rows], device=self.second.device)
         processes.sum(self.second, self.cross, self.energy, rows)
         self.rows = int(rows)
+
+    def mean(self) -> None:
+        """Sums become means, in place, as of one row."""
+        mirrored(self.second)
+        for total in (self.second, self.cross, self.energy):
+            total /= self.rows
+        self.rows = 1
 
 
 @dataclass(frozen=True)
@@ -62,20 +70,22 @@ class Ridge:
     """
 
     def __init__(self, gram: Gram, start: Tensor, lam: float) -> None:
-        self.s, self.c = gram.second / gram.rows, gram.cross / gram.rows
-        self.energy = float((gram.energy / gram.rows).sum())
+        gram.mean()
+        self.s, self.c, self.energy = gram.second, gram.cross, float(gram.energy.sum())
         diagonal = self.s.diagonal(dim1=-2, dim2=-1)  # [g, p]
         floor = 1e-10 * diagonal.mean(-1, keepdim=True).clamp(min=1e-30)
         weight = lam * diagonal + floor  # [g, p]
         self.start, self.pull = start, start * weight.unsqueeze(-2)
-        self.matrix = self.s + torch.diag_embed(weight)
-        self.factor, info = torch.linalg.cholesky_ex(self.matrix)
+        matrix = self.s.clone()
+        matrix.diagonal(dim1=-2, dim2=-1).add_(weight)
+        factor, info = torch.linalg.cholesky_ex(matrix)
         self.definite = not bool(info.any())
+        self.factor = factor if self.definite else matrix  # not both: of wide layers they are what memory goes to
 
     def solve(self, cross: Tensor | None = None) -> Tensor:
         """Weights [g, o, p] for cross moments E[t x^T] [g, o, p], default the Gram's own."""
         b = (self.c if cross is None else cross) + self.pull
-        return torch.cholesky_solve(b.mT, self.factor).mT if self.definite else _by_eigen(self.matrix, b, self.start)
+        return torch.cholesky_solve(b.mT, self.factor).mT if self.definite else _by_eigen(self.factor, b, self.start)
 
     def error(self, weights: Tensor) -> float:
         """E|t - W x|^2 / E|t|^2 on the rows of the Gram."""
