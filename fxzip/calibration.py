@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .allocator import retained
 from .errors import InputError
 from .measure import Checkpoint, Programs, collect_moments, fingerprint, form_of, other_forms, read_batches
 from .measure.moments import Moments, SpaceMoments
@@ -47,10 +48,11 @@ def measure(
         part = (k, len(passes), names) if len(passes) > 1 else None
         with processes.alike():
             checkpoint = resume and _checkpoint(resume, prepared, programs, batches, seed, processes, part)
-        found |= collect_moments(
-            programs, prepared.merged_spaces(), batches, samples(batches), seed=seed, progress=progress,
-            checkpoint=checkpoint or None, processes=processes, only=names, keep=keep,
-        )  # fmt: skip
+        with retained(not (plan and plan.cap)):
+            found |= collect_moments(
+                programs, prepared.merged_spaces(), batches, samples(batches), seed=seed, progress=progress,
+                checkpoint=checkpoint or None, processes=processes, only=names, keep=keep,
+            )  # fmt: skip
     return Moments(found, form_of(prepared.stems.args if prepared.stems else prepared.args))
 
 

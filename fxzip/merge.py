@@ -11,7 +11,6 @@ import torch
 from torch import fx, nn
 
 from . import passes
-from .allocator import retained
 from .calibration import calibration_batches, from_stems, identities, measure
 from .check import check_merge
 from .errors import InputError
@@ -31,7 +30,6 @@ from .solve import Solve
 METHODS = (*(m.name for m in MATCHERS), Solve.name)
 
 
-@retained()
 def merge(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],
     loader: Iterable | Mapping[str, Iterable] | None = None,
@@ -149,7 +147,6 @@ def choose(
         return None, None, resolve("average")
 
 
-@retained()
 def collect(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],
     loader: Iterable | Mapping[str, Iterable],

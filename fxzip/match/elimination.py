@@ -18,6 +18,7 @@ EXPLAINED = 1e-6  # a feature with less than this share of its variance left has
 GAIN = 1e-3  # of what is left unexplained: what a round of exchanges must gain for another one
 AHEAD = 4  # candidates for each place of a block
 ROUNDS = 8  # of exchanges of one size
+TILE = 1024  # rows that are swept at once
 
 
 class Elimination:
@@ -31,9 +32,9 @@ class Elimination:
     def __init__(self, covariance: np.ndarray, metric: np.ndarray) -> None:
         self.swept, self.metric = np.array(covariance, np.float64, order="C"), metric
         self.kept: list[int] = []
-        self.variance = covariance.diagonal().copy()
-        image = covariance @ metric
-        self.power = np.einsum("ij,ij->i", image, covariance)  # v G v^T of every row v of `_rows`
+        self.variance = self.swept.diagonal().copy()
+        image = self.swept @ metric
+        self.power = np.einsum("ij,ij->i", image, self.swept)  # v G v^T of every row v of `_rows`
         self.left = float(image.trace())  # tr(G R)
 
     def fill(self, width: int, block: int = 1) -> list[int]:
@@ -104,7 +105,8 @@ class Elimination:
         self.left -= sign * float((sign * pivot * inner).sum())
         self.power += np.einsum("ib,ib->i", share, share @ inner - 2 * seen)
         self.power[p] = np.einsum("ab,ab->a", pivot @ inner, pivot)
-        self.swept -= share @ across.T
+        for i in range(0, len(share), TILE):  # a product as large as the matrix would be half of what all this takes
+            self.swept[i : i + TILE] -= share[i : i + TILE] @ across.T
         self.swept[:, p] = sign * share
         self.swept[p] = sign * share.T
         self.swept[np.ix_(p, p)] = -pivot

@@ -53,9 +53,10 @@ class Select:
         correlation = moments.correlation().cpu().numpy()
         dead = moments.dead.cpu().numpy()
         correlation[dead, dead] = 0  # nothing to explain, nothing explained
-        alike = similarity(moments)
         same = copies(moments)
         kept = keep(correlation, width, same, self._metric(moments))
+        del correlation
+        alike = similarity(moments)
         local = np.concatenate([np.arange(n) for n in moments.sizes])
         kept = kept[np.lexsort((kept, local[kept]))]
         index = torch.from_numpy(kept)
@@ -72,16 +73,17 @@ class Select:
     def _metric(self, moments: SpaceMoments) -> np.ndarray:
         """G for features in units of their deviations; both shares cost 1 in all before anything is kept. [Sn, Sn]"""
         covariance = moments.covariance()
-        alive = float((covariance.diagonal() > 0).sum())
-        plain = torch.eye(len(covariance)).to(covariance) / max(alive, 1.0)
-        if not isinstance(moments, Read):
-            return plain.cpu().numpy()
-        cost = float((moments.metric * covariance).sum())
-        if cost <= 0:
-            return plain.cpu().numpy()
-        scale = covariance.diagonal().clamp_min(0).sqrt()
-        reads = moments.metric * torch.outer(scale, scale) / cost
-        return ((1 - self.plain) * reads + self.plain * plain).cpu().numpy()
+        variance = covariance.diagonal().clamp_min(0)
+        alive = max(float((variance > 0).sum()), 1.0)
+        cost = float(moments.metric.flatten() @ covariance.flatten()) if isinstance(moments, Read) else 0.0
+        if not isinstance(moments, Read) or cost <= 0:
+            return (torch.eye(len(covariance)).to(covariance) / alive).cpu().numpy()
+        scale = variance.sqrt()
+        del covariance
+        metric = moments.metric * (scale * ((1 - self.plain) / cost))
+        metric *= scale[:, None]
+        metric.diagonal().add_(self.plain / alive)
+        return metric.cpu().numpy()
 
 
 def copies(moments: SpaceMoments) -> np.ndarray:

@@ -140,7 +140,7 @@ class Stage(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         now = job(graph_module)
-        with now.clock.stage(self.clock), retained():
+        with now.clock.stage(self.clock), retained(not (now.plan and now.plan.cap)):
             made, now = self.run(graph_module, now)
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
         text = ", ".join(f"{k}={v!r}" for k, v in shown.items())
