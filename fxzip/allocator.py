@@ -27,22 +27,19 @@ def retained(wanted: bool = True) -> Iterator[None]:
     ...     x = __import__("torch").ones(3)
     """
     global _inside
-    if not wanted:
-        yield
-        return
     with _lock:
-        _inside += 1
-        if _inside == 1:
+        _inside += wanted
+        if wanted and _inside == 1:
             _set(_KEEP)
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if not _inside:
+            _inside -= wanted
+            if wanted and not _inside:
                 _set(_USUAL)
-                if trim := getattr(_libc(), "malloc_trim", None):
-                    trim(0)
+            if not _inside and (trim := getattr(_libc(), "malloc_trim", None)):
+                trim(0)
 
 
 def _set(options: dict[int, int]) -> None:

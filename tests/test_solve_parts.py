@@ -37,8 +37,8 @@ def test_the_error_of_weights_is_that_of_their_residuals():
     [
         (Settings(rows=8, least=1000), 1, 50, 1000),  # few columns
         (Settings(rows=8, least=1000), 1, 500, 4000),  # rows for each column
-        (Settings(rows=8, least=1000, memory=8 * 10 * 600), 1, 10, 600),  # what has room
-        (Settings(rows=8, least=1000, memory=8 * 10 * 600), 3, 10, 200),
+        (Settings(rows=8, least=1000, memory=4 * 10 * 600), 1, 10, 600),  # what has room
+        (Settings(rows=8, least=1000, memory=4 * 10 * 600), 3, 10, 200),
         (Settings(rows=8, least=1000, memory=1), 1, 500, 500),  # never fewer than columns
     ],
 )

@@ -35,7 +35,7 @@ class Settings:
     rows: int = 10
     least: int = 32_768
     sweeps: int = 4
-    memory: float = 6e9
+    memory: float = 1e9
     seed: int = 0
     feedback: bool = True
 
@@ -133,8 +133,8 @@ def _value(given: Any, lane: Lane, chunk: int, dynamic: Mapping[str, fx.Node]) -
 
 
 def wanted_rows(settings: Settings, groups: int, columns: int) -> int:
-    """Design rows of one fit, of all chunks together; their float32 take half of `settings.memory` at most."""
-    most = max(int(settings.memory / 8 / (groups * columns)), columns)
+    """Design rows of one fit, of all chunks together; their float32 take `settings.memory` at most."""
+    most = max(int(settings.memory / 4 / (groups * columns)), columns)
     return min(max(settings.rows * columns, settings.least), most)
 
 
