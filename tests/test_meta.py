@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import unchanged
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 import fxzip
 
@@ -42,6 +43,30 @@ def test_inspected_by_shapes():
         ]
         assert "on the meta device: shapes were compared, not values, and nothing is proven" in str(found)
     assert "meta" not in str(wanted)
+
+
+class Checking(nn.Module):
+    """As transformers does with positions: values are looked at where there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        places = torch.arange(h.shape[1], device=h.device)
+        if not is_fake(places) and bool((places < 0).any()):
+            raise ValueError("places are negative")
+        return self.head((h * places[:, None]).relu())
+
+
+def test_code_that_checks_values_is_inspected():
+    real, model = Checking(), Checking().to("meta")
+    x = torch.randn(2, 3, 4)
+    found = fxzip.inspect(model, x)
+    assert [(s.name, s.size, s.parameters) for s in found] == [
+        (s.name, s.size, s.parameters) for s in fxzip.inspect(real, x)
+    ]
 
 
 @pytest.mark.parametrize("call", [fxzip.verify, fxzip.scramble], ids=["verify", "scramble"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -57,6 +58,14 @@ def on_meta(module: nn.Module) -> bool:
 def to_meta(args: tuple) -> tuple:
     """Arguments for such a model."""
     return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args)
+
+
+def faking() -> AbstractContextManager:
+    """Within, what such a model makes is fake, as under `torch.export`: code that looks at values unless tensors are
+    fake (transformers' masks do) does not try to, which fails on the meta device."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def shapes_only(module: M) -> M:

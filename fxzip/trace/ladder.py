@@ -9,6 +9,7 @@ import linecache
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from .exported import NOTICE as EVAL_ONLY
 from .exported import exported
 from .guards import kept_rng, untraceable, unwritten
 from .hooks import without_onlookers
-from .inputs import batch_size, bind, describe, on_meta, rows, to_meta
+from .inputs import batch_size, bind, describe, faking, on_meta, rows, to_meta
 from .lengths import symbolic_lengths
 from .lines import FXZIP_ROOT, TORCH_ROOT, user_line
 from .plain import plain
@@ -87,7 +88,7 @@ def trace(
 
         def call(args: tuple) -> list[Tensor]:
             mine = _cloned(args)
-            with unwritten(reference, mine, how.names):
+            with unwritten(reference, mine, how.names), faking() if on_meta(reference) else nullcontext():
                 return tensors_of(how.run(reference, mine))
 
         expected, more = _expected(call, name, args, signature)
