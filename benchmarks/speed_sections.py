@@ -10,75 +10,24 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from big import Watch
 from matching_speed import ZIP, compare, greedy, growth, timed, two_models
-from nets import ResNet20
+from speed_common import WHOLE, Row, batches, forwards, pair, row, seconds
+from speed_running import compiled, throughput, throughput_steady
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 import fxzip
 from fxzip import passes
+from fxzip.allocator import retained
 from fxzip.measure import Programs, collect_moments
 from fxzip.measure.moments import SpaceMoments
 from fxzip.processes import ALONE, Processes
-
-Row = dict[str, Any]
-WHOLE = 2**30  # images: all that there are
-
-
-def row(what: str, value: float, unit: str, aim: str = "", **more: Any) -> Row:
-    """aim: "<= 1.3", as the issue asks for; "" where nothing is asked."""
-    met = None
-    if aim:
-        sign, limit = aim.split()
-        met = value <= float(limit) if sign == "<=" else value >= float(limit)
-    return {"what": what, "value": value, "unit": unit, "aim": aim, "met": met, **more}
-
-
-def seconds(run: Callable[[], Any], repeat: int = 1, clock: Callable[[], float] = time.process_time) -> float:
-    """The best of `repeat` runs."""
-    best = float("inf")
-    for _ in range(repeat):
-        start = clock()
-        run()
-        best = min(best, clock() - start)
-    return best
-
-
-def pair(name: str) -> list[nn.Module]:
-    """Two networks with seeds of their own."""
-    made = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        if name.startswith("resnet20"):
-            made.append(ResNet20(10, width=int(name.partition("x")[2])).eval())
-        else:
-            import torchvision
-
-            made.append(torchvision.models.get_model(name, weights=None).eval())
-    return made
-
-
-def batches(size: int, count: int, batch: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, 3, size, size, generator=generator) for _ in range(count // batch)]
-
-
-def forwards(models: Sequence[nn.Module], data: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for model in models:
-            for x in data:
-                model(x)
-
-
-# ------------------------------------------------------------------------------------------- sections
 
 
 def matching(args: argparse.Namespace) -> Iterator[Row]:
@@ -124,7 +73,8 @@ def measuring(args: argparse.Namespace) -> Iterator[Row]:
             for part in (data[:1], data):
                 inputs = [(x,) for x in part]
                 run = partial(collect_moments, programs, spaces, inputs, whole, progress=False, keep=small)
-                took.append(seconds(run))
+                with retained():  # as a merge does
+                    took.append(seconds(run))
             both = min(both, took[1] - took[0])
         yield row(f"measuring two {name}, batches of {batch} out of {whole} inputs of {size} px / their forwards",
                   both / plain, "x", "<= 1.3", seconds=both, forwards=plain)  # fmt: skip
@@ -171,29 +121,6 @@ def merging_small(args: argparse.Namespace) -> Iterator[Row]:
 
 def merging_large(args: argparse.Namespace) -> Iterator[Row]:
     yield from merging(args, *(("resnet18", 64, 4, 2) if args.quick else ("resnet50", 224, 512, 16)))
-
-
-def throughput(args: argparse.Namespace) -> Iterator[Row]:
-    name = "resnet20x1" if args.quick else "resnet20x4"
-    models, data = pair(name), batches(32, 32, 32)
-    zipped = fxzip.merge(models, data, method="average", progress=False, verify=False)
-    nets = {"parent": models[:1], "merged": [zipped], "fused": [fuse(zipped)], "both": models}
-    times: dict[str, list[float]] = {key: [] for key in nets}
-    order = np.random.default_rng(args.seed)
-    for _ in range(2 if args.quick else 7):  # in turn, so that a busy machine is busy for all of them
-        for key in order.permutation(list(nets)):
-            times[key].append(seconds(lambda n=nets[key]: forwards(n, data)))
-    middle = {k: float(np.median(v)) for k, v in times.items()}
-    how = ", memory kept by the allocator" if "MALLOC_TRIM_THRESHOLD_" in os.environ else ""
-    yield row(f"merged {name}, throughput / one parent's{how}", middle["parent"] / middle["merged"], "x", ">= 0.98")
-    yield row(f"merged {name}, throughput / the ensemble's{how}", middle["both"] / middle["merged"], "x", ">= 1.9")
-    yield row(f"the same, batch norms folded by torch.fx, / one parent's{how}", middle["parent"] / middle["fused"], "x")
-
-
-def throughput_steady(args: argparse.Namespace) -> Iterator[Row]:
-    """With glibc told not to give memory back (see ENVIRONMENT): else page faults of whichever graph happens to free
-    the last block of the heap, more than the graph, decide."""
-    yield from throughput(args)
 
 
 def starting(args: argparse.Namespace) -> Iterator[Row]:
@@ -283,7 +210,7 @@ def kernels(args: argparse.Namespace) -> Iterator[Row]:
 
 SECTIONS = {
     f.__name__: f
-    for f in (matching, measuring, merging_small, throughput, throughput_steady, starting, sharing, kernels)
+    for f in (matching, measuring, merging_small, throughput, throughput_steady, compiled, starting, sharing, kernels)
 }
 ENVIRONMENT = {"throughput_steady": {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**32)}}
 LONG = {"merging_large": merging_large}
