@@ -1,4 +1,4 @@
-"""Memory that tensors free stays with this process while fxzip works, and goes back when it is done."""
+"""Memory that tensors free stays with this process while fxzip runs networks, and goes back when it is done."""
 
 from __future__ import annotations
 

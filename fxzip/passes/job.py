@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ..allocator import retained
 from ..errors import InputError
 from ..match import Matchings
 from ..measure.moments import Moments
@@ -140,7 +139,7 @@ class Stage(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         now = job(graph_module)
-        with now.clock.stage(self.clock), retained(not (now.plan and now.plan.cap)):
+        with now.clock.stage(self.clock):
             made, now = self.run(graph_module, now)
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
         text = ", ".join(f"{k}={v!r}" for k, v in shown.items())

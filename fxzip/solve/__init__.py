@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..allocator import retained
 from ..errors import InputError
 from ..infer import Spaces
 from ..match import Matcher, Matching, Suited, Zip
@@ -119,7 +120,7 @@ def solve_parameters(
             for node, value in zip(lane.lowered.inputs, tensors, strict=True):
                 lane.values.setdefault(lane.names[node], []).append(value)
     steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, share)
-    with torch.no_grad():
+    with torch.no_grad(), retained(memory is None):
         steps.run(progress)
     if store.mapped and memory is None:
         notices += (
