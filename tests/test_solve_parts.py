@@ -138,3 +138,29 @@ def test_a_ridge_without_end_leaves_the_zipped_weights():
     found, wanted, free = (z.get_submodule("2").weight for z in made)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     assert (free - wanted).abs().max() > 1e-2
+
+
+class Twice(nn.Module):
+    """A convolution that runs twice, before a norm of its own and an addition each: it is not fitted, the norms are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.first, self.second, self.head = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for norm in (self.first, self.second):
+            x = (norm(self.conv(x)) + x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_norms_behind_a_layer_that_is_used_twice_are_fitted_by_themselves():
+    nets = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        nets.append(Twice().eval())
+    zipped = fxzip.merge(nets, [torch.randn(300, 3, 8, 8)], progress=False)
+    kinds = [(row.node, row.kind) for row in fxzip.report(zipped).layers]
+    assert ("first", "native_batch_norm") in kinds and ("second", "native_batch_norm") in kinds
+    assert "conv" not in [node for node, _ in kinds]

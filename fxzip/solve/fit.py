@@ -66,17 +66,18 @@ class Point:
 Outcome = tuple[float, float]  # relative squared error against the target, before and after
 
 
-def solve_point(
-    point: Point,
-    spaces: Spaces,
-    matchings: Mapping[str, Matching],
-    settings: Settings,
-    chunks: Chunks,
-    dynamic: Mapping[str, fx.Node],
-    generator: torch.Generator,
-) -> Outcome | None:
-    """Fit the weights of one contraction in `point.lane`. None (and nothing written) where it cannot be fitted:
-    the weight or the bias is used elsewhere too, is computed or complex, or no matched space is visible."""
+@dataclass(frozen=True)
+class Parts:
+    """What a fit writes to, and how parents' values become its target."""
+
+    weight: Slot
+    bias: Slot | None
+    mix: Callable[[Sequence[Tensor]], Tensor]
+
+
+def parts_of(point: Point, spaces: Spaces, matchings: Mapping[str, Matching]) -> Parts | None:
+    """None where a contraction cannot be fitted: the weight or the bias is used elsewhere too, is computed or complex,
+    or no matched space is visible."""
     node = point.lane.nodes[point.name]
     design = design_of(node)
     assert design is not None  # `Pass` asks first
@@ -86,8 +87,21 @@ def solve_point(
     if weight is None or tied or isinstance(argument(node, "padding"), str) or node.meta["dtype"].is_complex:
         return None
     mix = _mixer(point, spaces, matchings)
-    if mix is None:
-        return None
+    return None if mix is None else Parts(weight, bias, mix)
+
+
+def solve_point(
+    point: Point,
+    parts: Parts,
+    settings: Settings,
+    chunks: Chunks,
+    dynamic: Mapping[str, fx.Node],
+    generator: torch.Generator,
+) -> Outcome:
+    """Fit the weights of one contraction in `point.lane`, whose parents have their values at `point.last`."""
+    node = point.lane.nodes[point.name]
+    design, weight, bias, mix = design_of(node), parts.weight, parts.bias, parts.mix
+    assert design is not None
     intercept = bias is not None or any(k.kind == "norm" for k in point.links)
     groups = int(argument(node, "groups") or 1)
     gram, kept = Gram(), []

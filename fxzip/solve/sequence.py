@@ -23,7 +23,7 @@ from ..infer import Spaces
 from ..match import Matching
 from .affine import BATCH_NORMS, Link, chain, first_result, packet, plain_norm
 from .design import design_of
-from .fit import Point, Settings, mixable, solve_point
+from .fit import Point, Settings, mixable, parts_of, solve_point
 from .lanes import Chunks, Lane, dynamic_nodes, nbytes
 from .norms import NORMS, solve_norm
 from .slots import argument
@@ -159,18 +159,18 @@ class Pass:
 
     def _fit(self, node: fx.Node, lane: Lane, links: list[Link], model: int | None) -> None:
         parents, last = self._parents(model), links[-1].node.name if links else node.name
+        point = Point(node.name, last, links, lane, parents, model is None)
+        parts = parts_of(point, self.spaces, self.matchings)
+        if parts is None:  # and a norm behind it is fitted by itself, when it comes to it
+            return
         for link in links:
             for parent in parents:
                 if link.kind == "norm":
                     self._compute(parent, link.other.name)  # type: ignore[union-attr]
                 self._compute(parent, link.node.name)
-        point = Point(node.name, last, links, lane, parents, model is None)
-        record = solve_point(
-            point, self.spaces, self.matchings, self.settings, self.chunks, self.dynamic, self.generator
-        )
-        if record is not None:
-            self.records.append(Record(node.meta["origin"], packet(node), *record, model))
-            self.folded.update(k.other.name for k in links if k.kind == "norm")  # type: ignore[union-attr]
+        outcome = solve_point(point, parts, self.settings, self.chunks, self.dynamic, self.generator)
+        self.records.append(Record(node.meta["origin"], packet(node), *outcome, model))
+        self.folded.update(k.other.name for k in links if k.kind == "norm")  # type: ignore[union-attr]
 
     def _fit_norm(self, node: fx.Node, lane: Lane, model: int | None) -> None:
         first = first_result(node, self.dynamic)

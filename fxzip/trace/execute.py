@@ -100,7 +100,9 @@ def _call(
     def argument(x: Any) -> Any:
         return values[x] if isinstance(x, fx.Node) else move(x)
 
-    target = node.target if node.args and node.args[0] in kept else overwriting(node, values.__getitem__)
+    target = overwriting(node, values.__getitem__)
+    if target is not node.target and node.args[0] in kept:
+        target = node.target
     assert callable(target)  # lowered nodes call OpOverloads and operator.getitem
     return target(*map_aggregate(node.args, argument), **map_aggregate(node.kwargs, argument))
 
