@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .errors import InputError
+from .infer import FeatureSpace
 from .match import Matcher, needs
 from .match.blocks import families
 from .measure import Needs, Programs
@@ -192,7 +193,7 @@ def make_plan(
         measuring_needs(programs, spaces, batches, total, int(resume)) if measures and batches else None,
         sum(squares.values()) if measures else 0,
         sum(widths.values()) if matcher else 0,
-        tuple(_matching(matcher, [[s.name for s in f] for f in families(spaces)], squares, widths)) if matcher else (),
+        tuple(_matching(matcher, spaces, squares, widths, count)) if matcher else (),
         solving,
         (name, 8 * _REWRITE * largest) if matcher else ("", 0),
         programs,
@@ -203,13 +204,13 @@ def make_plan(
 
 
 def _matching(
-    matcher: Matcher, groups: Sequence[Sequence[str]], squares: dict[str, int], widths: dict[str, int]
+    matcher: Matcher, spaces: Sequence[FeatureSpace], squares: dict[str, int], widths: dict[str, int], count: int
 ) -> Iterator[tuple[tuple[str, ...], int]]:
     """(spaces that are matched together, bytes that takes). Matchers of weights hold the matrices of all spaces."""
     copies = _COPIES.get(matcher.name, _OTHER)
     every = sum(widths.values()) if "weights" in needs(matcher) else 0
-    for names in groups:
-        beside = sum(squares[n] + widths[n] for n in names) if len(names) > 1 else 0
+    for names in ([s.name for s in family] for family in families(spaces)):
+        beside = sum(widths[n] for n in names) // count if len(names) > 1 else 0  # scores of pairs, own and children's
         yield tuple(names), int(copies * max(squares[n] for n in names)) + beside + every
 
 

@@ -26,15 +26,15 @@ CALL, STEPS = 20_000, 1 << 31
 class Layer:
     """One space as the alignment sees it. parents: (name, parent feature of every feature int [n]).
 
-    correlation: float [Sn, Sn] over all models, None when nothing is known; sizes: n_i (equal when blocks are
-    involved); width: the number of slots.
+    correlation: float [Sn, Sn] over all models, or what makes it when it is asked for, so that of many spaces only
+    one is held; None when nothing is known. sizes: n_i (equal when blocks are involved); width: the number of slots.
     """
 
     name: str
     width: int
     sizes: tuple[int, ...]
     parents: tuple[tuple[str, np.ndarray], ...] = ()
-    correlation: np.ndarray | None = None
+    correlation: np.ndarray | Callable[[], np.ndarray] | None = None
 
 
 def align(layers: Sequence[Layer]) -> list[Slots]:
@@ -100,8 +100,9 @@ def _against(layer: Layer, model: int, others: Mapping[int, Slots]) -> np.ndarra
         return score
     starts = np.cumsum((0, *layer.sizes))
     columns = slice(starts[model], starts[model + 1])
+    correlation = layer.correlation() if callable(layer.correlation) else layer.correlation
     for i, slots in others.items():
-        score[slots[layer.name]] += layer.correlation[starts[i] : starts[i + 1], columns]
+        score[slots[layer.name]] += correlation[starts[i] : starts[i + 1], columns]
     return score
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def match_once(
                 _plain(space, moments.get(space.name), matcher, wanted[space.name], own[space.name])
             )
         else:
-            found |= {n: keep(m) for n, m in _Family(family, moments, sizes, wanted, own).match(matcher).items()}
+            found |= _Family(family, moments, sizes, wanted, own).match(matcher, keep)
     return {space.name: found[space.name] for space in every}
 
 
@@ -118,7 +119,8 @@ def _run(name: str, matcher: Matcher, moments: Evidence, width: int) -> Matching
 
 
 class _Family:
-    """Spaces that share blocks. Checks what is asked on construction, computes in `match`."""
+    """Spaces that share blocks. Checks what is asked on construction, computes in `match`, where one space's matrices
+    are held at a time."""
 
     def __init__(
         self,
@@ -136,17 +138,15 @@ class _Family:
                     f"{space.name}: the models have {sizes[space.name]} features here, but with blocks "
                     f"({space.structure}) every model needs {space.size}"
                 )
-        self.known = {s.name: similarity(moments[s.name]) for s in spaces if s.name in moments}
-        self.wide = {s.name: _spread(self.known[s.name], own[s.name], s.size) for s in spaces if s.name in self.known}
 
-    def match(self, matcher: Matcher) -> dict[str, Matching]:
+    def match(self, matcher: Matcher, keep: Callable[[Matching], Matching]) -> dict[str, Matching]:
         slots = self._slots(matcher)
-        return {space.name: self._one(space, slots, matcher) for space in self.spaces}
+        return {space.name: keep(self._one(space, slots, matcher)) for space in self.spaces}
 
     def _slots(self, matcher: Matcher) -> list[Slots]:
         """Per model: the slot of every feature of every space."""
         count = len(self.sizes[self.spaces[0].name])
-        if matcher.correspondence == "identity" or not self.known:
+        if matcher.correspondence == "identity" or not any(s.name in self.moments for s in self.spaces):
             return [{space.name: np.arange(space.size) for space in self.spaces}] * count
         layers = [
             Layer(
@@ -154,22 +154,26 @@ class _Family:
                 space.size,
                 (space.size,) * count,
                 tuple((parent.space, parent.index) for parent in space.parents),
-                self.wide.get(space.name),
+                partial(self._wide, space) if space.name in self.moments else None,
             )
             for space in self.spaces
         ]
         return align(layers)
 
+    def _wide(self, space: FeatureSpace) -> np.ndarray:
+        return _spread(similarity(self.moments[space.name]), self.own[space.name], space.size)
+
     def _one(self, space: FeatureSpace, slots: list[Slots], matcher: Matcher) -> Matching:
         here = [s[space.name] for s in slots]
         width = self.widths[space.name]
-        if matcher.correspondence == "free" and space.name in self.known and free(space, self.parents):
+        if matcher.correspondence == "free" and space.name in self.moments and free(space, self.parents):
             return self._inside(space, here, matcher, width)
         if width != space.size:
             why = "it groups other features" if space.name in self.parents else "only permutations fit here"
             raise SpaceError(f"{space.name}: its width {space.size} cannot become {width}: {why}")
         real = np.concatenate([s[o] for s, o in zip(here, self.own[space.name], strict=True)])
-        return from_slots(real, space.size, self.sizes[space.name], self.known.get(space.name))
+        known = similarity(self.moments[space.name]) if space.name in self.moments else None
+        return from_slots(real, space.size, self.sizes[space.name], known)
 
     def _inside(self, space: FeatureSpace, slots: list[np.ndarray], matcher: Matcher, width: int) -> Matching:
         """Run the matcher within every set of matched blocks and put the pieces together."""
@@ -188,7 +192,7 @@ class _Family:
             merge[torch.from_numpy(rows)[:, None], columns] = part.merge
             unmerge[columns[:, None], torch.from_numpy(rows)] = part.unmerge
             quality.append((part.quality, len(block)))
-        baseline = mean_correlation(np.concatenate(own), sizes, self.known[space.name])
+        baseline = mean_correlation(np.concatenate(own), sizes, similarity(self.moments[space.name]))
         return Matching(merge, unmerge, sizes, _mean(quality), baseline)
 
 
