@@ -87,6 +87,15 @@ def limit(seconds: int, memory: int) -> None:
         mallopt(parameter, value)
 
 
+def give_back() -> None:
+    """What is freed goes back to the system from here on, as it counts towards the limit otherwise: page faults cost
+    less than having no memory."""
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((-4, 65536), (-3, 32 << 20), (-1, 64 << 20)) if hasattr(libc, "mallopt") else ():
+        libc.mallopt(parameter, value)
+    getattr(libc, "malloc_trim", lambda _: 0)(0)
+
+
 def apart(seconds: int, work: Callable[[], dict[str, Any]], memory: int = MEMORY) -> dict[str, Any] | int | None:
     """work() in a process of its own, within the limits; the exit code where that ended without an answer."""
     context = multiprocessing.get_context("fork")
@@ -157,6 +166,8 @@ def recovery(
     import fxzip
 
     row["matched_by"], row["capped"] = "permute", sum(64 * s.size**2 for s in spaces) > CAP
+    if row["capped"]:
+        give_back()
     twin = scrambled(traced, spaces)
     pairs = zip(traced.graph_module.parameters(), twin.graph_module.parameters(), strict=True)
     moved = any(not torch.equal(a, b) for a, b in pairs)
