@@ -12,7 +12,7 @@ from toys import randomise
 
 import fxzip
 from fxzip.solve import Settings
-from fxzip.solve.fit import _some, wanted_rows
+from fxzip.solve.fit import wanted_rows
 from fxzip.solve.refine import _retargeting
 from fxzip.solve.ridge import Gram, Ridge
 
@@ -44,13 +44,6 @@ def test_the_error_of_weights_is_that_of_their_residuals():
 )
 def test_rows_of_a_fit(settings, groups, columns, rows):
     assert wanted_rows(settings, groups, columns) == rows
-
-
-def test_some_rows_are_always_the_same_and_no_more_than_there_are():
-    assert _some(5, 5, IMAGES.device) == slice(None)
-    chosen = _some(9, 5, IMAGES.device)
-    assert len(set(chosen.tolist())) == 5 and max(chosen) < 9
-    assert torch.equal(chosen, _some(9, 5, IMAGES.device))
 
 
 def test_targets_move_by_the_slope_or_by_the_secant():
@@ -87,6 +80,18 @@ def test_statistics_of_norms_are_those_of_what_they_read():
         norm = zipped.get_submodule(name)
         torch.testing.assert_close(norm.running_mean.double(), x.mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(norm.running_var.double(), x.var((0, 2, 3), unbiased=False), atol=1e-3, rtol=1e-3)
+
+
+def test_retargeting_looks_at_every_row_that_the_fit_draws():
+    """Enough rows for all there are: then it is all one how many a column would have."""
+    nets = [randomise(Norms(), seed).eval() for seed in range(2)]
+    images = torch.randn(512, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    few, many = (
+        fxzip.merge(nets, images.split(64), method=fxzip.Solve(settings=Settings(rows=rows)), progress=False)
+        for rows in (1, 1000)
+    )
+    for name, value in few.state_dict().items():
+        assert torch.equal(value, many.state_dict()[name]), name
 
 
 def test_scales_of_norms_that_differ_alone_become_their_mean():

@@ -20,7 +20,6 @@ from .refine import refine
 from .ridge import Gram, ridge
 from .slots import Slot, argument, arguments
 
-_BENT = 8_192  # rows that re-targeting looks at, at least: it has to find a small correction only
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -112,7 +111,6 @@ def solve_point(
 
     matrix = design.matrix(point.lane.static(argument(node, design.weight)), groups)
     count = wanted_rows(settings, len(matrix), matrix.shape[-1]) // chunks.total + 1
-    few = max(settings.rows * matrix.shape[-1], min(settings.least, _BENT)) // chunks.total + 1
     others = design.rows(values(0), 1, torch.Generator()).of if chunks.own < chunks.total else 0
     for j in chunks:
         if j is None:  # draw as the rank that has it does: all chunks have one shape
@@ -125,8 +123,7 @@ def solve_point(
         x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], -1) if intercept else x
         gram.add(x, target)
         if bend is not None:
-            some = _some(len(x), few, x.device)
-            kept.append(point.lane.store.keep((x[some], target[some], _single(rows.y(full))[some])))
+            kept.append(point.lane.store.keep((x, target, _single(rows.y(full)))))
     gram.reduce(chunks.processes)
     start = _start(point, design, weight, bias, groups, intercept)
     if bend is None:
@@ -150,13 +147,6 @@ def wanted_rows(settings: Settings, groups: int, columns: int) -> int:
     """Design rows of one fit, of all chunks together; their float32 take `settings.memory` at most."""
     most = max(int(settings.memory / 4 / (groups * columns)), columns)
     return min(max(settings.rows * columns, settings.least), most)
-
-
-def _some(rows: int, count: int, device: torch.device) -> Tensor | slice:
-    """`count` of `rows` rows at random, always the same."""
-    if rows <= count:
-        return slice(None)
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:count].to(device)
 
 
 # -- targets ----------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ non-linearity, minimise E |f(t) - f(W x)|^2 by majorisation: replace the target 
 and solve again with the same factored Gram matrix. For ReLU t' projects y on {y: f(y) = f(t)}, so this is
 alternating projection, over-relaxed: four sweeps do what eight plain ones do. Closed form.
 
-E[t' x^T] = W S + E[(t' - y) x^T]: the first term is known from all rows, the second one is small, and some of the
-rows tell it.
+E[t' x^T] = W S + E[(t' - y) x^T]: the first term is known from the Gram matrix; the second one takes as many rows, as
+it sets most of what is left to find (see benchmarks/RESULTS.md, "Tried and left out": with a third of them the logits
+are a tenth farther from the parents').
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def refine(
 ) -> Fit:
     """The fit after `sweeps` re-targetings; errors are of f(t) against f(W x), relative to E f(t)^2.
 
-    gram: of all rows of all ranks; kept: some or all rows of this one."""
+    gram: of all rows of all ranks; kept: rows of this one."""
     problem = Ridge(gram, start, lam)
     before = _error(start, kept, bend, processes)
     weights = problem.solve()
