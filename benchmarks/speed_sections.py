@@ -7,19 +7,17 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from big import Watch
 from matching_speed import ZIP, compare, greedy, growth, timed, two_models
 from speed_common import WHOLE, Row, batches, forwards, pair, row, seconds
 from speed_running import compiled, throughput, throughput_steady
+from speed_sharing import sharing
 from torch import Tensor, nn
 
 import fxzip
@@ -27,7 +25,6 @@ from fxzip import passes
 from fxzip.allocator import retained
 from fxzip.measure import Programs, collect_moments
 from fxzip.measure.moments import SpaceMoments
-from fxzip.processes import ALONE, Processes
 
 
 def matching(args: argparse.Namespace) -> Iterator[Row]:
@@ -145,54 +142,6 @@ def starting(args: argparse.Namespace) -> Iterator[Row]:
         cpu = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / len(times)
         yield row(f"{what} (median of {len(times)}; {cpu:.1f} s of CPU)", float(np.median(times)), "s", aim,
                   best=min(times), cpu=cpu)  # fmt: skip
-
-
-def sharing(args: argparse.Namespace) -> Iterator[Row]:
-    """One process against two and four, each on a core of its own where the machine has that many."""
-    alone: dict[str, float]
-    first: dict[str, Tensor]
-    alone, first = {}, {}
-    count = 64 if args.quick else 512
-    for world in (1, 2, 4):
-        with tempfile.TemporaryDirectory() as folder:
-            if world == 1:
-                _rank(0, 1, folder, count)
-            else:
-                torch.multiprocessing.spawn(_rank, (world, folder, count), nprocs=world)  # type: ignore[attr-defined]
-            took, moments = torch.load(f"{folder}/0.pt")
-        if world == 1:
-            alone, first = took, moments
-        else:
-            off = max(float((moments[n] - first[n]).abs().max() / first[n].abs().max()) for n in first)
-            yield row(f"{world} processes: largest relative difference of a second moment", off, "", "<= 1e-5")
-            for what in took:
-                yield row(f"{world} processes: speedup of {what} / {world}", alone[what] / took[what] / world, "x",
-                          one=alone[what], several=took[what])  # fmt: skip
-
-
-def _rank(rank: int, world: int, folder: str, count: int) -> None:
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity") and world > 1:
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    if world > 1:
-        dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    warnings.simplefilter("ignore")
-    models, data = pair("resnet20x1"), batches(32, count, count // 8)
-    graph = passes.start(models, data, progress=False, distributed=world > 1)
-    took: dict[str, float] = {}
-    plan = [passes.Infer(), passes.Cut(), passes.Read(WHOLE), passes.Measure(), passes.Match("zip"), passes.Average(),
-            passes.Solve()]  # fmt: skip
-    processes = Processes.of(True) if world > 1 else ALONE
-    for stage in plan:
-        processes.gather(None)  # together
-        start = time.perf_counter()
-        graph = stage(graph).graph_module
-        took[type(stage).__name__] = time.perf_counter() - start
-    moments = {n: m.second for n, m in passes.job(graph).moments.items()}
-    torch.save(({"measuring": took["Measure"], "solve": took["Solve"]}, moments), f"{folder}/{rank}.pt")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 def kernels(args: argparse.Namespace) -> Iterator[Row]:

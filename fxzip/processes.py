@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import FxzipError, InputError, Interrupted
 
 T = TypeVar("T")
+SMALL = 1 << 17  # elements
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,16 @@ class Processes:
         return len(range(self.rank, total, self.world))
 
     def sum(self, *tensors: Tensor) -> None:
-        """Every tensor becomes, in place, its sum over the ranks."""
+        """Every tensor becomes, in place, its sum over the ranks. One call for many is faster than many calls."""
         if self.world == 1:
             return
-        for tensor in tensors:
-            moved = tensor.to(self._device(tensor.device)).contiguous()
+        for alike in _joined(tensors):
+            own = alike[0] if len(alike) == 1 else torch.cat([t.flatten() for t in alike])
+            moved = own.to(self._device(own.device)).contiguous()
             self._together(lambda moved=moved: dist.all_reduce(moved, group=self.group))
-            if moved is not tensor:
-                tensor.copy_(moved)
+            if moved is not alike[0]:
+                for tensor, total in zip(alike, moved.flatten().split([t.numel() for t in alike]), strict=True):
+                    tensor.copy_(total.reshape(tensor.shape))
 
     def gather(self, value: T) -> list[T]:
         """The `value` of every rank, in their order (pickled: for facts, not for tensors)."""
@@ -121,6 +124,16 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def _joined(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What is summed in one message: all small tensors of one kind, as every message costs about a millisecond; each
+    large one by itself, as joining it would take its memory once more."""
+    groups: dict[Any, list[Tensor]] = {}
+    for k, tensor in enumerate(tensors):
+        key = (tensor.dtype, tensor.device) if tensor.numel() <= SMALL else k
+        groups.setdefault(key, []).append(tensor)
+    return list(groups.values())
 
 
 def wrong_group(distributed: Any) -> str:

@@ -10,9 +10,9 @@ import torch
 from fxzip.measure.moments import Accumulator
 
 
-def zipit(correlation, sizes, width, alpha, beta):
+def zipit(correlation, sizes, width, alpha, beta, order=None):
     """ZipIt!'s greedy on shrinking matrices, as published: list of groups (lists of features), or None where
-    only banned pairs are left (the published code goes wrong there)."""
+    only banned pairs are left (the published code goes wrong there). order: gets the merges, by first features."""
     c = np.array(correlation, np.float64)
     np.fill_diagonal(c, -np.inf)
     groups = [[i] for i in range(len(c))]
@@ -22,6 +22,8 @@ def zipit(correlation, sizes, width, alpha, beta):
         i, j = sorted(divmod(int(c.argmax()), len(c)))
         if c[i, j] == -np.inf:
             return None
+        if order is not None:
+            order.append((groups[i][0], groups[j][0]))
         groups[i] = groups[i] + groups[j]
         row = np.minimum(c[i], c[j]) * alpha
         row[i] = -np.inf

@@ -73,6 +73,46 @@ def test_zip_breaks_ties_as_published_where_alpha_raises_negative_values():
         assert groups_of(merges(c, (5, 5), 4, 0.5, 1.0), 10) == expected
 
 
+def _similarities(kind, total, seed):
+    """Symmetric, diagonal 1: correlations, many ties, few values above zero, none, some of -inf."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((total, 12)) @ np.diag(rng.uniform(0.1, 1, 12)) + 0.3 * rng.standard_normal((total, 12))
+    c = np.corrcoef(x)
+    c = (c + c.T) / 2
+    if kind == "ties":
+        c = np.round(c, 1)
+    elif kind == "low":
+        c -= 0.6
+    elif kind == "negative":
+        c = -np.abs(c) - 0.01
+    elif kind == "barred":
+        c[c < -0.3] = -np.inf
+    elif kind == "equal":
+        c = np.full_like(c, 0.5)
+    np.fill_diagonal(c, 1)
+    return c
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "low", "negative", "barred", "equal"])
+@pytest.mark.parametrize("alpha", [1.0, 0.9, 0.3, 0.01])
+def test_zip_makes_the_merges_of_the_published_greedy_in_its_order(kind, alpha):
+    compared = 0
+    for sizes in ((45, 45), (30, 61), (25, 30, 20), (70, 70)):
+        for beta in (0.0, 0.1, 0.5, 1.0):
+            for width in (max(sizes) + 7, max(sizes), max(sizes) // 2):
+                c, order = _similarities(kind, sum(sizes), compared), []
+                if zipit(c, sizes, width, alpha, beta, order) is not None:
+                    assert merges(c, sizes, width, alpha, beta) == order
+                    compared += 1
+    assert compared >= 10
+
+
+def test_zip_does_not_merge_what_is_as_wide_already():
+    for total in (1, 2):
+        assert merges(np.eye(total), (total,), total, 0.3, 1.0) == []
+    assert merges(np.eye(2), (1, 1), 1, 0.3, 1.0) == [(0, 1)]
+
+
 def test_zip_gets_to_the_width_when_only_banned_pairs_are_left():
     reached = 0
     for seed in range(10):

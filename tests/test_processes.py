@@ -18,7 +18,7 @@ from toys import randomise
 
 import fxzip
 from fxzip import InputError, cli
-from fxzip.processes import Processes
+from fxzip.processes import SMALL, Processes, _joined
 from fxzip.solve import Settings, Solve
 
 ROOT = Path(__file__).parent.parent
@@ -125,3 +125,10 @@ def test_every_item_is_dealt_once(total):
     ranks = [Processes(r, 3) for r in range(3)]
     assert [sum(p.mine(k) for p in ranks) for k in range(total)] == [1] * total
     assert [p.count(total) for p in ranks] == [sum(p.mine(k) for k in range(total)) for p in ranks]
+
+
+def test_small_tensors_of_a_kind_are_summed_in_one_message():
+    small, other, large = torch.zeros(2, 3), torch.zeros(()), torch.zeros(SMALL + 1)
+    whole = torch.zeros(1, dtype=torch.int64)
+    found = _joined((small, large, whole, other))
+    assert [[id(t) for t in alike] for alike in found] == [[id(small), id(other)], [id(large)], [id(whole)]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +11,10 @@ import numpy as np
 from ..errors import InputError
 from .matching import Correspondence, Evidence, Matching, from_slots, model_of, similarity
 
-BLOCK = 64  # rows searched at once
+BLOCK = 32  # rows searched at once
+LISTED = 2  # pairs of one sorted list for every group, about
+SAMPLE = 16  # rows that tell which entries these are
+POOR = 16  # a round that merges fewer than one group in 16 costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -65,30 +68,133 @@ def merges(
     >>> merges(c, (2, 2), 2, alpha=0.3, beta=1.0)
     [(0, 3), (1, 2)]
     """
-    total = len(correlation)
-    origin = model_of(sizes)
-    budget = np.full(len(sizes), int((total - width) // len(sizes) * beta + 1e-4))
-    table, done = _Table(correlation, alpha), []
+    correlation = np.ascontiguousarray(correlation, np.float64)
+    total, origin = len(correlation), np.asarray(model_of(sizes))
+    budget = [int((total - width) // len(sizes) * beta + 1e-4)] * len(sizes)
+    done, c, names = [], correlation, np.arange(total)
     while len(done) < total - width:
-        pair = table.best()
-        if pair is None:  # nothing but banned pairs: go on from the same groups without the ban
-            table = _Table(correlation, alpha)
-            for i, j in done:
-                table.merge(i, j)
-            budget[:] = total
+        pairs, spent = _round(c, origin[names].tolist(), budget, total - width - len(done), alpha)
+        done += [(int(names[i]), int(names[j])) for i, j in pairs]
+        if len(done) == total - width:
+            break
+        if spent is None and len(pairs) * POOR < len(names):
+            return _one_by_one(correlation, c, names, pairs, done, origin, budget, total - width, alpha)
+        c, kept = _joined(c, pairs, alpha)
+        names = names[kept]
+        if spent is not None:
+            banned = np.flatnonzero(origin[names] == spent)
+            c[np.ix_(banned, banned)] = -np.inf
+    return done
+
+
+def _round(
+    c: np.ndarray, origin: list[int], budget: list[int], most: int, alpha: float
+) -> tuple[list[tuple[int, int]], int | None]:
+    """The next merges, at most `most`, of groups as they are, as far as no new group comes before them; and the model
+    whose budget they have used up, where that ends them.
+
+    c: [g, g]; its diagonal does not count. Free groups, in no merge of this round, are merged in the order of a sorted
+    list, as long as they are more similar than any new group can be: to a free one (a merge to come makes alpha times
+    its own value at most) or to another new one (at most alpha^2 times the largest value). Never below zero, where
+    alpha raises what it scales."""
+    g = len(c)
+    beside = c.reshape(-1)[1:].reshape(g - 1, g + 1)[:, :g] if g > 1 else c[:0]  # all but the diagonal
+    bound = alpha * float(beside.max(initial=-np.inf))
+    found: list[tuple[int, int]] = []
+    free, floor = np.arange(g), max(bound, 0.0)
+    while True:
+        before = len(found)
+        pairs, all_of_them = _pairs_above(c if len(free) == g else c[np.ix_(free, free)], floor)
+        spent = _take(zip(*free[pairs].tolist(), strict=True), origin, budget, most, found)
+        if spent is not None or len(found) in (before, most):
+            return found, spent
+        i, j = np.array(found).T
+        free = np.delete(np.arange(g), [i, j])
+        if all_of_them:
+            made = np.minimum(c[np.ix_(i, free)], c[np.ix_(j, free)]).max(initial=0.0)
+            floor = alpha * max(floor, bound, float(made))
+
+
+def _pairs_above(c: np.ndarray, floor: float) -> tuple[np.ndarray, bool]:
+    """Pairs [2, pairs] of which c > floor, the largest first, equal ones in row-major order. False: only the larger
+    of them, as sorting all would take long."""
+    g, higher = len(c), floor
+    if g > 2 * LISTED:
+        sample = c[:: -(-g // SAMPLE)].ravel()
+        last = len(sample) - 1 - len(sample) * 2 * LISTED // g
+        higher = max(floor, float(np.partition(sample, last)[last]))
+    flat = np.flatnonzero(c > higher)
+    i, j = np.divmod(flat, max(g, 1))
+    flat, pairs = flat[i < j], np.stack([i, j])[:, i < j]
+    return pairs[:, np.argsort(-c.ravel()[flat], kind="stable")], higher == floor
+
+
+def _take(
+    pairs: Iterable[tuple[int, int]], origin: list[int], budget: list[int], most: int, found: list[tuple[int, int]]
+) -> int | None:
+    """Add to `found`, up to `most`, every pair of which neither group is taken; the model whose budget ends it."""
+    taken: set[int] = set()
+    for i, j in pairs:
+        if i in taken or j in taken:
             continue
-        i, j = pair
-        table.merge(i, j)
-        done.append((i, j))
+        taken.update((i, j))
+        found.append((i, j))
         if origin[i] == origin[j]:
             budget[origin[i]] -= 1
             if budget[origin[i]] <= 0:
-                table.forbid(np.flatnonzero(origin == origin[i]))
+                return origin[i]
+        if len(found) == most:
+            break
+    return None
+
+
+def _joined(c: np.ndarray, pairs: Sequence[tuple[int, int]], alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Similarities of the groups after these merges, no group being in two; and which groups of c they are named by."""
+    i, j = np.array(pairs, np.int64).reshape(-1, 2).T
+    other, scale = np.arange(len(c)), np.ones(len(c))
+    other[i], scale[i] = j, alpha
+    kept = np.delete(np.arange(len(c)), j)
+    other, scale = other[kept], scale[kept]
+    made = np.empty((len(kept), len(kept)))
+    for start in range(0, len(kept), BLOCK):  # what is at work stays in the cache
+        part = slice(start, start + BLOCK)
+        rows = np.minimum(c[kept[part]], c[other[part]])
+        rows *= scale[part, None]
+        np.minimum(rows.take(kept, 1), rows.take(other, 1), out=made[part])
+        made[part] *= scale
+    np.fill_diagonal(made, -np.inf)
+    return made, kept
+
+
+def _one_by_one(
+    correlation: np.ndarray, c: np.ndarray, names: np.ndarray, pairs: list[tuple[int, int]],
+    done: list[tuple[int, int]], origin: np.ndarray, budget: list[int], count: int, alpha: float,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """`done` up to `count` merges. c: the groups `names` before the last of `done`, which are `pairs` in c."""
+    table = _Table(c, alpha)
+    for i, j in pairs:
+        table.merge(i, j)
+    while len(done) < count:
+        pair = table.best()
+        if pair is None:  # nothing but banned pairs: go on from the same groups without the ban
+            table, names = _Table(correlation, alpha), np.arange(len(correlation))
+            for i, j in done:
+                table.merge(i, j)
+            budget[:] = [len(correlation)] * len(budget)
+            continue
+        table.merge(*pair)
+        i, j = (int(names[k]) for k in pair)
+        done.append((i, j))
+        model = origin[i]
+        if model == origin[j]:
+            budget[model] -= 1
+            if budget[model] <= 0:
+                table.forbid(np.flatnonzero(origin[names] == model))
     return done
 
 
 class _Table:
-    """Similarities of groups, with the largest entry at hand.
+    """Similarities of groups, with the largest entry at hand, for what `_round` cannot take from a list.
 
     Each row keeps its first maximum right of the diagonal (the first maximum of a symmetric matrix lies
     there). A row whose maximum may have gone stays as it is, as an upper bound, and is searched again

@@ -117,12 +117,12 @@ def _summed(sums: dict[str, Accumulator], processes: Processes, device: torch.de
     """The sums over all ranks; a rank may have seen no batch, and so none of the spaces."""
     told = processes.gather({name: a.sizes for name, a in sums.items()})
     sizes = {name: s for facts in told for name, s in facts.items()}
-    for name, s in sizes.items():
-        own = sums[name] if name in sums else sums.setdefault(name, Accumulator(s, device))
-        count = torch.tensor([own.count], dtype=torch.float64, device=own.total.device)
-        processes.sum(own.total, own.gram, count)
+    found = {name: sums.get(name) or Accumulator(s, device) for name, s in sizes.items()}
+    counts = [torch.tensor([a.count], dtype=torch.float64, device=a.total.device) for a in found.values()]
+    processes.sum(*counts, *(t for a in found.values() for t in (a.total, a.gram)))
+    for own, count in zip(found.values(), counts, strict=True):
         own.count = float(count)
-    return {name: sums[name] for name in sizes}
+    return found
 
 
 def places(programs: Programs, spaces: Sequence[FeatureSpace], args: tuple):

@@ -49,7 +49,7 @@ def solve_norm(
         x, t = (v.movedim(axis, 0).reshape(size, -1).double() for v in (plain, target))
         sums += torch.stack([x.sum(1), t.sum(1), (x * x).sum(1), (x * t).sum(1), (t * t).sum(1)])
         count += x.shape[1]
-    counted = torch.tensor([count], device=sums.device)
+    counted = torch.tensor([count], dtype=torch.float64, device=sums.device)
     chunks.processes.sum(sums, counted)
     count = int(counted)
     mx, mt, xx, xt, tt = sums / count

@@ -41,19 +41,17 @@ def refine(
 
     gram: of all rows of all ranks; kept: rows of this one."""
     problem = Ridge(gram, start, lam)
-    before = _error(start, kept, bend, processes)
+    before, count = _error(start, kept, bend, processes)
     weights = problem.solve()
-    count = torch.tensor([sum(len(x) for x, _, _ in kept)], device=problem.c.device)
-    processes.sum(count)
     for _ in range(sweeps):
         moved = torch.zeros_like(problem.c)
         for x, t, full in kept:
             step = _retargeting(_predict(x, weights), t, full - t, bend)
             moved += (step.permute(1, 2, 0) @ x.transpose(0, 1)).double()
         processes.sum(moved)
-        aimed = problem.solve((weights @ problem.s).add_(moved.div_(int(count))))
+        aimed = problem.solve((weights @ problem.s).add_(moved.div_(count)))
         weights = aimed.sub_(weights).mul_(RELAX).add_(weights)
-    return Fit(weights, before, _error(weights, kept, bend, processes))
+    return Fit(weights, before, _error(weights, kept, bend, processes)[0])
 
 
 def _predict(x: Tensor, weights: Tensor) -> Tensor:
@@ -72,12 +70,14 @@ def _retargeting(y: Tensor, t: Tensor, offset: Tensor, bend: Callable[[Tensor], 
 
 def _error(
     weights: Tensor, kept: Sequence[Kept], bend: Callable[[Tensor], Tensor], processes: Processes
-) -> float:
+) -> tuple[float, int]:
+    """(Relative squared error, rows), over all ranks."""
     wrong = total = 0.0
     for x, t, full in kept:
         target = bend(full)
         wrong += float((bend(_predict(x, weights) + full - t) - target).double().pow(2).sum())
         total += float(target.double().pow(2).sum())
-    both = torch.tensor([wrong, total], dtype=torch.float64)
-    processes.sum(both)
-    return float(both[0]) / max(float(both[1]), 1e-300)
+    sums = torch.tensor([wrong, total, sum(len(x) for x, _, _ in kept)], dtype=torch.float64)
+    processes.sum(sums)
+    wrong, total, count = sums.tolist()
+    return wrong / max(total, 1e-300), int(count)

@@ -42,7 +42,7 @@ class Gram:
 
     def reduce(self, processes: Processes) -> None:
         """Of all ranks together; each has added something."""
-        rows = torch.tensor([self.rows], device=self.second.device)
+        rows = torch.tensor([self.rows], dtype=torch.float64, device=self.second.device)  # of the others' kind: one sum
         processes.sum(self.second, self.cross, self.energy, rows)
         self.rows = int(rows)
 
