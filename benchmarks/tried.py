@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from unittest.mock import patch
 
 import torch
@@ -124,6 +125,7 @@ def guessed(bench: Bench, sharpness: float) -> Tensor:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--checkpoints", nargs=2, metavar="FILE", required=True)
+    parser.add_argument("--only", default="*", metavar="GLOB", help="rows by their name")
     args = parse(parser, argv)
     data, count = load("cifar10", args.data).with_test(args.test, args.seed), args.calibration or 1024
     bench = Bench.of(*parents_of(args, data)[:2], data, count, args.seed)
@@ -131,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [announce(r) for r in bench.parent_rows([None, None], ["parent a", "parent b"])]
 
     def add(name: str, method: Solve) -> None:
+        if not fnmatch(name, args.only):
+            return
         zipped = fxzip.merge(bench.parents, bench.calibration.split(256), method=method, calibration=count,
                              seed=bench.seed, verify=False, progress=False)  # fmt: skip
         rows.append(announce(_drifted(bench, bench.row(name, zipped), zipped)))

@@ -8,9 +8,8 @@ non-linearity, minimise E |f(t) - f(W x)|^2 by majorisation: replace the target 
 and solve again with the same factored Gram matrix. For ReLU t' projects y on {y: f(y) = f(t)}, so this is
 alternating projection, over-relaxed: four sweeps do what eight plain ones do. Closed form.
 
-E[t' x^T] = W S + E[(t' - y) x^T]: the first term is known from the Gram matrix; the second one takes as many rows, as
-it sets most of what is left to find (see benchmarks/RESULTS.md, "Tried and left out": with a third of them the logits
-are a tenth farther from the parents').
+E[t' x^T] = W S + E[(t' - y) x^T]: the first term is known from the Gram matrix; the second one is solved for
+with the same inverse and takes as many rows: a third of them left the logits a tenth farther from the parents'.
 """
 
 from __future__ import annotations
