@@ -38,8 +38,13 @@ def retained(wanted: bool = True) -> Iterator[None]:
             _inside -= wanted
             if wanted and not _inside:
                 _set(_USUAL)
-            if not _inside and (trim := getattr(_libc(), "malloc_trim", None)):
-                trim(0)
+            trim()
+
+
+def trim() -> None:
+    """Give what is free back to the system, gaps between what is kept as well, unless it is being `retained`."""
+    if not _inside and (give_back := getattr(_libc(), "malloc_trim", None)):
+        give_back(0)
 
 
 def _set(options: dict[int, int]) -> None:
