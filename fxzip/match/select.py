@@ -56,7 +56,6 @@ class Select:
         same = copies(moments)
         kept = keep(correlation, width, same, self._metric(moments), spent=True)
         del correlation
-        alike = similarity(moments)
         local = np.concatenate([np.arange(n) for n in moments.sizes])
         kept = kept[np.lexsort((kept, local[kept]))]
         index = torch.from_numpy(kept)
@@ -67,6 +66,7 @@ class Select:
         twin = same[:, kept]  # least squares would spread a copy over all that happens to add up to it
         rows, columns = np.flatnonzero(twin.any(1)), twin.argmax(1)
         unmerge[rows] = torch.eye(width, dtype=torch.float64)[columns[rows]]
+        alike = similarity(moments)  # as large as the moments, so not before it is wanted
         quality = _quality(alike, kept, model_of(moments.sizes))
         return Matching(merge, unmerge, moments.sizes, quality, mean_correlation(local, moments.sizes, alike))
 

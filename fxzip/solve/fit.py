@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..allocator import trim
 from ..errors import InputError
 from ..infer import Spaces
 from ..match import Matching
@@ -129,6 +130,7 @@ def solve_point(
             kept.append(point.lane.store.keep((x[some], target[some], _single(rows.y(full))[some])))
     gram.reduce(chunks.processes)
     start = _start(point, design, weight, bias, groups, intercept)
+    trim()  # of rows and of values that went, before what takes most comes
     if bend is None:
         fit = ridge(gram, start, settings.lam)
     else:
