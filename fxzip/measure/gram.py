@@ -34,7 +34,8 @@ def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
 
     total: float64 [p, p]; rows: [r, p]. Rows of float32 and less are centred, so that a mean far from zero costs no
     digits, and multiplied in float32: the error is about 1e-6 of the features' deviations. Float64 throughout for few
-    (and narrow) rows, for rows of float64, where float32 might overflow, and where torch is told to multiply float32 as TF32.
+    (and narrow) rows, for rows of float64, where float32 might overflow, and where torch is told to multiply float32 as
+    TF32.
     """
     centred = _centred(rows)
     if centred is None:
