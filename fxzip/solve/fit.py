@@ -22,6 +22,7 @@ from .ridge import Gram, ridge
 from .slots import Slot, argument, arguments
 
 _BENT = 8_192  # rows that re-targeting looks at, at least: it has to find a small correction only
+_SPARE = 1 << 29  # bytes of freed memory that a fit may find; to get pages anew takes time
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -130,7 +131,7 @@ def solve_point(
             kept.append(point.lane.store.keep((x[some], target[some], _single(rows.y(full))[some])))
     gram.reduce(chunks.processes)
     start = _start(point, design, weight, bias, groups, intercept)
-    trim()  # of rows and of values that went, before what takes most comes
+    trim(_SPARE)  # of rows and of values that went, before what takes most comes
     if bend is None:
         fit = ridge(gram, start, settings.lam)
     else:
