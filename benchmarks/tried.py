@@ -61,10 +61,11 @@ def targets_by_task(weights: Tensor) -> Iterator[None]:
 @contextmanager
 def metric_by_gradients(images: Tensor) -> Iterator[None]:
     """Select's metric: what an error in the features does to the logits of their own model, to first order."""
-    plain = Prepared.read
+    plain = Prepared.reading
 
-    def read(prepared: Prepared, moments):
-        found, programs = plain(prepared, moments), Programs(prepared.graph_modules, prepared.spaces)
+    def reading(prepared: Prepared, moments):
+        one, programs = plain(prepared, moments), Programs(prepared.graph_modules, prepared.spaces)
+        found = {name: one(name, seen) for name, seen in moments.items()}
         generator, spaces = torch.Generator().manual_seed(0), prepared.merged_spaces()
         for space in spaces:
             if isinstance(found[space.name], Read):
@@ -72,9 +73,9 @@ def metric_by_gradients(images: Tensor) -> Iterator[None]:
         for i in range(len(prepared.names)):
             for batch in images.split(128):
                 _add(found, programs, spaces, i, batch, generator)
-        return found
+        return lambda name, _: found[name]
 
-    with patch.object(Prepared, "read", read):
+    with patch.object(Prepared, "reading", reading):
         yield
 
 

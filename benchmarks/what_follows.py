@@ -28,17 +28,19 @@ ROUNDS = 4  # how often what a residual stream's own layers add to it is followe
 @contextmanager
 def metric_by_what_follows(leak: float) -> Iterator[None]:
     """Select's metric within: see above."""
-    plain = Prepared.read
+    plain = Prepared.reading
 
-    def read(prepared: Prepared, moments):
-        found = plain(prepared, moments)
+    def reading(prepared: Prepared, moments):
+        one = plain(prepared, moments)
+        found = {name: one(name, seen) for name, seen in moments.items()}
         spaces = [s for s in prepared.merged_spaces() if isinstance(found.get(s.name), Read)]
         states = [dict(m.named_parameters()) for m in prepared.graph_modules]
         every = [Metrics(spaces, found, state, i, leak).metrics() for i, state in enumerate(states)]
         new = {s.name: torch.block_diag(*(m[s.name] for m in every)) for s in spaces}
-        return {n: replace(m, metric=new[n]) if n in new else m for n, m in found.items()}  # type: ignore[type-var]
+        found |= {n: replace(found[n], metric=new[n]) for n in new}  # type: ignore[type-var]
+        return lambda name, _: found[name]
 
-    with patch.object(Prepared, "read", read):
+    with patch.object(Prepared, "reading", reading):
         yield
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .infer import Anchor, FeatureSpace, Spaces
-from .match import Weights, read
-from .measure.moments import Moments, SpaceMoments
+from .match import Weights, reading
+from .measure.moments import Moments
 from .padding import Real
 from .rewrite import Partition, Stems, Tails, owned
 from .trace import Traced
@@ -83,14 +83,16 @@ class Prepared:
         """Spaces that shared parameters lie on, with their parents; anchors in the shared part only."""
         return shared_spaces(self.spaces, self.cut, owned(self.graph_modules[0], self.cut.shared))
 
-    def read(self, moments: Moments) -> dict[str, SpaceMoments]:
-        """The moments with what reads the features, in the shared part and in the heads (see `match.Read`)."""
+    def reading(self, moments: Moments) -> Callable[[str, Any], Any]:
+        """A function of a space's name and its moments, of those given: these with what reads the features, in the
+        shared part and in the heads (see `match.Read`)."""
         states = [dict(m.named_parameters()) for m in self.graph_modules]
         if self.tails:
             for i, state in enumerate(states):
                 for name in owned(self.graph_modules[i], self.tails.foreign(i)):
                     state.pop(name, None)
-        return read(self.merged_spaces(), moments, states, self.real)
+        known = {s.name: s for s in self.merged_spaces()}
+        return lambda name, seen: reading(known[name], seen, states, self.real)
 
     def weights(self) -> Weights:
         """The shared parameters of all models, for matchers that compare weights; no buffers."""

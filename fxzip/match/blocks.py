@@ -14,6 +14,8 @@ from .alignment import Layer, Slots, align
 from .matching import Evidence, Matcher, Matching, from_slots, mean_correlation, similarity
 from .permute import Permute
 
+Reading = Callable[[str, Evidence], Evidence]
+
 
 def match_once(
     spaces: Spaces | Sequence[FeatureSpace],
@@ -23,6 +25,7 @@ def match_once(
     models: int | None = None,
     real: Mapping[str, Sequence[np.ndarray]] | None = None,
     keep: Callable[[Matching], Matching] = lambda matching: matching,
+    reading: Reading = lambda _, seen: seen,
 ) -> dict[str, Matching]:
     """One Matching per space, parents before children, each an element of the space's own group structure.
 
@@ -36,7 +39,8 @@ def match_once(
     widths: merged width of spaces, default the widest model's; a space with blocks of one size may get
     (number of blocks) * (block width), if its blocks are contiguous. models: how many there are, needed only
     without any moments. real: where the models' widths differ, which of a space's features every model has; moments
-    and matchings are of those. keep: where a matching goes once it is found. Raises SpaceError naming the space where
+    and matchings are of those. keep: where a matching goes once it is found. reading: what else a matcher is to see of
+    a space, beside its moments; made when its turn comes, as it may be large. Raises SpaceError naming the space where
     a width or the models' sizes do not fit, InputError for unknown names.
 
     >>> from fxzip.measure import SpaceMoments
@@ -60,10 +64,10 @@ def match_once(
         if len(family) == 1 and not family[0].parents:
             space = family[0]
             found[space.name] = keep(
-                _plain(space, moments.get(space.name), matcher, wanted[space.name], own[space.name])
+                _plain(space, moments.get(space.name), matcher, wanted[space.name], own[space.name], reading)
             )
         else:
-            found |= _Family(family, moments, sizes, wanted, own).match(matcher, keep)
+            found |= _Family(family, moments, sizes, wanted, own, reading).match(matcher, keep)
     return {space.name: found[space.name] for space in every}
 
 
@@ -97,7 +101,12 @@ def free(space: FeatureSpace, parents: Collection[str]) -> bool:
 
 
 def _plain(
-    space: FeatureSpace, moments: Evidence | None, matcher: Matcher, width: int, own: Sequence[np.ndarray]
+    space: FeatureSpace,
+    moments: Evidence | None,
+    matcher: Matcher,
+    width: int,
+    own: Sequence[np.ndarray],
+    reading: Reading,
 ) -> Matching:
     if moments is None:
         if width != space.size:
@@ -108,7 +117,7 @@ def _plain(
         return from_slots(np.concatenate(own), width, sizes, similarity(moments))
     if space.orthogonal_only and matcher.correspondence == "free":
         matcher = Permute()
-    return _run(space.name, matcher, moments, width)
+    return _run(space.name, matcher, reading(space.name, moments), width)
 
 
 def _run(name: str, matcher: Matcher, moments: Evidence, width: int) -> Matching:
@@ -129,7 +138,9 @@ class _Family:
         sizes: Mapping[str, tuple[int, ...]],
         widths: Mapping[str, int],
         own: Mapping[str, Sequence[np.ndarray]],
+        reading: Reading,
     ) -> None:
+        self.reading = reading
         self.spaces, self.moments, self.sizes, self.widths, self.own = spaces, moments, sizes, widths, own
         self.parents = {parent.space for space in spaces for parent in space.parents}
         for space in spaces:
@@ -183,11 +194,11 @@ class _Family:
         starts = np.cumsum((0, *sizes))[:-1]
         merge = torch.zeros(width, sum(sizes), dtype=torch.float64)
         unmerge = merge.T.clone()
-        quality = []
+        quality, seen = [], self.reading(space.name, self.moments[space.name])
         for block, rows in zip(members, targets, strict=True):
             # Sorted by slot: the matcher sees every model in model 0's order.
             inside = [_among(o, np.argsort(s)[block]) for s, o in zip(slots, own, strict=True)]
-            part = _run(space.name, matcher, self.moments[space.name].restrict(inside), len(rows))
+            part = _run(space.name, matcher, seen.restrict(inside), len(rows))
             columns = torch.from_numpy(np.concatenate([f + o for f, o in zip(inside, starts, strict=True)]))
             merge[torch.from_numpy(rows)[:, None], columns] = part.merge
             unmerge[columns[:, None], torch.from_numpy(rows)] = part.unmerge

@@ -22,15 +22,17 @@ TILE = 1024  # rows that are swept at once
 
 
 class Elimination:
-    """covariance: float64 [n, n], symmetric; metric: float64 [n, n], symmetric and positive; none is modified.
+    """covariance: float64 [n, n], symmetric; metric: float64 [n, n], symmetric and positive; none is modified, but
+    for the covariance where it is `spent`, if it is laid out as is needed.
 
     >>> e = Elimination(np.array([[1, 0.9, 0], [0.9, 1, 0], [0, 0, 1]]), np.eye(3))
     >>> e.fill(2), round(e.left, 2)
     ([0, 2], 0.19)
     """
 
-    def __init__(self, covariance: np.ndarray, metric: np.ndarray) -> None:
-        self.swept, self.metric = np.array(covariance, np.float64, order="C"), metric
+    def __init__(self, covariance: np.ndarray, metric: np.ndarray, spent: bool = False) -> None:
+        made = np.asarray if spent else np.array
+        self.swept, self.metric = made(covariance, np.float64, order="C"), metric
         self.kept: list[int] = []
         self.variance = self.swept.diagonal().copy()
         image = self.swept @ metric

@@ -53,21 +53,27 @@ def read(
     tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]], dtype=torch.float64)
     """
-    found = dict(moments)
-    for space in spaces:
-        seen = moments.get(space.name)
-        if seen is None:
-            continue
-        covariance = seen.covariance()
-        blocks = []
-        for i, state in enumerate(states):
-            own = slice(seen.offsets[i], seen.offsets[i + 1])
-            index = np.arange(space.size) if real is None or space.name not in real else real[space.name][i]
-            blocks.append(_metric(space, index, state, covariance[own, own]))
-        if any(b.any() for b in blocks):
-            metric, straight = torch.block_diag(*blocks), not space.nonlinear
-            found[space.name] = Read(seen.sizes, seen.count, seen.mean, seen.second, metric, straight)
-    return found
+    known = {s.name: s for s in spaces}
+    return {n: reading(known[n], m, states, real) if n in known else m for n, m in moments.items()}
+
+
+def reading(
+    space: FeatureSpace,
+    seen: SpaceMoments,
+    states: Sequence[Mapping[str, Tensor]],
+    real: Mapping[str, Sequence[np.ndarray]] | None = None,
+) -> SpaceMoments:
+    """The same of one space. A metric takes as much memory as the moments."""
+    covariance, blocks = seen.covariance(), []
+    for i, state in enumerate(states):
+        own = slice(seen.offsets[i], seen.offsets[i + 1])
+        index = np.arange(space.size) if real is None or space.name not in real else real[space.name][i]
+        blocks.append(_metric(space, index, state, covariance[own, own]))
+    del covariance
+    if not any(b.any() for b in blocks):
+        return seen
+    metric = torch.block_diag(*blocks)
+    return Read(seen.sizes, seen.count, seen.mean, seen.second, metric, not space.nonlinear)
 
 
 def _metric(space: FeatureSpace, index: np.ndarray, state: Mapping[str, Tensor], covariance: Tensor) -> Tensor:

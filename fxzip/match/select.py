@@ -54,9 +54,8 @@ class Select:
         dead = moments.dead.cpu().numpy()
         correlation[dead, dead] = 0  # nothing to explain, nothing explained
         same = copies(moments)
-        kept = keep(correlation, width, same, self._metric(moments))
+        kept = keep(correlation, width, same, self._metric(moments), spent=True)
         del correlation
-        alike = similarity(moments)
         local = np.concatenate([np.arange(n) for n in moments.sizes])
         kept = kept[np.lexsort((kept, local[kept]))]
         index = torch.from_numpy(kept)
@@ -67,6 +66,7 @@ class Select:
         twin = same[:, kept]  # least squares would spread a copy over all that happens to add up to it
         rows, columns = np.flatnonzero(twin.any(1)), twin.argmax(1)
         unmerge[rows] = torch.eye(width, dtype=torch.float64)[columns[rows]]
+        alike = similarity(moments)  # as large as the moments, so not before it is wanted
         quality = _quality(alike, kept, model_of(moments.sizes))
         return Matching(merge, unmerge, moments.sizes, quality, mean_correlation(local, moments.sizes, alike))
 
@@ -104,18 +104,23 @@ def _quality(correlation: np.ndarray, kept: np.ndarray, model: np.ndarray) -> fl
 
 
 def keep(
-    correlation: np.ndarray, width: int, same: np.ndarray | None = None, metric: np.ndarray | None = None
+    correlation: np.ndarray,
+    width: int,
+    same: np.ndarray | None = None,
+    metric: np.ndarray | None = None,
+    spent: bool = False,
 ) -> np.ndarray:
     """The features kept, in order of choice; once all is explained, the first ones left that are no copy of one
     kept (same: bool [n, n]; another function of the data may show beyond it), then any.
 
-    correlation: float [n, n], symmetric; metric: likewise, and positive; the identity if None. int64 [width]
+    correlation: float [n, n], symmetric; metric: likewise, and positive; the identity if None. spent: the correlation
+    may be overwritten. int64 [width]
 
     >>> keep(np.array([[1, 0.9, 0], [0.9, 1, 0], [0, 0, 1]]), 2)
     array([0, 2])
     """
     n = len(correlation)
-    search = Elimination(correlation, np.eye(n) if metric is None else metric)
+    search = Elimination(correlation, np.eye(n) if metric is None else metric, spent)
     search.fill(width, max(1, width // FILL))
     search.exchange(width // EXCHANGE)
     chosen = search.kept

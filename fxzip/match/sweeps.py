@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..infer.spaces import FeatureSpace, Spaces
 from ..measure.moments import SpaceMoments
 from .average import Average
-from .blocks import families, free, match_once
+from .blocks import Reading, families, free, match_once
 from .matching import Affinity, Matcher, Matching, Matchings, mean_correlation, needs, similarity
 from .unmerge import Unmerge
 from .weights import Weights
@@ -66,6 +66,7 @@ def match(
     shares: Sequence[float] = (),
     real: Mapping[str, Sequence[np.ndarray]] | None = None,
     keep: Callable[[Matching], Matching] = lambda matching: matching,
+    reading: Reading = lambda _, seen: seen,
 ) -> Matchings:
     """One Matching per space, parents before children: see `match_once` for all arguments but the next three.
 
@@ -81,7 +82,7 @@ def match(
     found = (
         _by_weights(every, moments, plain, widths, models, weights, seed, real or {})
         if "weights" in needs(plain)
-        else Matchings(match_once(every, moments, plain, widths, models, real, keep))
+        else Matchings(match_once(every, moments, plain, widths, models, real, keep, reading))
     )
     alike = len(set(shares)) < 2
     result = Matchings(found if alike else {name: keep(m.weighted(shares)) for name, m in found.items()})

@@ -147,14 +147,14 @@ class Match(Stage):
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         p, matcher, moments = now.prepared, resolve(self.method), now.moments or Moments({})
         widths = choose_widths(p, moments, self.budget, now.models) if self.budget is not None else {}
-        evidence = p.read(moments) if "readers" in needs(matcher) else moments
+        reading = {"reading": p.reading(moments)} if "readers" in needs(matcher) else {}
         store = Store(0 if now.plan and now.plan.spills else inf)
 
         def keep(matching: Matching) -> Matching:
             return matching.moved(store.keep)
 
-        found = match(p.merged_spaces(), evidence, matcher, widths, len(p.names), p.weights(),
-                      self.seed, p.shares, p.real, keep)  # fmt: skip
+        found = match(p.merged_spaces(), moments, matcher, widths, len(p.names), p.weights(),
+                      self.seed, p.shares, p.real, keep, **reading)  # fmt: skip
         found.update({s: keep(found[s].expanded(own, p.spaces[s].size)) for s, own in p.real.items() if s in found})
         for node in graph.graph.nodes:
             here = node.meta["fxzip"]

@@ -124,8 +124,7 @@ def _held(name: str, spaces: Spaces, merged: Collection[str]) -> list[Layout]:
 
 def _refuse_unreadable(name: str, value: Any, spaces: Spaces, matchings: Mapping[str, Matching]) -> None:
     """SpaceError for a boundary value whose features no single gather or product gives back."""
-    same = {s: torch.eye(m.width, dtype=m.unmerge.dtype).repeat(len(m.sizes), 1) for s, m in matchings.items()}
-    moved = {s for s, m in matchings.items() if not torch.equal(m.unmerge, same[s])}
+    moved = {s for s, m in matchings.items() if _moves(m)}
     layouts = _held(name, spaces, moved)
     why = unreadable(name, spaces, moved)
     if layouts and not why:
@@ -141,6 +140,12 @@ def _refuse_unreadable(name: str, value: Any, spaces: Spaces, matchings: Mapping
     if not why:
         return
     raise SpaceError(f"%{name} {why}, so the cut cannot be here: cut before or after it (see fxzip.cut_points)")
+
+
+def _moves(matching: Matching) -> bool:
+    """Whether U gives any model other features, or in another order, than are merged."""
+    same = torch.eye(matching.width, dtype=matching.unmerge.dtype)
+    return not all(torch.equal(matching.blocks_unmerge(i), same) for i in range(len(matching.sizes)))
 
 
 def _values(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..allocator import trim
 from ..errors import InputError
 from ..infer import Spaces
 from ..match import Matching
@@ -20,6 +21,7 @@ from .refine import refine
 from .ridge import Gram, ridge
 from .slots import Slot, argument, arguments
 
+_SPARE = 1 << 29  # bytes of freed memory that a fit may find; to get pages anew takes time
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -126,6 +128,7 @@ def solve_point(
             kept.append(point.lane.store.keep((x, target, _single(rows.y(full)))))
     gram.reduce(chunks.processes)
     start = _start(point, design, weight, bias, groups, intercept)
+    trim(_SPARE)  # of rows and of values that went, before what takes most comes
     if bend is None:
         fit = ridge(gram, start, settings.lam)
     else:

@@ -78,14 +78,15 @@ class Ridge:
         self.start, self.pull = start, start * weight.unsqueeze(-2)
         matrix = self.s.clone()
         matrix.diagonal(dim1=-2, dim2=-1).add_(weight)
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        self.definite = not bool(info.any())
-        self.factor = factor if self.definite else matrix  # not both: of wide layers they are what memory goes to
+        self.definite = _factored(matrix)
+        if not self.definite:
+            matrix = self.s + torch.diag_embed(weight)
+        self.factor = matrix  # one of the two: of wide layers they are what memory goes to
 
     def solve(self, cross: Tensor | None = None) -> Tensor:
         """Weights [g, o, p] for cross moments E[t x^T] [g, o, p], default the Gram's own."""
         b = (self.c if cross is None else cross) + self.pull
-        return torch.cholesky_solve(b.mT, self.factor).mT if self.definite else _by_eigen(self.factor, b, self.start)
+        return _substituted(self.factor, b) if self.definite else _by_eigen(self.factor, b, self.start)
 
     def error(self, weights: Tensor) -> float:
         """E|t - W x|^2 / E|t|^2 on the rows of the Gram."""
@@ -103,6 +104,21 @@ def ridge(gram: Gram, start: Tensor, lam: float) -> Fit:
     problem = Ridge(gram, start, lam)
     weights = problem.solve()
     return Fit(weights, problem.error(start), problem.error(weights))
+
+
+def _factored(matrix: Tensor) -> bool:
+    """Whether a symmetric matrix [g, p, p] is definite; its lower triangle's factor is in its place then, transposed as
+    LAPACK has it, which saves two copies. If not, nothing of use is."""
+    columns = matrix.mT
+    info = torch.empty(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(columns, out=(columns, info))
+    return not bool(info.any())
+
+
+def _substituted(factor: Tensor, b: Tensor) -> Tensor:
+    """W with W a = b, of what `_factored` left of `a`. As `cholesky_solve`, to the bit, but that copies the factor."""
+    half = torch.linalg.solve_triangular(factor.mT, b.mT, upper=False)
+    return torch.linalg.solve_triangular(factor, half, upper=True).mT
 
 
 def _by_eigen(a: Tensor, b: Tensor, start: Tensor) -> Tensor:

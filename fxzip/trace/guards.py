@@ -155,13 +155,14 @@ def seeded(seed: int, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
 @contextmanager
 def plain_kernels() -> Iterator[None]:
     """Fused and vendor kernels off: inference and the FLOP counter cannot look into them, and they tie a graph to one
-    device."""
+    device; and NNPACK, which would take over convolutions from them, is no faster, and never gives its memory back."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     mkldnn = torch._C._get_mkldnn_enabled()  # the public flags() warns about TF32 on every use
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         torch._C._set_mkldnn_enabled(False)
-        with torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+        nnpack = torch.backends.nnpack.flags(enabled=False)
+        with torch.backends.cudnn.flags(enabled=False), nnpack, sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
