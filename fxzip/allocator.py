@@ -39,7 +39,8 @@ def retained(wanted: bool = True) -> Iterator[None]:
             _inside -= wanted
             if wanted and not _inside:
                 _set(_USUAL)
-            trim()
+            if not _inside:
+                trim()
 
 
 def trim(spare: int = 0) -> None:

@@ -33,10 +33,11 @@ def _glibc() -> None:
 def test_within_freed_memory_is_taken_again_and_afterwards_it_is_given_back():
     with retained():
         with retained():
-            first = [faults() for _ in range(10)]
+            first = [faults() for _ in range(20)]
         second = [faults() for _ in range(10)]
-    assert sum(first) < 4 * PAGES, "a free block may be a few bytes too small, now and then"
-    assert sum(second) < 4 * PAGES, "still, after the inner one"
+    # Other tests leave gaps: a free block may be a few bytes too small, now and then, until one is not.
+    assert sum(first[10:]) < 2 * PAGES
+    assert sum(second) < 2 * PAGES, "still, after the inner one"
     assert faults() > PAGES / 2
 
 
