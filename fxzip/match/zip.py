@@ -74,7 +74,7 @@ def merges(
     done, c, names = [], correlation, np.arange(total)
     while len(done) < total - width:
         pairs, spent = _round(c, origin[names].tolist(), budget, total - width - len(done), alpha)
-        done += [(int(names[i]), int(names[j])) for i, j in pairs]
+        done += zip(*names[np.array(pairs, np.int64).reshape(-1, 2).T].tolist(), strict=True)
         if len(done) == total - width:
             break
         if spent is None and len(pairs) * POOR < len(names):
@@ -97,27 +97,27 @@ def _round(
     list, as long as they are more similar than any new group can be: to a free one (a merge to come makes alpha times
     its own value at most) or to another new one (at most alpha^2 times the largest value). Never below zero, where
     alpha raises what it scales."""
-    g = len(c)
-    beside = c.reshape(-1)[1:].reshape(g - 1, g + 1)[:, :g] if g > 1 else c[:0]  # all but the diagonal
-    bound = alpha * float(beside.max(initial=-np.inf))
     found: list[tuple[int, int]] = []
-    free, floor = np.arange(g), max(bound, 0.0)
+    free, floor, bound = np.arange(len(c)), 0.0, None
     while True:
         before = len(found)
-        pairs, all_of_them = _pairs_above(c if len(free) == g else c[np.ix_(free, free)], floor)
+        pairs, values, above = _pairs_above(c if bound is None else c[free].take(free, 1), floor)
+        if bound is None and len(values):
+            floor = bound = alpha * float(values[0])  # the largest of all
+            pairs = pairs[:, : np.searchsorted(-values, -floor)]
         spent = _take(zip(*free[pairs].tolist(), strict=True), origin, budget, most, found)
-        if spent is not None or len(found) in (before, most):
+        if bound is None or spent is not None or len(found) in (before, most):
             return found, spent
         i, j = np.array(found).T
-        free = np.delete(np.arange(g), [i, j])
-        if all_of_them:
-            made = np.minimum(c[np.ix_(i, free)], c[np.ix_(j, free)]).max(initial=0.0)
-            floor = alpha * max(floor, bound, float(made))
+        free = np.delete(np.arange(len(c)), [i, j])
+        if above <= floor:
+            rows = c[free]
+            floor = alpha * max(floor, bound, float(np.minimum(rows.take(i, 1), rows.take(j, 1)).max(initial=0.0)))
 
 
-def _pairs_above(c: np.ndarray, floor: float) -> tuple[np.ndarray, bool]:
-    """Pairs [2, pairs] of which c > floor, the largest first, equal ones in row-major order. False: only the larger
-    of them, as sorting all would take long."""
+def _pairs_above(c: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """Pairs [2, pairs] of which c > floor, the largest first, equal ones in row-major order; their values; and what
+    all larger ones than are there: more than the floor where sorting all would take long."""
     g, higher = len(c), floor
     if g > 2 * LISTED:
         sample = c[:: -(-g // SAMPLE)].ravel()
@@ -126,7 +126,9 @@ def _pairs_above(c: np.ndarray, floor: float) -> tuple[np.ndarray, bool]:
     flat = np.flatnonzero(c > higher)
     i, j = np.divmod(flat, max(g, 1))
     flat, pairs = flat[i < j], np.stack([i, j])[:, i < j]
-    return pairs[:, np.argsort(-c.ravel()[flat], kind="stable")], higher == floor
+    values = c.ravel()[flat]
+    order = np.argsort(-values, kind="stable")
+    return pairs[:, order], values[order], higher
 
 
 def _take(
