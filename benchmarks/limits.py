@@ -61,7 +61,7 @@ def streams(net: nn.Module, x: Tensor) -> list[Tensor]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = options(__doc__)
     parser.add_argument("--checkpoints", nargs=2, metavar="FILE", required=True)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--sweeps", type=int, default=5, help="over the calibration images, by Adam (5)")
     args = parse(parser, argv)
     data, count = load("cifar10", args.data).with_test(args.test, args.seed), args.calibration or 1024
     bench = Bench.of(*parents_of(args, data)[:2], data, count, args.seed)
@@ -70,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [announce(r) for r in bench.parent_rows([None, None], ["parent a", "parent b"])]
     rows.append(announce(drifted(bench, "solve", net)))
     start = {k: v.clone() for k, v in net.state_dict().items()}
-    train_blocks(bench, net, merges, args.epochs)
+    train_blocks(bench, net, merges, args.sweeps)
     rows.append(announce(drifted(bench, "blocks trained towards the same targets", net)))
     net.load_state_dict(start)
-    train_whole(bench, net, args.epochs)
+    train_whole(bench, net, args.sweeps)
     rows.append(announce(drifted(bench, "the whole trained towards the logits", net)))
-    notes = machine(args, calibration=count, epochs=args.epochs, **{"test images": len(bench.images)})
+    notes = machine(args, calibration=count, sweeps=args.sweeps, **{"test images": len(bench.images)})
     show("what limits solve", rows, ["a", "b"], notes)
     save(args.out, [("limits", rows)], notes)
 
@@ -97,7 +97,7 @@ def solved(bench: Bench) -> tuple[nn.Module, list[Tensor]]:
     return graph, merges
 
 
-def train_blocks(bench: Bench, net: Shared, merges: Sequence[Tensor], epochs: int) -> None:
+def train_blocks(bench: Bench, net: Shared, merges: Sequence[Tensor], sweeps: int) -> None:
     generator, images = torch.Generator().manual_seed(bench.seed), bench.calibration.split(256)
     with torch.no_grad():
         now = torch.cat([F.relu(net.trunk.bn1(net.trunk.conv1(x))) for x in images])
@@ -108,7 +108,7 @@ def train_blocks(bench: Bench, net: Shared, merges: Sequence[Tensor], epochs: in
         def loss(index: Tensor, block=block, now=now, wanted=wanted) -> Tensor:
             return F.mse_loss(block(now[index]), wanted[index])
 
-        _train(list(block.parameters()), loss, len(now), epochs, generator)
+        _train(list(block.parameters()), loss, len(now), sweeps, generator)
         with torch.no_grad():
             now = torch.cat([block(x) for x in now.split(256)])
     z = now.mean((2, 3)).double()
@@ -122,7 +122,7 @@ def train_blocks(bench: Bench, net: Shared, merges: Sequence[Tensor], epochs: in
             state[f"heads.{i}.bias"].copy_(weight[-1])
 
 
-def train_whole(bench: Bench, net: Shared, epochs: int) -> None:
+def train_whole(bench: Bench, net: Shared, sweeps: int) -> None:
     with torch.no_grad():
         logits = [torch.cat([p(x) for x in bench.calibration.split(256)]) for p in bench.parents]
 
@@ -131,13 +131,13 @@ def train_whole(bench: Bench, net: Shared, epochs: int) -> None:
         return sum((F.mse_loss(a, b[index]) for a, b in zip(made, logits, strict=True)), torch.zeros(()))
 
     generator = torch.Generator().manual_seed(bench.seed)
-    _train(list(net.parameters()), loss, len(bench.calibration), epochs, generator)
+    _train(list(net.parameters()), loss, len(bench.calibration), sweeps, generator)
 
 
-def _train(parameters: list[nn.Parameter], loss, count: int, epochs: int, generator: torch.Generator) -> None:
+def _train(parameters: list[nn.Parameter], loss, count: int, sweeps: int, generator: torch.Generator) -> None:
     for p in parameters:
         p.requires_grad_(True)
-    steps = epochs * count // BATCH
+    steps = sweeps * count // BATCH
     optimiser = torch.optim.Adam(parameters, RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     with torch.enable_grad():
