@@ -171,7 +171,7 @@ def recovery(
     twin = scrambled(traced, spaces)
     pairs = zip(traced.graph_module.parameters(), twin.graph_module.parameters(), strict=True)
     moved = any(not torch.equal(a, b) for a, b in pairs)
-    enough = max([1 << 30, *(128 * s.size**2 for s in spaces)])  # to measure and match the widest space alone
+    enough = max([1 << 30, *(144 * s.size**2 for s in spaces)])  # to measure and match the widest space alone
     zipped = merged(model, traced, twin, spaces, args, data, enough if row["capped"] else None)
     error = far(zipped, [model, model], data[0])
     shared = round(fxzip.report(zipped).shared, 4)
