@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -39,38 +38,13 @@ def retained(wanted: bool = True) -> Iterator[None]:
             _inside -= wanted
             if wanted and not _inside:
                 _set(_USUAL)
-            if not _inside:
-                trim()
+            trim()
 
 
-def trim(spare: int = 0) -> None:
-    """Give what is free back to the system, gaps between what is kept as well; while it is `retained`, only where it is
-    more than `spare` bytes: values that shrink along a network leave more behind than is ever wanted again."""
-    give_back = getattr(_libc(), "malloc_trim", None)
-    if give_back and (not _inside or _idle() > spare):
+def trim() -> None:
+    """Give what is free back to the system, gaps between what is kept as well, unless it is `retained`."""
+    if not _inside and (give_back := getattr(_libc(), "malloc_trim", None)):
         give_back(0)
-
-
-class _Info(ctypes.Structure):
-    """struct mallinfo2 of malloc.h."""
-
-    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "used", "free", "keepcost")
-    _fields_ = [(n, ctypes.c_size_t) for n in _names]
-
-
-def _idle() -> int:
-    """Bytes of memory that is there and that no one holds, Python's own included; 0 where that is not told."""
-    info = getattr(_libc(), "mallinfo2", None)
-    try:
-        with open("/proc/self/statm") as file:
-            resident, shared = (int(n) * mmap.PAGESIZE for n in file.read().split()[1:3])
-    except OSError:
-        return 0
-    if info is None:
-        return 0
-    info.restype = _Info
-    found = info()
-    return resident - shared - found.used - found.hblkhd
 
 
 def _set(options: dict[int, int]) -> None:

@@ -21,7 +21,6 @@ from .refine import refine
 from .ridge import Gram, ridge
 from .slots import Slot, argument, arguments
 
-_SPARE = 1 << 29  # bytes of freed memory that a fit may find; to get pages anew takes time
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -128,7 +127,7 @@ def solve_point(
             kept.append(point.lane.store.keep((x, target, _single(rows.y(full)))))
     gram.reduce(chunks.processes)
     start = _start(point, design, weight, bias, groups, intercept)
-    trim(_SPARE)  # of rows and of values that went, before what takes most comes
+    trim()  # under a cap, rows and values that went make room for what takes most
     if bend is None:
         fit = ridge(gram, start, settings.lam)
     else:
