@@ -1,12 +1,11 @@
-"""What limits solve on the CIFAR-10 pair: the same network, trained by gradients on the same unlabelled images.
+"""What limits solve on the CIFAR-10 pair: the same blocks, trained by gradients on the same unlabelled images.
 
     python benchmarks/limits.py --data ../shared/data --checkpoints a.pt b.pt --calibration 2048
 
-*Blocks*: every residual block in turn is trained by Adam towards what solve aims it at, the features of both parents
-that the matching keeps, on the inputs it gets from the trained blocks before it; then the heads are fitted. What is
-still missing then is not the fit's, but the targets'. *Whole*: all weights at once, towards the parents' logits, which
-is distillation, and no merge. *Drift* as in tried.py, on all images and on those of the own task. A record of what was
-found, not a way to use the library.
+Every residual block of the merged network in turn is trained by Adam towards what solve aims it at, the features of
+both parents that the matching keeps, on the inputs it gets from the trained blocks before it; then the heads are
+fitted. What is still missing then is not the fits', but the targets'. *Drift* as in tried.py, on all images and on
+those of the own task. A record of what was found, not a way to use the library.
 """
 
 from __future__ import annotations
@@ -69,12 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     net = Shared(merged.state_dict(), len(merged.state_dict()["bn1.weight"]) // 16).eval()
     rows = [announce(r) for r in bench.parent_rows([None, None], ["parent a", "parent b"])]
     rows.append(announce(drifted(bench, "solve", net)))
-    start = {k: v.clone() for k, v in net.state_dict().items()}
     train_blocks(bench, net, merges, args.sweeps)
     rows.append(announce(drifted(bench, "blocks trained towards the same targets", net)))
-    net.load_state_dict(start)
-    train_whole(bench, net, args.sweeps)
-    rows.append(announce(drifted(bench, "the whole trained towards the logits", net)))
     notes = machine(args, calibration=count, sweeps=args.sweeps, **{"test images": len(bench.images)})
     show("what limits solve", rows, ["a", "b"], notes)
     save(args.out, [("limits", rows)], notes)
@@ -120,18 +115,6 @@ def train_blocks(bench: Bench, net: Shared, merges: Sequence[Tensor], sweeps: in
             weight = torch.linalg.solve(z.T @ z + 1e-3 * (z**2).sum(0).diag(), z.T @ logits).float()
             state[f"heads.{i}.weight"].copy_(weight[:-1].T)
             state[f"heads.{i}.bias"].copy_(weight[-1])
-
-
-def train_whole(bench: Bench, net: Shared, sweeps: int) -> None:
-    with torch.no_grad():
-        logits = [torch.cat([p(x) for x in bench.calibration.split(256)]) for p in bench.parents]
-
-    def loss(index: Tensor) -> Tensor:
-        made = net(bench.calibration[index])
-        return sum((F.mse_loss(a, b[index]) for a, b in zip(made, logits, strict=True)), torch.zeros(()))
-
-    generator = torch.Generator().manual_seed(bench.seed)
-    _train(list(net.parameters()), loss, len(bench.calibration), sweeps, generator)
 
 
 def _train(parameters: list[nn.Parameter], loss, count: int, sweeps: int, generator: torch.Generator) -> None:
