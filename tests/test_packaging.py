@@ -137,7 +137,9 @@ def test_no_hole_is_known_in_what_the_core_needs(tmp_path):
         pytest.skip("PyPI does not answer: nothing is known")
     if not done.stdout and any(word in done.stderr for word in ("ServiceError", "ConnectionError", "timed out")):
         pytest.skip("PyPI cannot be reached: nothing is known")
-    assert done.returncode in (0, 1), done.stderr  # 1: something was found
+    assert done.returncode in (0, 1), done.stderr  # 1: something was found, or it broke off
+    if not done.stdout:  # an index that breaks off in the middle, in whatever words
+        pytest.skip(f"nothing is known: {(done.stderr.strip().splitlines() or ['no answer'])[-1]}")
     answers = json.loads(done.stdout)["dependencies"]
     assert not [(d["name"], hole["id"], hole["fix_versions"]) for d in answers for hole in d.get("vulns", ())]
     if unknown := [d["name"] for d in answers if "skip_reason" in d]:
