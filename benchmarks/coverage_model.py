@@ -22,6 +22,7 @@ from torch import fx, nn
 BATCH, SAMPLES = 4, 8
 MEMORY = 14  # GiB that a process may allocate
 CAP = 3 << 30  # bytes of moments and matrices above which the merge gets `memory=`
+LARGE = 1 << 28  # parameters, from which on freed memory goes back to the system
 RECOVERED = 1e-3  # relative error of a model recovered from its scrambled copy
 GRACE = 30  # seconds of processor time from the polite signal to the end of the process
 
@@ -58,6 +59,8 @@ def _fill(row: dict[str, Any], model: nn.Module, batch: Any, nodes: int, merge: 
 
     data = [batch(BATCH) for _ in range(SAMPLES // BATCH)]
     own = plain(model)[0]
+    if sum(p.numel() for p in own.parameters()) > LARGE:
+        give_back()
     jitter(own)
     settle(own, data)
     traced, spaces, args = analysis(row, model, batch(2))
