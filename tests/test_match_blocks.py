@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from fxzip.errors import InputError, SpaceError
 from fxzip.infer.spaces import FeatureSpace, Parent
 from fxzip.match import Average, Permute, Select, Zip, match
 from fxzip.match.alignment import Layer, align
+from fxzip.match.matching import similarity
 from fxzip.measure.moments import SpaceMoments
 
 
@@ -219,3 +222,22 @@ def test_orthogonal_roots_are_permuted_and_unequal_blocks_refused():
     moments = {"s1": SpaceMoments((11, 12), 1.0, torch.zeros(23), torch.eye(23))}
     with pytest.raises(SpaceError, match=r"s1: the models have \(11, 12\) features here, .* needs 11"):
         match(UNEVEN, moments, Permute())
+
+
+def test_of_a_family_one_similarity_is_held_at_a_time(monkeypatch):
+    """Of wide grouped convolutions each takes gigabytes."""
+    made: list[weakref.ref] = []
+    held: list[int] = []
+
+    def watched(seen):
+        held.append(sum(ref() is not None for ref in made))
+        made.append(weakref.ref(value := similarity(seen)))
+        return value
+
+    monkeypatch.setattr("fxzip.match.blocks.similarity", watched)
+    spaces = (space("g", 4), *(space(n, 16, ("g", np.arange(16) // 4)) for n in "ab"))
+    element = scrambled(spaces, 0)
+    found = match(spaces, copies(spaces, element, without=("g",)), Permute())
+    assert len(held) >= 2 and max(held) == 0
+    for name, p in element.items():
+        assert slots_of(found[name], 1).tolist() == p.tolist()
