@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from toys import randomise
 
 import fxzip
+from fxzip.processes import ALONE
 from fxzip.solve import Settings
 from fxzip.solve.fit import wanted_rows
-from fxzip.solve.refine import _retargeting
+from fxzip.solve.refine import TOLD, _error, _retargeting
 from fxzip.solve.ridge import Gram, Ridge
 
 torch.set_num_threads(1)
@@ -44,6 +45,26 @@ def test_the_error_of_weights_is_that_of_their_residuals():
 )
 def test_rows_of_a_fit(settings, groups, columns, rows):
     assert wanted_rows(settings, groups, columns) == rows
+
+
+def test_a_part_of_many_rows_tells_the_error_and_all_are_counted():
+    generator = torch.Generator().manual_seed(0)
+    kept = []
+    for _ in range(4):
+        x, t = (torch.randn(TOLD, 1, n, generator=generator) for n in (5, 3))
+        kept.append((x, t, t))
+    weights = torch.randn(1, 3, 5, generator=generator, dtype=torch.float64)
+
+    def exact(rows: list) -> float:
+        x, t, _ = (torch.cat(v).double() for v in zip(*rows, strict=True))
+        wrong = torch.einsum("gop,rgp->rgo", weights, x).relu() - t.relu()
+        return float(wrong.square().sum() / t.relu().square().sum())
+
+    told, count = _error(weights, kept, torch.relu, ALONE)
+    assert count == 4 * TOLD
+    assert told == pytest.approx(exact(kept), rel=0.05) and told != pytest.approx(exact(kept), rel=1e-6)
+    few = [tuple(v[:100] for v in rows) for rows in kept]
+    assert _error(weights, few, torch.relu, ALONE)[0] == pytest.approx(exact(few), rel=1e-5)
 
 
 def test_targets_move_by_the_slope_or_by_the_secant():
