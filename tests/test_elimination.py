@@ -9,7 +9,7 @@ from torch import nn
 
 import fxzip
 from fxzip.infer.spaces import FeatureSpace, Segment
-from fxzip.match import Read, Select, Suited, Zip, read
+from fxzip.match import Read, Select, Suited, Zip, reading
 from fxzip.match.elimination import Elimination
 from fxzip.measure.moments import SpaceMoments
 
@@ -96,7 +96,7 @@ def test_the_metric_is_the_readers_relative_error():
     ))  # fmt: skip
     f = torch.randn(1000, 4, generator=g).double()
     moments = SpaceMoments((4,), 1000.0, f.mean(0), f.T @ f / 1000)
-    found = read([space], {"s0": moments}, [{"linear": linear, "conv": conv, "bias": torch.ones(4)}])["s0"]
+    found = reading(space, moments, [{"linear": linear, "conv": conv, "bias": torch.ones(4)}])
     assert isinstance(found, Read)
     covariance, e = moments.covariance(), torch.randn(4, generator=g).double()
     w = torch.stack([linear[:, :4], linear[:, 4:]]).double()
@@ -115,7 +115,7 @@ def test_keeps_what_is_read():
     seen = SpaceMoments((4, 4), 4000.0, f.mean(0), f.T @ f / 4000)
     space = FeatureSpace("s0", 4, segments=(Segment("w", 1, np.arange(4), frozenset({"consume"})),))
     weights = [{"w": torch.eye(4)}, {"w": torch.diag(torch.tensor([1.0, 0.0, 1.0, 0.0])) * 5}]
-    kept = Select()(read([space], {"s0": seen}, weights)["s0"], 6).merge.argmax(1)
+    kept = Select()(reading(space, seen, weights), 6).merge.argmax(1)
     assert sorted(kept.tolist()) == [0, 1, 2, 3, 4, 6]
 
 
@@ -123,7 +123,7 @@ def test_readers_of_a_narrower_model_are_those_of_its_own_features():
     space = FeatureSpace("s0", 3, segments=(Segment("w", 1, np.arange(3), frozenset({"consume"})),))
     seen = SpaceMoments((3, 2), 10.0, torch.zeros(5), torch.eye(5))
     weights = [{"w": torch.diag(torch.tensor([1.0, 2.0, 3.0]))}, {"w": torch.diag(torch.tensor([4.0, 0.0, 5.0]))}]
-    found = read([space], {"s0": seen}, weights, {"s0": (np.arange(3), np.array([2, 0]))})["s0"]
+    found = reading(space, seen, weights, {"s0": (np.arange(3), np.array([2, 0]))})
     assert isinstance(found, Read)
     assert found.metric.tolist() == (torch.eye(5).double() / 3).tolist()
 
@@ -135,7 +135,7 @@ def test_what_suits_a_space_is_what_is_known_of_its_readers(told):
     acts = frozenset({"layer_norm"}) if told == "behind a norm" else frozenset()
     reads = () if told == "by none" else (Segment("w", 1, np.arange(6), frozenset({"consume"})),)
     weights = [{"w": torch.randn(3, 6, generator=torch.Generator().manual_seed(k))} for k in (2, 3)]
-    found = read([FeatureSpace("s0", 6, segments=reads, nonlinear=acts)], {"s0": seen}, weights)["s0"]
+    found = reading(FeatureSpace("s0", 6, segments=reads, nonlinear=acts), seen, weights)
     made = Suited(most=11 if told == "too many" else 12)(found, 6).merge
     other = (Select(plain=0.1) if told == "read" else Zip(beta=1.0))(found, 6).merge
     assert torch.equal(made, other)

@@ -13,7 +13,7 @@ from .matching import Affinity, Matcher, Matching, Matchings, from_slots, lossle
 from .mudsc import MuDSC
 from .pair import Pair
 from .permute import Permute
-from .readers import Read, read, reading
+from .readers import Read, reading
 from .rebasin import Rebasin
 from .select import Select
 from .suited import Suited
@@ -52,7 +52,6 @@ __all__ = [
     "match",
     "needs",
     "optimal_unmerge",
-    "read",
     "reading",
     "resolve",
     "similarity",

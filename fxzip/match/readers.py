@@ -35,35 +35,24 @@ class Read(SpaceMoments):
         return Read(plain.sizes, plain.count, plain.mean, plain.second, self.metric[index][:, index], self.straight)
 
 
-def read(
-    spaces: Sequence[FeatureSpace],
-    moments: Mapping[str, SpaceMoments],
-    states: Sequence[Mapping[str, Tensor]],
-    real: Mapping[str, Sequence[np.ndarray]] | None = None,
-) -> dict[str, SpaceMoments]:
-    """The moments, with what reads them where a parameter does. states: name -> parameter, one per model.
-
-    Parameters may have other shapes in other models, but for the space's axis: heads count, too. real: as for `match`,
-    the features of a space that the moments are of, for every model.
-
-    >>> from fxzip.infer.spaces import Segment
-    >>> space = FeatureSpace("s0", 2, segments=(Segment("w", 1, np.arange(2), frozenset({"consume"})),))
-    >>> seen = SpaceMoments((2,), 1.0, torch.zeros(2), torch.eye(2))
-    >>> read([space], {"s0": seen}, [{"w": torch.tensor([[3.0, 0.0], [0.0, 5.0]])}])["s0"].metric
-    tensor([[0.5000, 0.0000],
-            [0.0000, 0.5000]], dtype=torch.float64)
-    """
-    known = {s.name: s for s in spaces}
-    return {n: reading(known[n], m, states, real) if n in known else m for n, m in moments.items()}
-
-
 def reading(
     space: FeatureSpace,
     seen: SpaceMoments,
     states: Sequence[Mapping[str, Tensor]],
     real: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> SpaceMoments:
-    """The same of one space. A metric takes as much memory as the moments."""
+    """A space's moments, with what reads them where a parameter does. states: name -> parameter, one per model.
+
+    Parameters may have other shapes in other models, but for the space's axis: heads count, too. real: as for `match`,
+    the features of a space that the moments are of, for every model. A metric takes as much memory as the moments.
+
+    >>> from fxzip.infer.spaces import Segment
+    >>> space = FeatureSpace("s0", 2, segments=(Segment("w", 1, np.arange(2), frozenset({"consume"})),))
+    >>> seen = SpaceMoments((2,), 1.0, torch.zeros(2), torch.eye(2))
+    >>> reading(space, seen, [{"w": torch.tensor([[3.0, 0.0], [0.0, 5.0]])}]).metric
+    tensor([[0.5000, 0.0000],
+            [0.0000, 0.5000]], dtype=torch.float64)
+    """
     covariance, blocks = seen.covariance(), []
     for i, state in enumerate(states):
         own = slice(seen.offsets[i], seen.offsets[i + 1])
