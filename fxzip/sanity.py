@@ -22,7 +22,7 @@ FEW = 16  # samples below which correlations say little
 LOW = 0.1  # a mean correlation that no useful match has
 SHARED = 0.05  # share of the result's parameters below which merging saved next to nothing
 SHIFT, SPREAD = 1.0, 4.0  # of data against norm statistics: in deviations, and as a factor of the variance
-LOOK = 256  # samples that are compared with norm statistics
+LOOK = 64  # samples that are compared with norm statistics
 LOSS = 0.1  # of a model's own figure, that a merge may lose without a word
 
 

@@ -26,7 +26,7 @@ from .infer.sampling import sample
 from .rewrite.norms import recompute_statistics
 from .trace import Traced, bind, duplicate, make_plain, rows, state_by_all_names, state_of, trace, unwrap
 from .trace.guards import seeded
-from .trace.precision import double_by_default, doubled
+from .trace.precision import double_by_default, in_double
 from .verification import TOLERANCE, Verification, fires
 
 _CONTROLS = 3  # that are always tried
@@ -74,8 +74,8 @@ def _one_proof(
     traced: Traced, spaces: Spaces, args: tuple, seed: int, samples: int, redrawn: bool = False
 ) -> Verification:
     rng = np.random.default_rng(seed)
-    with seeded(seed, state_of(traced.graph_module).values()), torch.no_grad(), double_by_default():
-        module = doubled(traced.graph_module).eval()
+    quiet = seeded(seed, state_of(traced.graph_module).values())
+    with quiet, torch.no_grad(), double_by_default(), in_double(traced.graph_module) as module:
         first, other = _two_inputs(args, samples)
         if redrawn:
             _redraw(module)

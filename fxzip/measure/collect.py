@@ -68,7 +68,7 @@ def collect_moments(
     if not batches and spaces:
         raise InputError("fxzip.collect: the loader yielded no batch")
     order = [s.name for s in spaces if s.name in sums]
-    return Moments({name: keep(name, sums.pop(name).moments()) for name in order})
+    return Moments({name: keep(name, sums.pop(name).moments(spent=True)) for name in order})
 
 
 def _device(programs: Programs) -> torch.device:

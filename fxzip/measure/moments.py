@@ -50,7 +50,7 @@ class SpaceMoments:
             )
         object.__setattr__(self, "mean", self.mean.double())
         object.__setattr__(self, "second", self.second.double())
-        if not (self.mean.isfinite().all() and self.second.isfinite().all()):
+        if not (finite(self.mean) and finite(self.second)):
             raise InputError("SpaceMoments: NaN or Inf in the moments; check models and data")
 
     @property
@@ -148,11 +148,13 @@ class Accumulator:
             add_gram(self.gram, part, weight)
         self.count += weight * len(rows)
 
-    def moments(self) -> SpaceMoments:
-        """The moments so far, copied. Raises InputError when no row was seen."""
+    def moments(self, spent: bool = False) -> SpaceMoments:
+        """The moments so far, copied; in place of the sums, where these are `spent`. Raises InputError when no row was
+        seen."""
         if not self.count:
             raise InputError("moments: no rows were seen; is the loader empty?")
-        return SpaceMoments(self.sizes, self.count, self.total / self.count, mirrored(self.gram / self.count))
+        second = self.gram.div_(self.count) if spent else self.gram / self.count
+        return SpaceMoments(self.sizes, self.count, self.total / self.count, mirrored(second))
 
 
 def balanced(parts: Sequence[SpaceMoments]) -> SpaceMoments:

@@ -32,6 +32,19 @@ def doubled(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 @contextmanager
+def in_double(graph_module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """`doubled`, in evaluation, whose tensors are freed afterwards: a GraphModule and its graph hold each other, so
+    that twice the model's memory would stay until Python's next collection of cycles."""
+    module = doubled(graph_module).eval()
+    try:
+        yield module
+    finally:
+        for part in module.modules():
+            part._parameters.clear()
+            part._buffers.clear()
+
+
+@contextmanager
 def double_by_default() -> Iterator[None]:
     """torch.float64 for tensors made without a dtype."""
     before = torch.get_default_dtype()
