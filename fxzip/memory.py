@@ -84,16 +84,16 @@ class Store:
             return value
         self.mapped += size
         flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        with tempfile.TemporaryDirectory(prefix="fxzip-") as folder:  # gone at once; the mapping stays until freed
-            path = os.path.join(folder, "values")
-            try:
+        try:
+            with tempfile.TemporaryDirectory(prefix="fxzip-") as folder:  # gone at once; the mapping stays until freed
+                path = os.path.join(folder, "values")
                 _write(path, flat.numpy())
-            except OSError as error:
-                raise InputError(
-                    f"{shown(size)} for which memory has no room cannot be written below {tempfile.gettempdir()!r}:"
-                    f" {error}; TMPDIR names another folder, a larger memory= writes less"
-                ) from error
-            kept = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+                kept = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        except OSError as error:
+            raise InputError(
+                f"{shown(size)} for which memory has no room cannot be written below {tempfile.gettempdir()!r}:"
+                f" {error}; TMPDIR names another folder, a larger memory= writes less"
+            ) from error
         return kept.view(value.dtype).view(value.shape)
 
 

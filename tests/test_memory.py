@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from toys import randomise
 
 import fxzip
 from fxzip import InputError, calibration, passes
 from fxzip.measure.moments import Accumulator
 from fxzip.memory import Store, _write, parsed, shown
+from fxzip.passes import aside
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::fxzip.MergeWarning")
@@ -96,6 +97,44 @@ def test_the_cap_holds(monkeypatch):
     assert most[0] == max(sum(by_name[n] for n in names) for names in job.plan.passes) < job.plan.moments
     assert all(m.second.is_shared() for m in job.moments.values()), "in files"
     assert all(m.merge.is_shared() and m.unmerge.is_shared() for m in job.matchings.values())
+
+
+def stages_until_solve() -> fx.GraphModule:
+    graph = passes.start(nets(), BATCHES, progress=False)
+    for stage in (passes.Infer(), passes.Cut(), passes.Read(), passes.Measure(), passes.Match(), passes.Average()):
+        graph = stage(graph).graph_module
+    return graph
+
+
+def matrices(job: passes.Job) -> list[Tensor]:
+    return [m.second for m in job.moments.values()] + [
+        t for m in job.matchings.values() for t in (m.merge, m.unmerge)
+    ]
+
+
+def test_large_matrices_wait_in_files_while_layers_are_fitted(monkeypatch):
+    """Moments and matchings of wide layers take as much as solve's activations, and nothing reads all of them then."""
+    small, large = stages_until_solve(), stages_until_solve()
+    small = passes.Solve()(small).graph_module
+    assert not any(t.is_shared() for t in matrices(passes.job(small)))
+    monkeypatch.setattr(aside, "LARGE", 0)
+    large = passes.Solve()(large).graph_module
+    pairs = zip(matrices(passes.job(small)), matrices(passes.job(large)), strict=True)
+    assert all(b.is_shared() and torch.equal(a, b) for a, b in pairs)
+    noted = [m for n in large.graph.nodes for m in n.meta["fxzip"]["matchings"].values()]
+    assert noted and all(m.merge.is_shared() for m in noted)
+    a, b = (passes.job(graph).shared for graph in (small, large))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_matrices_stay_in_memory_where_there_is_no_room_for_files(monkeypatch, caplog):
+    monkeypatch.setattr(aside, "LARGE", 0)
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    graph = stages_until_solve()
+    with caplog.at_level(logging.INFO, logger="fxzip"):
+        found = aside.set_aside(graph, passes.job(graph))
+    assert not any(t.is_shared() for t in matrices(found))
+    assert "solve keeps moments and matchings in memory: " in caplog.text and "/nowhere" in caplog.text
 
 
 def test_with_room_for_all_nothing_goes_to_files(runs):

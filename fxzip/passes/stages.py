@@ -21,6 +21,7 @@ from ..prepare import compare, cut_graph, infer_spaces, prove
 from ..repair import Repair, repair_parameters
 from ..solve import Solve as SolveMethod
 from ..solve import solve_parameters
+from .aside import set_aside
 from .job import Job, Stage, job, node_names
 
 log = logging.getLogger("fxzip")
@@ -210,7 +211,7 @@ class Solve(Stage):
     needs: ClassVar = {"batches": "Read", "shared": "Average"}
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
-        p = now.prepared
+        p, now = now.prepared, set_aside(graph, now)
         resized = assemble(p, now.shared, now.heads, now.models, self.heads) if now.widths else None
         settings = replace(self.solve.settings, seed=self.seed)
         found = solve_parameters(

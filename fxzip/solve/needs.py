@@ -15,7 +15,7 @@ from .fit import Settings, wanted_rows
 from .lanes import dynamic_nodes
 from .slots import argument
 
-CHUNK, PIECE = 128, 1 << 26  # samples that run at once, at most, and bytes of one value of theirs, where more than one
+CHUNK, PIECE = 128, 1 << 25  # samples that run at once, at most, and bytes of one value of theirs, where more than one
 _GRAMS, _CROSSES = 3.5, 9  # float64 copies of [p, p] and of [o, p] that a fit has at once, by measurement
 _DESIGNS, _TARGETS = 4, 5  # float32 copies of design rows and of target rows
 
