@@ -116,7 +116,7 @@ def merge(
     graph = passes.start(
         models, loader, call="fxzip.merge", clock=clock, progress=progress, example_inputs=example_inputs,
         device=device, calibration=calibration, needs_data=needs_data or heads == "joint", forward_fn=forward_fn,
-        distributed=distributed, model_weights=model_weights, until=until, since=since, heads=heads,
+        distributed=distributed, model_weights=model_weights, until=until, since=since, heads=heads, copies=False,
     )  # fmt: skip
     stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]
     stages += [passes.Prove(seed, strict=verify != "report")] if verify else []

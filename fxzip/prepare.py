@@ -19,7 +19,7 @@ from .options import shares, wrong_weights
 from .padding import pad
 from .prepared import Clock, Prepared, shared_spaces
 from .rewrite import Partition, Stems, Tails, join, legal, owned, partition, same_outputs, selected, split, unreadable
-from .trace import Traced, bind, compare_sizes, first_rows, state_of, trace
+from .trace import Traced, bind, borrow, compare_sizes, first_rows, state_of, trace
 from .verify import verify_spaces
 
 
@@ -58,11 +58,13 @@ def begin(
     forward_fn: Callable[..., Any] | None = None,
     model_weights: Any = None,
     heads: str = "separate",
+    copies: bool = False,
 ) -> Prepared:
     """Check the call and trace every model. See `fxzip.merge` for arguments.
 
-    until: models that differ only there and behind it are joined, see `rewrite.join`. since: what comes before it is
-    split off, see `rewrite.split`."""
+    copies: of all tensors, for whoever writes to them; otherwise the graphs hold the models' own. until: models that
+    differ only there and behind it are joined, see `rewrite.join`. since: what comes before it is split off, see
+    `rewrite.split`."""
     models, loader, model_weights = apart(models, loader, model_weights)
     checked: Checked = check_merge(
         models,
@@ -77,7 +79,9 @@ def begin(
     where = _device(device, checked.models)
     few = first_rows(checked.example, 2)
     traced = tuple(_traced(t, m, few, forward_fn) for t, m in zip(checked.names, checked.models, strict=True))
-    for t in traced:
+    for t, model in zip(traced, checked.models, strict=True):
+        if not copies:
+            borrow(t.graph_module, model)
         t.graph_module.to(where)
     args = bind(few, signature(traced[0].graph_module.forward))
     args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)

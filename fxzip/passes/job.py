@@ -19,6 +19,7 @@ from ..prepared import Clock, Prepared
 from ..processes import ALONE, Processes
 from ..rewrite import Heads
 from ..solve import Record
+from ..trace import own
 
 JOB = "fxzip.job"
 _LATER: Any = None  # what a later stage makes
@@ -69,12 +70,14 @@ def start(
     clock: Clock | None = None,
     progress: bool = True,
     distributed: Any = False,
+    copies: bool = True,
     **options: Any,
 ) -> fx.GraphModule:
     """Check the call and trace all models: the first one's GraphModule, with its Job.
 
     models, loader, distributed, and of the options example_inputs, device, calibration, heads, since (which needs
-    `Prepend` after `Calibrate`) and forward_fn: as for `merge`.
+    `Prepend` after `Calibrate`) and forward_fn: as for `merge`. copies: of all tensors; False saves the memory of the
+    models once over, and a pass of yours that writes to a tensor writes to a model's then (`EveryModel` copies before).
     Raises InputError and TraceError as `merge` does.
 
     >>> import torch; from fxzip.passes import *
@@ -87,7 +90,7 @@ def start(
     """
     clock = clock or Clock()
     with clock.stage("trace"):
-        prepared = begin(models, loader, call=call, **options)
+        prepared = begin(models, loader, call=call, copies=copies, **options)
     processes = Processes.of(distributed)
     shown = progress and processes.rank == 0
     return give(prepared.graph_modules[0], Job(prepared, prepared.models, clock, shown, processes=processes))
@@ -173,6 +176,7 @@ class EveryModel(PassBase):
         return PassResult(first, True)
 
     def _on(self, module: fx.GraphModule) -> fx.GraphModule:
+        own(module)  # it may be written to
         result = self.each(module)
         result = result.graph_module if isinstance(result, PassResult) else result
         made = module if result is None else result

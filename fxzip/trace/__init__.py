@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .borrow import borrow, own
 from .call import call_signature, counted, tensors_of
 from .compare import alike, compare_graphs, compare_shapes, compare_sizes
 from .execute import overwriting, run
@@ -19,6 +20,7 @@ __all__ = [
     "alike",
     "batch_size",
     "bind",
+    "borrow",
     "call_signature",
     "compare_graphs",
     "compare_shapes",
@@ -32,6 +34,7 @@ __all__ = [
     "make_plain",
     "on_meta",
     "overwriting",
+    "own",
     "plain",
     "plain_batch",
     "rows",
