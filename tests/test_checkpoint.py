@@ -91,6 +91,37 @@ def test_prefixes_go_only_if_that_makes_the_keys_equal():
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
+def test_weights_stay_in_their_file(tmp_path):
+    """What safetensors maps is used as it is, which takes no memory of the process's own."""
+    made = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    save_file(made.state_dict(), tmp_path / "a.safetensors")
+    state, net = read_checkpoint(tmp_path / "a.safetensors"), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    net[0].weight.requires_grad_(False)
+    load_weights(net, state)
+    for name, tensor in net.state_dict().items():
+        assert tensor.data_ptr() == state[name].data_ptr() and torch.equal(tensor, made.state_dict()[name])
+    assert not net[0].weight.requires_grad and net[0].bias.requires_grad
+    with torch.no_grad():
+        net[0].weight.add_(1)
+    again = read_checkpoint(tmp_path / "a.safetensors")["0.weight"]
+    assert torch.equal(again, made[0].weight), "the file is as it was"
+
+
+def test_weights_are_copied_where_they_do_not_fit_as_they_are():
+    state = {k: v.clone() for k, v in nn.Linear(4, 4, bias=False).state_dict().items()}
+    wide = nn.Linear(4, 4, bias=False).double()
+    load_weights(wide, state)
+    assert wide.weight.dtype == torch.float64 and torch.equal(wide.weight.float(), state["weight"])
+    tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    tied[1].weight = tied[0].weight
+    one = {"0.weight": state["weight"], "1.weight": state["weight"].clone()}
+    load_weights(tied, one)
+    assert tied[1].weight is tied[0].weight and tied[0].weight.data_ptr() not in {t.data_ptr() for t in one.values()}
+    untied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    load_weights(untied, {"0.weight": state["weight"], "1.weight": state["weight"]})
+    assert untied[0].weight.data_ptr() != untied[1].weight.data_ptr(), "two parameters, of which one may be trained"
+
+
 # ------------------------------------------------------------------------------------------------- the folder
 
 

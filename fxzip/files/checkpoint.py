@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..trace import state_by_all_names
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put the weights
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
@@ -52,9 +53,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str = "weights") -> None:
-    """Copy `state` into `model`: all keys and all shapes must agree, or nothing is copied.
+    """Put `state` into `model`: all keys and all shapes must agree, or nothing is changed.
 
-    The prefixes "module." and "_orig_mod." are stripped if, and only if, that makes the keys equal.
+    Its tensors become the model's own where dtypes agree and none of them is there twice: those of a safetensors file
+    stay in the file, of which the system reads what is used and drops what it needs room for. Otherwise values are
+    copied. The prefixes "module." and "_orig_mod." are stripped if, and only if, that makes the keys equal.
     what: for messages. Raises InputError that lists the keys that differ.
 
     >>> load_weights(model := nn.Linear(2, 1), {"module.weight": torch.ones(1, 2), "module.bias": torch.zeros(1)})
@@ -75,7 +78,15 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str = "wei
     problems += [_few(shapes)] if shapes else []
     if problems:
         raise InputError(f"{what} does not fit the model: it " + "; ".join(problems))
-    model.load_state_dict(dict(state))
+    model.load_state_dict(dict(state), assign=_fit_as_they_are(model, state))
+
+
+def _fit_as_they_are(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether a model can hold these tensors themselves: of its dtypes and devices, and none tied to another."""
+    own = state_by_all_names(model)
+    apart = len({id(t) for t in own.values()}) == len(own)
+    apart = apart and len({t.data_ptr() for t in state.values()}) == len(state)
+    return apart and all((own[n].dtype, own[n].device) == (t.dtype, t.device) for n, t in state.items() if n in own)
 
 
 def stripped(state: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> Mapping[str, Tensor]:
