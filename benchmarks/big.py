@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/big.py --only vit_large_patch16_224 --memory 1GB
     OMP_NUM_THREADS=1 python benchmarks/big.py --only resnet18 --memory none 400MB --check
 
-Two networks with random weights, random inputs: neither changes the work, and the merge is worth nothing. Each merge is
-a process of its own. Memory is what /proc/self/status says, every 5 ms: "private" (RssAnon) has to be in memory,
-"mapped" (RssFile) are pages of files, temporary ones too, that the system takes back when it needs room. Both are
-counted from when models and inputs are there. Linux only. --check compares the results of all caps, bit for bit.
+Two networks with random weights, random inputs: neither changes the work, and the merge is worth nothing. The weights
+lie in safetensors files, as large checkpoints do, and are read from there as they are used. Each merge is a process of
+its own. Memory is what /proc/self/status says, every 5 ms: "private" (RssAnon) has to be in memory, "mapped" (RssFile)
+are pages of files, temporary ones too, that the system takes back when it needs room. Both are counted from when models
+and inputs are there. Linux only. --check compares the results of all caps, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ from typing import Any
 
 import torch
 from common import machine
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fxzip
 from fxzip import passes
+from fxzip.allocator import trim
+from fxzip.files.checkpoint import load_weights, read_checkpoint
 from fxzip.match import resolve
 from fxzip.measure.moments import SpaceMoments
 from fxzip.memory import parsed, shown
@@ -117,15 +121,23 @@ class Watch:
         self.stage = ""
 
 
+def from_file(make: Callable[[], nn.Module], seed: int, folder: Path) -> nn.Module:
+    """A network whose weights are in a file there; nothing of it is in memory yet."""
+    torch.manual_seed(seed)
+    path, model = folder / f"{seed}.safetensors", make().eval()
+    save_file(model.state_dict(), path)
+    load_weights(model, read_checkpoint(path))
+    trim()
+    return model
+
+
 def merge(
     name: str, method: str, memory: str | None, samples: int, batch: int, verify: bool, until: str | None
 ) -> dict[str, Any]:
     """One merge, stage by stage, as `fxzip.merge` does it."""
     make, draw = SHAPES[name]
-    models = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        models.append(make().eval())
+    folder = tempfile.TemporaryDirectory()
+    models = [from_file(make, seed, Path(folder.name)) for seed in range(2)]
     torch.manual_seed(9)
     loader = [draw(batch) for _ in range(samples // batch)]
     watch, rows = Watch(), []
@@ -139,7 +151,7 @@ def merge(
 
     repair, solver, matcher = choose(method, None, models, wrong := [])
     assert not wrong and repair is None, wrong or "big.py: no repair"
-    graph = measured("Trace", lambda: passes.start(models, loader, progress=False))
+    graph = measured("Trace", lambda: passes.start(models, loader, progress=False, copies=False))
     stages = [passes.Infer(), passes.Cut(until), *([passes.Prove()] if verify else []), passes.Read()]
     stages += [passes.Cap(memory or "1000TB", matcher, solver), passes.Measure(), passes.Match(matcher)]
     stages += [passes.Average(), *([passes.Solve(solver)] if solver else []), passes.Build(), passes.Calibrate()]
@@ -158,7 +170,7 @@ def merge(
         "name": name + (f" until {until}" if until else ""), "method": method, "memory": memory, "rows": rows,
         "plan": str(plan), "passes": len(plan.passes),
         "parameters": sum(p.numel() for p in models[0].parameters()), "models": plan.models, "inputs": plan.inputs,
-        "result": result, "cap": parsed(memory), "sha256": found.hexdigest(),
+        "result": result, "cap": parsed(memory), "sha256": found.hexdigest(), "base": watch.base[0],
     }  # fmt: skip
 
 
@@ -192,6 +204,9 @@ def text(found: Mapping[str, Any]) -> str:
         *(f"| {s} | {c:.1f} | {p / 1e6:,.0f} MB | {h / 1e6:,.0f} MB | {m / 1e6:,.0f} MB |"
           for s, c, p, m, h in found["rows"]),
         f"| **Measure to Solve, beyond Read's and the result** | | **{beyond / 1e6:,.0f} MB** | | |",
+        "",
+        f"At most {(found['base'] + max(r[2] for r in found['rows'])) / 1e9:.1f} GB of private memory in all, libraries"
+        f" and the result among them; {sum(r[1] for r in found['rows']):,.0f} s of CPU.",
     ]
     return "\n".join([*lines, "", "```", found["plan"], "```", ""])
 
