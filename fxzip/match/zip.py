@@ -99,6 +99,7 @@ def _round(
     alpha raises what it scales."""
     found: list[tuple[int, int]] = []
     free, floor, bound = np.arange(len(c)), 0.0, None
+    i, j, open_ = free[:0], free[:0], np.ones(len(c), bool)
     while True:
         before = len(found)
         pairs, values, above = _pairs_above(c if bound is None else c[free].take(free, 1), floor)
@@ -108,8 +109,9 @@ def _round(
         spent = _take(zip(*free[pairs].tolist(), strict=True), origin, budget, most, found)
         if bound is None or spent is not None or len(found) in (before, most):
             return found, spent
-        i, j = np.array(found).T
-        free = np.delete(np.arange(len(c)), [i, j])
+        new = np.array(found[before:])
+        open_[new] = False
+        i, j, free = np.append(i, new[:, 0]), np.append(j, new[:, 1]), np.flatnonzero(open_)
         if above <= floor:
             rows = c[free]
             floor = alpha * max(floor, bound, float(np.minimum(rows.take(i, 1), rows.take(j, 1)).max(initial=0.0)))
@@ -160,9 +162,10 @@ def _joined(c: np.ndarray, pairs: Sequence[tuple[int, int]], alpha: float) -> tu
     made = np.empty((len(kept), len(kept)))
     for start in range(0, len(kept), BLOCK):  # what is at work stays in the cache
         part = slice(start, start + BLOCK)
-        rows = np.minimum(c[kept[part]], c[other[part]])
-        rows *= scale[part, None]
+        rows = c.take(kept[part], 0)
+        np.minimum(rows, c.take(other[part], 0), out=rows)
         np.minimum(rows.take(kept, 1), rows.take(other, 1), out=made[part])
+        made[part] *= scale[part, None]
         made[part] *= scale
     np.fill_diagonal(made, -np.inf)
     return made, kept
