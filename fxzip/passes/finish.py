@@ -38,7 +38,7 @@ class Build(Stage):
                 node.meta["fxzip"] = {k: v for k, v in node.meta["fxzip"].items() if k != "matchings"}
         widths = {s: (m.sizes[0], m.width) for s, m in now.matchings.items()}
         resize(zipped, rows(now.prepared.args, 1), widths)
-        return zipped, replace(now, built=True)
+        return zipped, replace(now, built=True, shared={})  # the graph has its own
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def trace(
         how = replace(how, resizable=len(expected) > 1)
         failures = []
         for rung in RUNGS:
-            traced_copy = _copy(model)
+            traced_copy = _copy(model, reference)
             try:
                 with symbolic_lengths(traced_copy, forward_fn):
                     graph_module = rung(traced_copy, how)
@@ -158,9 +158,17 @@ def _arguments(example: Any, signature: inspect.Signature, concrete: Mapping[str
     return tuple(args), fixed
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module, lender: nn.Module | None = None) -> nn.Module:
+    """A deep copy in eval mode. lender: an equal copy that has run and has not written to its parameters: they are in
+    memory once for both."""
+    lent = dict(lender.named_parameters()) if lender else {}
+    memo = {
+        id(p): nn.Parameter(lent[n].detach(), p.requires_grad)
+        for n, p in model.named_parameters()
+        if n in lent and type(p) is type(lent[n]) is nn.Parameter and lent[n].shape == p.shape
+    }
     try:
-        duplicate = copy.deepcopy(model).eval()
+        duplicate = copy.deepcopy(model, memo).eval()
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} cannot be deep-copied: {type(error).__name__}: {error}"
