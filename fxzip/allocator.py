@@ -11,7 +11,14 @@ _TRIM, _MAP_FROM, _MAPS = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MM
 _KEEP = {_MAPS: 0, _TRIM: -1}
 # What glibc sets for itself once a block of 32 MB was freed, the most that it goes up to: as it would be afterwards.
 _USUAL = {_MAPS: 65_536, _MAP_FROM: 32 << 20, _TRIM: 64 << 20}
+GAPS = 1 << 29  # bytes that may be free while memory is `retained`
 _lock, _inside = Lock(), 0
+
+
+class _Info(ctypes.Structure):
+    """`struct mallinfo2` of malloc.h; fordblks: bytes that are free in the heap."""
+
+    _fields_ = [(f"_{k}", ctypes.c_size_t) for k in range(8)] + [(n, ctypes.c_size_t) for n in ("fordblks", "keepcost")]
 
 
 @contextmanager
@@ -45,6 +52,19 @@ def trim() -> None:
     """Give what is free back to the system, gaps between what is kept as well, unless it is `retained`."""
     if not _inside and (give_back := getattr(_libc(), "malloc_trim", None)):
         give_back(0)
+
+
+def relieve() -> None:
+    """`trim`, and while memory is `retained` where gaps between what is kept have become more than GAPS: values of many
+    sizes come and go, and what fits into no gap is new memory."""
+    if not _inside:
+        return trim()
+    count = getattr(_libc(), "mallinfo2", None)
+    if count is None:  # glibc before 2.33
+        return
+    count.restype = _Info
+    if count().fordblks > GAPS:
+        _libc().malloc_trim(0)  # type: ignore[union-attr]
 
 
 def _set(options: dict[int, int]) -> None:

@@ -83,7 +83,9 @@ class Store:
             self.most = max(self.most, self.held)
             return value
         self.mapped += size
-        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        order = sorted(range(value.dim()), key=lambda d: -value.stride(d))  # as it lies, which kernels round by
+        laid = value.detach().permute(order)
+        flat = laid.cpu().contiguous().reshape(-1).view(torch.uint8)
         try:
             with tempfile.TemporaryDirectory(prefix="fxzip-") as folder:  # gone at once; the mapping stays until freed
                 path = os.path.join(folder, "values")
@@ -94,7 +96,7 @@ class Store:
                 f"{shown(size)} for which memory has no room cannot be written below {tempfile.gettempdir()!r}:"
                 f" {error}; TMPDIR names another folder, a larger memory= writes less"
             ) from error
-        return kept.view(value.dtype).view(value.shape)
+        return kept.view(value.dtype).view(laid.shape).permute([order.index(d) for d in range(len(order))])
 
 
 def _write(path: str, data: np.ndarray) -> None:

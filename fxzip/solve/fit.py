@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..allocator import trim
+from ..allocator import relieve
 from ..errors import InputError
 from ..infer import Spaces
 from ..match import Matching
@@ -127,7 +127,7 @@ def solve_point(
             kept.append(point.lane.store.keep((x, target, _single(rows.y(full)))))
     gram.reduce(chunks.processes)
     start = _start(point, design, weight, bias, groups, intercept)
-    trim()  # under a cap, rows and values that went make room for what takes most
+    relieve()  # rows and values that went make room for what takes most
     if bend is None:
         fit = ridge(gram, start, settings.lam)
     else:

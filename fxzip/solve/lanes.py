@@ -2,7 +2,8 @@
 
 A lane holds parameters and the values of one network on all calibration samples, chunk by chunk, keyed
 by the node names of the analysed graph. Values are freed after their last reader; beyond the memory cap they
-are mapped to temporary files, which change nothing but the time.
+are mapped to temporary files, which change nothing but the time. What is made of a value for next to nothing (views,
+parts of a tuple, batch norms) is not kept beside it but made whenever it is read.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
+from ..allocator import relieve
 from ..memory import Store
 from ..processes import ALONE, Processes
 from ..trace import Lowered, overwriting
@@ -55,6 +57,8 @@ class Lane:
     absorbed: frozenset[str] = frozenset()  # spaces that heads read in merged coordinates
     fallback: Callable[[str, int], Any] | None = None  # values that another lane computes
     share: float = 1.0
+    passing: Mapping[str, str] = field(default_factory=dict)  # see `passing.py`
+    ready: set[str] = field(default_factory=set)  # those of them whose operand is there
     _static: dict[fx.Node, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,6 +102,10 @@ class Lane:
         if name in self.values:
             held = self.values[name][chunk]
             return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, held)
+        if name in self.ready:
+            source = self.passing[name]
+            read = lambda n: self.value(source, chunk) if self.names.get(n) == source else self.static(n)  # noqa: E731
+            return self.apply(self.nodes[name], read)
         assert self.fallback is not None, name
         return self.fallback(name, chunk)
 
@@ -109,20 +117,27 @@ class Lane:
     def compute(self, name: str, chunks: int, dynamic: Mapping[str, Any], spent: Collection[str] = ()) -> None:
         """Values of one node on all chunks. spent: names of operands that nobody else will read in this lane; they are
         forgotten chunk by chunk, or written over, so that what comes next finds their memory at hand."""
-        if name in self.values:
+        if self.has(name):
+            return
+        if name in self.passing:
+            self.ready.add(name)
             return
         node, made = self.nodes[name], []
         left = {o: list(self.values[o]) for o in spent if o in self.values}
         self.values |= left
         first = self.names.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        fresh = first in self.ready and self.passing[first] in self.ready  # the result of a norm, made just now
         for j in range(chunks):
+            known: dict[fx.Node, Any] = {}
 
-            def read(n: fx.Node, j: int = j) -> Any:
-                return self.operand(n, j, dynamic)
+            def read(n: fx.Node, j: int = j, known: dict[fx.Node, Any] = known) -> Any:
+                if n not in known:
+                    known[n] = self.operand(n, j, dynamic)
+                return known[n]
 
-            target = overwriting(node, read) if first in left else node.target
+            target = overwriting(node, read) if first in left or fresh else node.target
             value = self.apply(node, read, target)
-            if over := target is not node.target:
+            if over := target is not node.target and first in left:
                 made.append(value)  # where its operand was
             else:
                 made.append(self.store.keep(value))
@@ -130,6 +145,15 @@ class Lane:
                 self.store.held -= 0 if over and operand == first else _size(chunks_of[j])
                 chunks_of[j] = None
         self.values[name] = made
+        relieve()
+
+    def has(self, name: str) -> bool:
+        """Whether the values of a node are there, or at hand."""
+        return name in self.values or name in self.ready
+
+    def forget(self, name: str) -> None:
+        self.values.pop(name, None)
+        self.ready.discard(name)
 
 
 def dynamic_nodes(lowered: Lowered) -> dict[str, fx.Node]:

@@ -26,6 +26,7 @@ from .design import design_of
 from .fit import Point, Settings, mixable, parts_of, solve_point
 from .lanes import Chunks, Lane, dynamic_nodes, nbytes
 from .norms import NORMS, solve_norm
+from .passing import passing_nodes, readers
 from .slots import argument
 
 
@@ -60,6 +61,10 @@ class Pass:
         self.dynamic = dynamic_nodes(self.spaces.lowered)
         self.shared_names = frozenset(self.dynamic) - self.is_private
         self.lanes = [*self.parents, self.merged, *self.private]
+        self.passing = passing_nodes(self.dynamic)
+        self.readers = {name: readers(name, self.dynamic, self.passing) for name in self.dynamic}
+        for lane in self.lanes:
+            lane.passing = self.passing
         self.store = self.merged.store
         self.generator = torch.Generator().manual_seed(self.settings.seed)
         self.done: set[str] = set()
@@ -146,11 +151,7 @@ class Pass:
         """The values of a node. An operand is spent if all its readers have their values: a fit that aims at it was
         made before they were computed."""
         there = self.done | lane.values.keys() | {name}
-        spent = [
-            o.name
-            for o in self.dynamic[name].all_input_nodes
-            if all(u.name in there for u in o.users if u.name in self.dynamic)
-        ]
+        spent = [o for o in self._read_by(name) if self.readers[o] <= there]
         lane.compute(name, self.chunks.own, self.dynamic, spent)
 
     def _parents(self, model: int | None) -> Sequence[Lane]:
@@ -196,7 +197,12 @@ class Pass:
 
     def _free(self, node: fx.Node) -> None:
         """Forget the operands that no node will read any more."""
-        for operand in node.all_input_nodes:
-            if all(u.name in self.done for u in operand.users if u.name in self.dynamic):
+        for operand in self._read_by(node.name):
+            if self.readers[operand] <= self.done:
                 for lane in self.lanes:
-                    lane.values.pop(operand.name, None)
+                    lane.forget(operand)
+
+    def _read_by(self, name: str) -> list[str]:
+        """Names of the values that a node reads, of those that are passed on to it as well."""
+        found = [i.name for i in self.dynamic[name].all_input_nodes if i.name in self.dynamic]
+        return found + [o for i in found if i in self.passing for o in self._read_by(i)]
