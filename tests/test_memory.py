@@ -238,6 +238,16 @@ def test_the_store_gives_back_what_it_got(value: Tensor):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a limit of the size of files")
+def test_what_goes_to_a_file_lies_there_as_it_did_in_memory():
+    """Kernels choose their way, and so their rounding, by strides: a cap may not change them."""
+    value = torch.randn(2, 3, 4, 5)
+    for laid in (value, value.permute(0, 2, 3, 1), value.mT, value.to(memory_format=torch.channels_last), value[:, 1:]):
+        kept = Store(0).keep(laid)
+        assert torch.equal(kept, laid) and kept.is_shared()
+        dense = laid.is_contiguous() or laid.numel() == value.numel()
+        assert kept.stride() == (laid.stride() if dense else laid.contiguous().stride())
+
+
 def test_a_full_disk_is_an_error_and_not_a_crash():
     import resource
 

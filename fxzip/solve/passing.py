@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from .affine import BATCH_NORMS, MOVES, packet
+from .affine import BATCH_NORMS, packet
 from .slots import argument
 
 
@@ -20,11 +20,18 @@ def passing_nodes(dynamic: Mapping[str, fx.Node]) -> dict[str, str]:
     found = {}
     for name, node in dynamic.items():
         operands = [i.name for i in node.all_input_nodes if i.name in dynamic]
-        cheap = node.target is operator.getitem or packet(node) in MOVES
+        cheap = node.target is operator.getitem or _views(node)
         cheap = cheap or (packet(node) in BATCH_NORMS and not argument(node, "training"))
         if node.op == "call_function" and len(operands) == 1 and cheap:
             found[name] = operands[0]
     return found
+
+
+def _views(node: fx.Node) -> bool:
+    """Whether an op gives memory of its operand, by its schema. Kept in a file its values would lie otherwise, and
+    kernels round by that."""
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def readers(name: str, dynamic: Mapping[str, fx.Node], passing: Mapping[str, str]) -> set[str]:
