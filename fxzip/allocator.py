@@ -11,7 +11,7 @@ _TRIM, _MAP_FROM, _MAPS = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MM
 _KEEP = {_MAPS: 0, _TRIM: -1}
 # What glibc sets for itself once a block of 32 MB was freed, the most that it goes up to: as it would be afterwards.
 _USUAL = {_MAPS: 65_536, _MAP_FROM: 32 << 20, _TRIM: 64 << 20}
-GAPS = 1 << 30  # bytes that may be free while memory is `retained`
+GAPS = 1 << 31  # bytes that may be free while memory is `retained`
 _lock, _inside = Lock(), 0
 
 
