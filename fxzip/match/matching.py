@@ -144,6 +144,7 @@ class Affinity:
         return Affinity(tuple(len(f) for f in features), self.values[np.ix_(index, index)])
 
 
+TILE = 256  # rows of a matrix that are looked through at once
 TIE, NEAR = 1e-5, 0.999  # `similarity` breaks ties among correlations above NEAR, by at most TIE
 Correspondence = Literal["identity", "permutation", "free"]
 Evidence = SpaceMoments | Affinity
@@ -183,8 +184,9 @@ def similarity(moments: Evidence) -> np.ndarray:
     if isinstance(moments, Affinity):
         return moments.values
     result = moments.correlation().cpu().numpy()
-    near = np.nonzero(result > NEAR)
-    result[near] -= TIE * _unlike(moments, *near)
+    for start in range(0, len(result), TILE):  # where most are, their indices would take more than the matrix
+        rows, columns = np.nonzero(result[start : start + TILE] > NEAR)
+        result[rows + start, columns] -= TIE * _unlike(moments, rows + start, columns)
     dead = np.flatnonzero(moments.dead.cpu().numpy())
     value = moments.mean.cpu().numpy()[dead]
     model = model_of(moments.sizes)[dead]

@@ -27,6 +27,7 @@ from .inputs import batch_size, bind, describe, faking, on_meta, rows, to_meta
 from .lengths import symbolic_lengths
 from .lines import FXZIP_ROOT, TORCH_ROOT, user_line
 from .plain import plain
+from .state import empty
 from .symbolic import frozen_functionals, symbolic
 
 # Tried in order; each is rung(model, call) -> GraphModule and may raise anything.
@@ -108,6 +109,7 @@ def trace(
                 failures.append(f"  {rung.__name__}: {_reason(error, traced_copy)}")
                 continue
             more = (*more, EVAL_ONLY) if rung is exported else (*more, *_frozen(graph_module))
+            empty(reference)
             return Traced(graph_module, rung.__name__, (*notices, *more))
         _refuse_random(call, name, *expected[0])
     raise TraceError("\n".join([f"{name} could not be traced", *failures, _WAYS_OUT]))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .state import empty
+
 _COMPLEX = {torch.complex32: torch.complex128, torch.complex64: torch.complex128}
 _METHODS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "cdouble", "chalf": "cdouble"}
 
@@ -39,9 +41,7 @@ def in_double(graph_module: fx.GraphModule) -> Iterator[fx.GraphModule]:
     try:
         yield module
     finally:
-        for part in module.modules():
-            part._parameters.clear()
-            part._buffers.clear()
+        empty(module)
 
 
 @contextmanager

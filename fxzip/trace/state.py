@@ -23,3 +23,11 @@ def state_by_all_names(module: nn.Module) -> dict[str, Tensor]:
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
+
+
+def empty(module: nn.Module) -> None:
+    """Take all tensors out of a module that is done with: modules that hold each other, as a GraphModule and its graph
+    do, would keep theirs until Python's next collection of cycles."""
+    for part in module.modules():
+        part._parameters.clear()
+        part._buffers.clear()
