@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -124,3 +125,34 @@ def test_a_users_pass_writes_to_copies():
         with unchanged(models):
             graph = passes.start(models, [X], progress=False, copies=copies)
             PassManager([passes.EveryModel(negative)])(graph)
+
+
+class Cyclic(nn.Module):
+    """Modules that know each other, as those of transformers do: nothing of them is freed by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 97), nn.Linear(97, 3)
+        self.above = [self]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.body(x)))
+
+
+def test_tracing_leaves_one_copy_behind_and_borrowing_none():
+    model = Cyclic().eval()
+
+    def copies() -> int:
+        found = [t for t in gc.get_objects() if type(t) is nn.Parameter and t.shape == (97, 6)]
+        return len({t.data_ptr() for t in found}) - 1
+
+    gc.collect()
+    gc.disable()
+    try:
+        graph = trace(model, X[:2]).graph_module
+        assert copies() == 1
+        borrow(graph, model)
+        assert copies() == 0
+    finally:
+        gc.enable()
+    assert torch.equal(graph(X), model(X))
