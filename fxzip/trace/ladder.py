@@ -107,9 +107,11 @@ def trace(
                 _agree(graph_module, expected)
             except Exception as error:
                 failures.append(f"  {rung.__name__}: {_reason(error, traced_copy)}")
+                empty(traced_copy)
                 continue
             more = (*more, EVAL_ONLY) if rung is exported else (*more, *_frozen(graph_module))
             empty(reference)
+            empty(traced_copy, graph_module)
             return Traced(graph_module, rung.__name__, (*notices, *more))
         _refuse_random(call, name, *expected[0])
     raise TraceError("\n".join([f"{name} could not be traced", *failures, _WAYS_OUT]))

@@ -25,9 +25,11 @@ def state_by_all_names(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def empty(module: nn.Module) -> None:
-    """Take all tensors out of a module that is done with: modules that hold each other, as a GraphModule and its graph
-    do, would keep theirs until Python's next collection of cycles."""
+def empty(module: nn.Module, but: nn.Module | None = None) -> None:
+    """Take all tensors out of a module that is done with, but not out of parts that are `but`'s, too: modules that hold
+    each other, as a GraphModule and its graph do, would keep theirs until Python's next collection of cycles."""
+    kept = {id(part) for part in but.modules()} if but else set()
     for part in module.modules():
-        part._parameters.clear()
-        part._buffers.clear()
+        if id(part) not in kept:
+            part._parameters.clear()
+            part._buffers.clear()
