@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from fxzip.allocator import retained
+from fxzip import allocator
+from fxzip.allocator import relieve, retained
 
 SIZE = 48 << 20  # bytes: more than glibc keeps by itself
 PAGES = SIZE // resource.getpagesize()
@@ -45,3 +46,16 @@ def test_an_error_ends_it_too():
     with pytest.raises(ZeroDivisionError), retained():
         _ = 1 / 0
     assert faults() > PAGES / 2
+
+
+def test_gaps_are_given_back_only_where_they_are_large(monkeypatch):
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("glibc before 2.33 does not say what is free")
+    with retained():
+        for _ in range(20):  # until a gap is there that fits
+            faults()
+        relieve()
+        assert min(faults() for _ in range(5)) < PAGES / 2, "less than GAPS"
+        monkeypatch.setattr(allocator, "GAPS", SIZE // 2)
+        relieve()
+        assert faults() > PAGES / 2

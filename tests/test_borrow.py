@@ -124,7 +124,9 @@ def test_a_users_pass_writes_to_copies():
     for copies in (True, False):
         with unchanged(models):
             graph = passes.start(models, [X], progress=False, copies=copies)
-            PassManager([passes.EveryModel(negative)])(graph)
+            found = PassManager([passes.EveryModel(negative)])(graph).graph_module
+        for model, written in zip(models, passes.job(found).prepared.graph_modules, strict=True):
+            assert torch.equal(written.get_parameter("head.weight"), -model.head.weight)
 
 
 class Cyclic(nn.Module):
