@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,12 @@ from .affine import MOVES, Link, packet, undo
 from .design import Design, design_of, pick
 from .lanes import Chunks, Lane
 from .mixing import Mixer, mixer
-from .refine import refine
+from .refine import Kept, refine
 from .ridge import Gram, ridge
 from .slots import Slot, argument, arguments
 
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+_BLOCK = 2_048  # design rows that are multiplied at once, where there are so many: sums in float64 cost per block
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Settings:
     lam: float = 1e-3
     rows: int = 10
     least: int = 32_768
-    sweeps: int = 4
+    sweeps: int = 3
     memory: float = 1e9
     seed: int = 0
     feedback: bool = True
@@ -104,7 +105,6 @@ def solve_point(
     assert design is not None
     intercept = bias is not None or any(k.kind == "norm" for k in point.links)
     groups = int(argument(node, "groups") or 1)
-    gram, kept = Gram(), []
     bend = _nonlinearity(point, dynamic) if settings.sweeps else None
 
     def values(j: int) -> dict[str, Any]:
@@ -113,18 +113,23 @@ def solve_point(
     matrix = design.matrix(point.lane.static(argument(node, design.weight)), groups)
     count = wanted_rows(settings, len(matrix), matrix.shape[-1]) // chunks.total + 1
     others = design.rows(values(0), 1, torch.Generator()).of if chunks.own < chunks.total else 0
-    for j in chunks:
-        if j is None:  # draw as the rank that has it does: all chunks have one shape
-            pick(others, count, generator, torch.device("cpu"))
-            continue
-        given = values(j)
-        rows = design.rows(given, count, generator)
-        wanted, full = _target(point, mix, j, dynamic)
-        x, target = _single(rows.x), _single(rows.y(wanted))
-        x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], -1) if intercept else x
+
+    def drawn() -> Iterator[Kept]:
+        for j in chunks:
+            if j is None:  # draw as the rank that has it does: all chunks have one shape
+                pick(others, count, generator, torch.device("cpu"))
+                continue
+            rows = design.rows(values(j), count, generator)
+            wanted, full = _target(point, mix, j, dynamic)
+            x, target = _single(rows.x), _single(rows.y(wanted))
+            x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], -1) if intercept else x
+            yield x, target, target if bend is None else _single(rows.y(full))
+
+    gram, kept = Gram(), []
+    for x, target, full in _joined(drawn()):
         gram.add(x, target)
         if bend is not None:
-            kept.append(point.lane.store.keep((x, target, _single(rows.y(full)))))
+            kept.append(point.lane.store.keep((x, target, full)))
     gram.reduce(chunks.processes)
     start = _start(point, design, weight, bias, groups, intercept)
     relieve()  # rows and values that went make room for what takes most
@@ -134,6 +139,18 @@ def solve_point(
         fit = refine(gram, start, settings.lam, settings.sweeps, kept, bend, chunks.processes)
     _write(point, design, weight, bias, fit.weights, gram, intercept)
     return fit.before, fit.after
+
+
+def _joined(rows: Iterable[Kept]) -> Iterator[Kept]:
+    """The same rows, at least `_BLOCK` at a time as long as there are so many."""
+    block: list[Kept] = []
+    for part in rows:
+        block.append(part)
+        if sum(len(x) for x, _, _ in block) >= _BLOCK:
+            yield block[0] if len(block) == 1 else tuple(map(torch.cat, zip(*block, strict=True)))  # type: ignore[misc]
+            block.clear()
+    if block:
+        yield tuple(map(torch.cat, zip(*block, strict=True)))  # type: ignore[misc]
 
 
 def _single(x: Tensor) -> Tensor:
