@@ -1,9 +1,11 @@
 """Choosing features: the swept matrix against its definition, exchanges against brute force, the metric of readers."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -59,6 +61,30 @@ def test_each_step_keeps_the_feature_that_explains_most(seed):
         rest = [j for j in range(14) if j not in chosen]
         chosen.append(min(rest, key=lambda j: unexplained(covariance, metric, [*chosen, j])[0]))
     assert Elimination(covariance, metric).fill(6) == chosen
+
+
+def test_a_metric_in_blocks_is_the_metric():
+    covariance, _ = problem(14, 0)
+    blocks = [problem(n, seed)[1] for seed, n in enumerate((5, 8, 1))]
+    whole, parted = (Elimination(covariance, m) for m in (scipy.linalg.block_diag(*blocks), blocks))
+    for search in (whole, parted):
+        search.fill(6, 2)
+        search.exchange(2)
+    assert whole.kept == parted.kept and len(whole.kept) == 6
+    np.testing.assert_allclose(parted.power, whole.power)
+
+
+def test_select_takes_a_metric_across_models_whole():
+    """`Read` says that there is none, but who makes one of their own is not given another."""
+    covariance, metric = problem(8, 1)
+    moments = Read((4, 4), 100.0, torch.zeros(8).double(), torch.from_numpy(covariance), torch.from_numpy(metric))
+    apart = replace(moments, metric=torch.block_diag(moments.metric[:4, :4], moments.metric[4:, 4:]))
+    assert [len(Select()._metric(m)) for m in (moments, apart)] == [1, 2]
+    for seen, made in ((moments, Select()._metric(moments)), (apart, Select()._metric(apart))):
+        scale = seen.covariance().diagonal().sqrt().numpy()
+        cost = float((seen.metric * seen.covariance()).sum())
+        wanted = 0.7 / cost * seen.metric.numpy() * np.outer(scale, scale) + 0.3 / 8 * np.eye(8)
+        np.testing.assert_allclose(scipy.linalg.block_diag(*made), wanted)
 
 
 def test_exchanges_mend_what_greed_got_wrong():

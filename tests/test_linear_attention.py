@@ -106,3 +106,18 @@ def test_what_is_normalised_over_one_axis_is_noted_for_the_space_on_it():
     """Both spaces are under the softmax: what only permutations commute with must not get lost on [heads, d, e]."""
     spaces = fxzip.inspect(made("across"), batches()[0][:1])
     assert all("softmax" in s.nonlinear for s in spaces if s.structure == f"{HEADS} x {DIM}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_too_large_to_be_joined_are_cut(kind, monkeypatch):
+    """Heads have one order of their features then, all of them; what is left is sound."""
+    monkeypatch.setattr("fxzip.infer.relations._JOINT", HEADS * DIM)
+    net = made(kind)
+    spaces = fxzip.inspect(net, batches()[0][:1])
+    assert {s.size for s in spaces if not s.segments} == {HEADS, DIM}
+    assert all(s.structure == f"{HEADS * DIM} x 1" for s in spaces if s.size == HEADS * DIM)
+    assert fxzip.verify(net, batches()[0][:2]).ok
+    other = fxzip.scramble(net, batches()[0][:2])
+    zipped = fxzip.merge([net, other], batches(), method="permute", progress=False)
+    for out in outputs(zipped, batches()[0]):
+        assert far(out, outputs(net, batches()[0])) < 1e-4

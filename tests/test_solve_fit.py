@@ -243,7 +243,7 @@ def test_the_function_behind_a_layer_is_looked_through(make):
     x, t, full, start = problem(nets, zipped)
     gram = Gram()
     gram.add(x, t)
-    fit = refine(gram, start, LAM, 3, [(x, t, full)], torch.relu)
+    fit = refine(gram, start, LAM, 3, [(x, t, full)], torch.relu, each=len(x) // 2)
     torch.testing.assert_close(found(nets[0], zipped), fit.weights.flatten(0, 1), atol=5e-4, rtol=5e-4)
     row = next(r for r in fxzip.report(zipped).layers if r.node == "layer")
     assert (row.before, row.after) == pytest.approx((fit.before, fit.after), rel=1e-3)

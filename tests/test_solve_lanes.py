@@ -164,6 +164,18 @@ def test_every_chunk_is_in_one_rank(total):
     assert [Chunks(total, Processes(r, 2)).own for r in range(2)] == [(total + 1) // 2, total // 2]
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_chunks_that_belong_together_are_one_ranks(world):
+    """And what is summed in one go ends with them, whatever the number of ranks."""
+    ranks = [Chunks(7, Processes(r, world), together=3) for r in range(world)]
+    owners = [[r for r, of in enumerate(ranks) if of.mine(k)] for k in range(7)]
+    assert owners == [[k // 3 % world] for k in range(7)]
+    assert [k for k in range(7) if ranks[0].ends(k)] == [2, 5, 6]
+    for of in ranks:
+        assert [j for j in of if j is not None] == list(range(of.own))
+
+
+
 # -- merged coordinates ------------------------------------------------------------------------------
 
 

@@ -150,13 +150,41 @@ def refined(x: Tensor, t: Tensor, full: Tensor, start: Tensor, lam: float, sweep
 def test_refinement_is_alternating_projection(sweeps):
     x, t, shift = rows(60, 2, 4, 3, 3)
     start, full = start_of(2, 3, 4), t + 0.5 * shift
-    for kept in ([(x, t, full)], [(x[:25], t[:25], full[:25]), (x[25:], t[25:], full[25:])], [(x, t, full)] * 2):
+    for kept in ([(x, t, full)], [(x[:25], t[:25], full[:25]), (x[25:], t[25:], full[25:])]):
         fit = refine(summed((x, t)), start, 0.01, sweeps, kept, torch.relu)
         torch.testing.assert_close(fit.weights, refined(x, t, full, start, 0.01, sweeps), rtol=1e-2, atol=1e-3)
         for weights, error in ((start, fit.before), (fit.weights, fit.after)):
             y = torch.einsum("gop,rgp->rgo", weights, x) + full - t
             expected = ((y.relu() - full.relu()) ** 2).sum() / (full.relu() ** 2).sum()
             assert error == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(79, (1, 1, 1)), (120, (3, 3, 1)), (199, (3, 3, 1)), (200, (5, 3, 1))])
+def test_only_the_last_sweep_looks_at_all_of_many_rows(count, parts):
+    """Ten rows per column are enough for a part; there are four columns."""
+    x, t = rows(count, 2, 4, 3)
+    seen: list[int] = []
+
+    def watched(y: Tensor) -> Tensor:
+        seen.append(len(y))
+        return y.relu()
+
+    refine(summed((x, t)), start_of(2, 3, 4), 0.01, 3, [(x, t, t)], watched)
+    steps = [n for n in seen[2:-2:4]]  # two for an error before and after, four for each re-targeting
+    assert steps == [len(range(0, count, every)) for every in parts]
+
+
+def test_a_part_has_the_same_rows_however_chunks_are_joined():
+    """Chunks of 50 rows: in one tensor, in two, and dealt to ranks they give one fit; not known, they do not."""
+    x, t = rows(300, 1, 4, 3)
+    whole, start = [(x, t, t)], start_of(1, 3, 4)
+    parted = [(x[:100], t[:100], t[:100]), (x[100:], t[100:], t[100:])]
+    one, two, other = (
+        refine(summed((x, t)), start, 0.01, 3, kept, torch.relu, each=each).weights
+        for kept, each in ((whole, 50), (parted, 50), (parted, 0))
+    )
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+    assert (one - other).abs().max() > 1e-5
 
 
 def test_re_targeting_on_some_rows_moves_what_all_rows_say():
@@ -195,13 +223,13 @@ def test_where_nothing_passes_nothing_is_wrong():
 @pytest.mark.parametrize("slope", [0.25, 3.0])
 def test_a_target_moves_by_the_slope_and_never_further_than_wanted(slope):
     now, wanted = rows(20, 1, 3, 3)
-    moved = _retargeting(now, wanted, torch.zeros(1), lambda x: slope * x)
+    moved = _retargeting(now, wanted, torch.zeros(1), lambda x: slope * x, 1e-3)
     torch.testing.assert_close(moved, min(slope, 1) * (wanted - now))
 
 
 def test_where_nothing_is_missing_nothing_moves():
     for now in (rows(20, 1, 3)[0], torch.ones(4, 1, 1)):  # of which the deviation is zero
-        assert not _retargeting(now, now, torch.zeros(1), torch.relu).any()
+        assert not _retargeting(now, now, torch.zeros(1), torch.relu, 1e-3).any()
 
 
 # -- design rows -------------------------------------------------------------------------------------

@@ -70,9 +70,9 @@ def test_a_part_of_many_rows_tells_the_error_and_all_are_counted():
 def test_targets_move_by_the_slope_or_by_the_secant():
     """Behind a ReLU a unit that should be alive moves all the way, one that should be dead only where it is not."""
     now, wanted = torch.tensor([[-3.0, 2.0, 2.0, -1.0]]), torch.tensor([[1.0, 3.0, -2.0, -4.0]])
-    moved = _retargeting(now, wanted, torch.zeros(1, 4), torch.relu)
+    moved = _retargeting(now, wanted, torch.zeros(1, 4), torch.relu, 1e-3)
     torch.testing.assert_close(moved, torch.tensor([[4.0, 1.0, -2.0, 0.0]]), atol=1e-3, rtol=1e-3)
-    gentle = _retargeting(now, wanted, torch.zeros(1, 4), lambda x: 0.25 * x)
+    gentle = _retargeting(now, wanted, torch.zeros(1, 4), lambda x: 0.25 * x, 1e-3)
     torch.testing.assert_close(gentle, 0.25 * (wanted - now), atol=1e-3, rtol=1e-3)
 
 

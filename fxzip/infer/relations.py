@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import chain, combinations, product
+from math import prod
 
 import numpy as np
 
 from .hashing import U64, mix, pair
 from .labels import TAG_SHIFT, Group, LabelledType, Name, label_of, tag_of
 
+_JOINT = 1 << 20  # labels of one group that overlapping ones are joined to, at most
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # from, to, type
 
 
@@ -244,15 +246,28 @@ class Relations:
             if inside and set(chain.from_iterable(f.axes for f in inside)) == names:
                 continue
             crossing = [f for f in final if set(f.axes) & names and not set(f.axes) <= names]
-            joint = self._joint([*crossing, group]) if crossing else group
+            sizes = {n: s for g in (*crossing, group) for n, s in zip(g.axes, g.labels.shape, strict=True)}
+            if crossing and prod(sizes.values()) > _JOINT:
+                final = self._split_crossing(final, crossing, group)
+                continue
+            # Keys and values of linear attention, (h, d) and (h, e), make (h, d, e), on which d and e have another
+            # order for every h.
+            joint = self.join(list(sizes), sizes, [*crossing, group]) if crossing else group
             final = [f for f in final if not set(f.axes) <= set(joint.axes)] + [joint]
         return final
 
-    def _joint(self, crossing: Sequence[Group]) -> Group:
-        """Of groups that overlap and are not nested: keys and values of linear attention, (h, d) and (h, e), make
-        (h, d, e), on which d and e have another order for every h."""
-        sizes = {n: s for g in crossing for n, s in zip(g.axes, g.labels.shape, strict=True)}
-        return self.join(list(sizes), sizes, crossing)
+    def _split_crossing(self, final: list[Group], crossing: list[Group], group: Group) -> list[Group]:
+        """Overlapping, not nested, and too many together: cut the overlap out of both, which leaves less to permute."""
+        final = [f for f in final if not any(f is c for c in crossing)]
+        for f in crossing:
+            final.append(self.marginal(f, [x for x in f.axes if x in group.axes]))
+            final.append(self.marginal(f, [x for x in f.axes if x not in group.axes]))
+        for f in list(final):
+            overlap = [x for x in f.axes if x in group.axes]
+            if overlap:
+                self.relate(self.marginal(group, overlap), f)
+        rest = [x for x in group.axes if not any(x in f.axes for f in final)]
+        return [*final, self.marginal(group, rest)] if rest else final
 
     def reshape(self, labelled: LabelledType, shape: Sequence[int]) -> LabelledType:
         """The type after a row-major reshape to `shape`."""

@@ -12,6 +12,8 @@ at k).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 EXPLAINED = 1e-6  # a feature with less than this share of its variance left has nothing new to say
@@ -22,20 +24,24 @@ TILE = 1024  # rows that are swept at once
 
 
 class Elimination:
-    """covariance: float64 [n, n], symmetric; metric: float64 [n, n], symmetric and positive; none is modified, but
-    for the covariance where it is `spent`, if it is laid out as is needed.
+    """covariance: float64 [n, n], symmetric; metric: float64 [n, n], symmetric and positive, or its blocks along the
+    diagonal where it is 0 elsewhere; none is modified, but for the covariance where it is `spent`, if it is laid out
+    as is needed.
 
     >>> e = Elimination(np.array([[1, 0.9, 0], [0.9, 1, 0], [0, 0, 1]]), np.eye(3))
     >>> e.fill(2), round(e.left, 2)
     ([0, 2], 0.19)
     """
 
-    def __init__(self, covariance: np.ndarray, metric: np.ndarray, spent: bool = False) -> None:
+    def __init__(
+        self, covariance: np.ndarray, metric: np.ndarray | Sequence[np.ndarray], spent: bool = False
+    ) -> None:
         made = np.asarray if spent else np.array
-        self.swept, self.metric = made(covariance, np.float64, order="C"), metric
+        self.swept = made(covariance, np.float64, order="C")
+        self.metric = [metric] if isinstance(metric, np.ndarray) else list(metric)
         self.kept: list[int] = []
         self.variance = self.swept.diagonal().copy()
-        image = self.swept @ metric
+        image = self._image(self.swept)
         self.power = np.einsum("ij,ij->i", image, self.swept)  # v G v^T of every row v of `_rows`
         self.left = float(image.trace())  # tr(G R)
 
@@ -80,7 +86,7 @@ class Elimination:
             return among.tolist()
         rows = self._rows(among)
         pivots = sign * self.swept[np.ix_(among, among)]
-        return [int(among[k]) for k in _greedy(pivots, rows @ self.metric @ rows.T, least[among], count, sign)]
+        return [int(among[k]) for k in _greedy(pivots, self._image(rows) @ rows.T, least[among], count, sign)]
 
     def _rows(self, index: np.ndarray) -> np.ndarray:
         """Per feature not kept, its column of R; per kept one (T_kJ, 1 at k). [len(index), n]"""
@@ -90,13 +96,18 @@ class Elimination:
         rows[held, index[held]] = 1
         return rows
 
+    def _image(self, rows: np.ndarray) -> np.ndarray:
+        """rows G. [., n]"""
+        ends = np.cumsum([len(g) for g in self.metric])
+        return np.concatenate([rows[:, e - len(g) : e] @ g for e, g in zip(ends, self.metric, strict=True)], axis=1)
+
     def _sweep(self, block: list[int], sign: int) -> None:
         """Keep (sign 1) or drop (-1) all features of a block at once."""
         if not block:
             return
         p = np.array(block)
         rows = self._rows(p)
-        image = self.metric @ rows.T  # [n, b]
+        image = self._image(rows).T  # [n, b]
         inner = rows @ image
         seen = self.swept @ np.where(np.isin(np.arange(len(image)), self.kept)[:, None], 0, image)
         seen[self.kept] += image[self.kept]  # v G v_p^T, for all v

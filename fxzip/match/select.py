@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -70,20 +72,24 @@ class Select:
         quality = _quality(alike, kept, model_of(moments.sizes))
         return Matching(merge, unmerge, moments.sizes, quality, mean_correlation(local, moments.sizes, alike))
 
-    def _metric(self, moments: SpaceMoments) -> np.ndarray:
-        """G for features in units of their deviations; both shares cost 1 in all before anything is kept. [Sn, Sn]"""
+    def _metric(self, moments: SpaceMoments) -> list[np.ndarray]:
+        """G for features in units of their deviations; both shares cost 1 in all before anything is kept. [Sn, Sn], or
+        one block per model where nothing reads features of two"""
         covariance = moments.covariance()
         variance = covariance.diagonal().clamp_min(0)
         alive = max(float((variance > 0).sum()), 1.0)
         cost = float(moments.metric.flatten() @ covariance.flatten()) if isinstance(moments, Read) else 0.0
         if not isinstance(moments, Read) or cost <= 0:
-            return (torch.eye(len(covariance)).to(covariance) / alive).cpu().numpy()
+            return [np.eye(n) / alive for n in moments.sizes]
         scale = variance.sqrt()
         del covariance
         metric = moments.metric * (scale * ((1 - self.plain) / cost))
         metric *= scale[:, None]
         metric.diagonal().add_(self.plain / alive)
-        return metric.cpu().numpy()
+        bounds = list(pairwise(accumulate(moments.sizes, initial=0)))
+        if any(bool(metric[i:j, j:].any()) for i, j in bounds):
+            return [metric.cpu().numpy()]
+        return [metric[i:j, i:j].cpu().contiguous().numpy() for i, j in bounds]
 
 
 def copies(moments: SpaceMoments) -> np.ndarray:
@@ -107,14 +113,14 @@ def keep(
     correlation: np.ndarray,
     width: int,
     same: np.ndarray | None = None,
-    metric: np.ndarray | None = None,
+    metric: np.ndarray | Sequence[np.ndarray] | None = None,
     spent: bool = False,
 ) -> np.ndarray:
     """The features kept, in order of choice; once all is explained, the first ones left that are no copy of one
     kept (same: bool [n, n]; another function of the data may show beyond it), then any.
 
-    correlation: float [n, n], symmetric; metric: likewise, and positive; the identity if None. spent: the correlation
-    may be overwritten. int64 [width]
+    correlation: float [n, n], symmetric; metric: likewise, and positive, or its blocks; the identity if None. spent:
+    the correlation may be overwritten. int64 [width]
 
     >>> keep(np.array([[1, 0.9, 0], [0.9, 1, 0], [0, 0, 1]]), 2)
     array([0, 2])

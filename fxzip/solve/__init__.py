@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from ..rewrite import Heads, Partition
 from ..trace import Lowered, batch_size, describe, lower, state_of
 from .fit import Settings
 from .lanes import Chunks, Lane
-from .needs import CHUNK, FitNeed, SolveNeeds, chunk_size, solve_needs
+from .needs import CHUNK, TOGETHER, FitNeed, SolveNeeds, chunk_size, solve_needs
 from .sequence import Pass, Record
 
 __all__ = [
@@ -88,11 +89,13 @@ def solve_parameters(
     of activations that do not go to files, if other than `settings.memory`; the result does not depend on it.
     """
     chunks, notices = _chunks(batches, chunk_size(spaces.lowered)), ()
-    if len(chunks) < processes.world:
-        notices = (f"solve: {len(chunks)} chunks of {batch_size(chunks[0])} samples do not go round {processes.world}"
-                   " processes, so every process solved on all of them",)  # fmt: skip
+    together = max(1, TOGETHER // max(batch_size(chunks[0]), 1))
+    if (parts := ceil(len(chunks) / together)) < processes.world:
+        notices = (f"solve: {parts} chunks of {together * batch_size(chunks[0])} samples do not go round"
+                   f" {processes.world} processes, so every process solved on all of them",)  # fmt: skip
         processes = ALONE
-    share, chunks = Chunks(len(chunks), processes), [c for k, c in enumerate(chunks) if processes.mine(k)]
+    share = Chunks(len(chunks), processes, together)
+    chunks = [c for k, c in enumerate(chunks) if share.mine(k)]
     programs = Programs(graph_modules, spaces)
     settings = settings or Settings()
     room = settings.memory if memory is None else memory

@@ -113,17 +113,20 @@ def solve_point(
     matrix = design.matrix(point.lane.static(argument(node, design.weight)), groups)
     count = wanted_rows(settings, len(matrix), matrix.shape[-1]) // chunks.total + 1
     others = design.rows(values(0), 1, torch.Generator()).of if chunks.own < chunks.total else 0
+    each = 0
 
-    def drawn() -> Iterator[Kept]:
-        for j in chunks:
+    def drawn() -> Iterator[tuple[Kept, bool]]:
+        nonlocal each
+        for k, j in enumerate(chunks):
             if j is None:  # draw as the rank that has it does: all chunks have one shape
                 pick(others, count, generator, torch.device("cpu"))
                 continue
             rows = design.rows(values(j), count, generator)
+            each = len(rows.x)  # of every chunk
             wanted, full = _target(point, mix, j, dynamic)
             x, target = _single(rows.x), _single(rows.y(wanted))
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], -1) if intercept else x
-            yield x, target, target if bend is None else _single(rows.y(full))
+            yield (x, target, target if bend is None else _single(rows.y(full))), chunks.ends(k)
 
     gram, kept = Gram(), []
     for x, target, full in _joined(drawn()):
@@ -136,21 +139,19 @@ def solve_point(
     if bend is None:
         fit = ridge(gram, start, settings.lam)
     else:
-        fit = refine(gram, start, settings.lam, settings.sweeps, kept, bend, chunks.processes)
+        fit = refine(gram, start, settings.lam, settings.sweeps, kept, bend, chunks.processes, each)
     _write(point, design, weight, bias, fit.weights, gram, intercept)
     return fit.before, fit.after
 
 
-def _joined(rows: Iterable[Kept]) -> Iterator[Kept]:
-    """The same rows, at least `_BLOCK` at a time as long as there are so many."""
+def _joined(rows: Iterable[tuple[Kept, bool]]) -> Iterator[Kept]:
+    """The same rows, up to the end of chunks that are dealt together, or `_BLOCK` of them."""
     block: list[Kept] = []
-    for part in rows:
+    for part, ends in rows:
         block.append(part)
-        if sum(len(x) for x, _, _ in block) >= _BLOCK:
+        if ends or sum(len(x) for x, _, _ in block) >= _BLOCK:
             yield block[0] if len(block) == 1 else tuple(map(torch.cat, zip(*block, strict=True)))  # type: ignore[misc]
             block.clear()
-    if block:
-        yield tuple(map(torch.cat, zip(*block, strict=True)))  # type: ignore[misc]
 
 
 def _single(x: Tensor) -> Tensor:

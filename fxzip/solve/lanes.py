@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from ..trace import Lowered, overwriting
 
 @dataclass(frozen=True)
 class Chunks:
-    """The calibration samples in `total` chunks of one size, dealt to the ranks; a lane holds those of its own.
+    """The calibration samples in `total` chunks of one size, dealt to the ranks, so many `together` that a sum over
+    those is the same on any number of them; a lane holds those of its own.
 
     >>> list(Chunks(3)), list(Chunks(3, Processes(rank=1, world=2)))
     ([0, 1, 2], [None, 0, None])
@@ -33,15 +35,25 @@ class Chunks:
 
     total: int
     processes: Processes = ALONE
+    together: int = 1
+
+    def mine(self, k: int) -> bool:
+        """Whether chunk k is dealt to this rank."""
+        return self.processes.mine(k // self.together)
+
+    def ends(self, k: int) -> bool:
+        """Whether chunk k is the last of those that are dealt together."""
+        return (k + 1) % self.together == 0 or k + 1 == self.total
 
     @property
     def own(self) -> int:
-        return self.processes.count(self.total)
+        return sum(map(self.mine, range(self.total)))
 
     def __iter__(self) -> Iterator[int | None]:
         """For every chunk in order where it is in this rank's lanes; None: in another's."""
+        places = count()
         for k in range(self.total):
-            yield k // self.processes.world if self.processes.mine(k) else None
+            yield next(places) if self.mine(k) else None
 
 
 @dataclass

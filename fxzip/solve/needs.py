@@ -16,6 +16,7 @@ from .lanes import dynamic_nodes
 from .slots import argument
 
 CHUNK, PIECE = 128, 1 << 25  # samples that run at once, at most, and bytes of one value of theirs, where more than one
+TOGETHER = 32  # samples that ranks are dealt at once, at least: sums in float64, one per chunk, cost more than products
 _GRAMS, _CROSSES = 3.5, 9  # float64 copies of [p, p] and of [o, p] that a fit has at once, by measurement
 _DESIGNS, _TARGETS = 4, 5  # float32 copies of design rows and of target rows
 

@@ -40,20 +40,22 @@ def refine(
     kept: Sequence[Kept],
     bend: Callable[[Tensor], Tensor],
     processes: Processes = ALONE,
+    each: int = 0,
 ) -> Fit:
     """The fit after `sweeps` re-targetings; errors are of f(t) against f(W x), relative to E f(t)^2.
 
-    gram: of all rows of all ranks; kept: rows of this one."""
+    gram: of all rows of all ranks; kept: rows of this one. each: how many of them in a row are of one chunk (0: all
+    of a tensor), so that a part has the same ones however chunks are joined and dealt."""
     problem = Ridge(gram, start, lam)
     before, count = _error(start, kept, bend, processes)
-    weights, spare = problem.solve(), count // (ENOUGH * start.shape[-1])
+    weights, spare, step = problem.solve(), count // (ENOUGH * start.shape[-1]), _step(kept, processes)
     for left in reversed(range(sweeps)):
         every = max(n for n in PARTS[: left + 1] if n <= max(spare, 1))
         moved = torch.zeros_like(problem.c)
         rows = moved.new_zeros(1)
-        for x, t, full in ((v[::every] for v in block) for block in kept):
-            step = _retargeting(_predict(x, weights), t, full - t, bend)
-            moved += (step.permute(1, 2, 0) @ x.transpose(0, 1)).double()
+        for x, t, full in ((_part(v, every, each) for v in block) for block in kept):
+            gap = _retargeting(_predict(x, weights), t, full - t, bend, step)
+            moved += (gap.permute(1, 2, 0) @ x.transpose(0, 1)).double()
             rows += len(x)
         processes.sum(moved, rows)
         aimed = problem.solve((weights @ problem.s).add_(moved.div_(rows)))
@@ -61,15 +63,30 @@ def refine(
     return Fit(weights, before, _error(weights, kept, bend, processes)[0])
 
 
+def _part(rows: Tensor, every: int, each: int) -> Tensor:
+    """One in so many of the `each` rows of every chunk. [r, ...]"""
+    return rows if every == 1 else rows.unflatten(0, (-1, each or len(rows)))[:, ::every].flatten(0, 1)
+
+
 def _predict(x: Tensor, weights: Tensor) -> Tensor:
     return (x.transpose(0, 1) @ weights.to(x.dtype).mT).transpose(0, 1)  # [r, g, o]
 
 
-def _retargeting(y: Tensor, t: Tensor, offset: Tensor, bend: Callable[[Tensor], Tensor]) -> Tensor:
+def _step(kept: Sequence[Kept], processes: Processes) -> float:
+    """Over how much slopes are told: a thousandth of the standard deviation of what f is applied to, on all ranks."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for _, _, full in kept:
+        found = float(full.sum(dtype=sums.dtype)), float(full.square().sum(dtype=sums.dtype)), full.numel()
+        sums += torch.tensor(found, dtype=sums.dtype)
+    processes.sum(sums)
+    mean, square = (sums[:2] / sums[2]).tolist()
+    return 1e-3 * max(square - mean**2, 1e-12) ** 0.5
+
+
+def _retargeting(y: Tensor, t: Tensor, offset: Tensor, bend: Callable[[Tensor], Tensor], step: float) -> Tensor:
     """t' - y."""
     a, b = y + offset, t + offset  # where f is applied
     gap = b - a
-    step = 1e-3 * b.std().clamp(min=1e-6)
     slope = (bend(b + step) - bend(b - step)).abs() / (2 * step)
     secant = (bend(b) - bend(a)).abs() / gap.abs().clamp(min=1e-9)
     return torch.maximum(slope, secant).clamp(max=1) * gap
