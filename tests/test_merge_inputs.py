@@ -46,6 +46,8 @@ def test_a_function_may_write_to_its_list(options):
     again = zipped(x)
     twice = zipped(x)
     assert all(torch.equal(a, b) for a, b in zip(again, twice, strict=True))
+    program = torch.export.export(zipped, (x,), strict=False)  # runs the graph node by node
+    assert all(torch.equal(a, b) for a, b in zip(again, program.module()(x), strict=True))
     copied = fxzip.merge([models[0], fxzip.scramble(models[0], x[:2])], [x], method="permute", progress=False)
     torch.testing.assert_close(copied(x)[1], models[0](x))
 

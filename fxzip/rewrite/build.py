@@ -17,6 +17,7 @@ from ..errors import InputError, SpaceError
 from ..trace import state_by_all_names
 from .comparable import Comparable
 from .heads import Heads
+from .lists import fresh_lists
 from .modules import Tensors, has_path, install, versions
 from .outputs import HEADS, joined, same_outputs
 from .partition import Partition
@@ -59,6 +60,7 @@ def build(
     equal = not shares or len(set(shares)) == 1
     plan = _Plan(graph_modules, cut, private, tuple(suffixes), () if equal else tuple(shares or ()), tails, joint)
     graph = _graph(plan, names, as_dict, heads)
+    fresh_lists(graph)
     root = _modules(plan, merged)
     zipped = Zipped(root, graph, class_name="Zipped")
     zipped.eval()
