@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 TOLERANCE = 1e-9  # relative, in float64; heads mixed up under weights as they are drawn may move outputs by 1e-7 only
+NONE = {"tried": 0, "analysed": 0, "late": 0, "passed": 0}
 CACHE = OURS.with_name("coverage_peers.jsonl")
 HOW = """Made by `python benchmarks/coverage_peers.py`. The test is the first part of fxzip's proof: what the tool says
 may be permuted is permuted, and the output in float64, with perturbed parameters, must stay to {tolerance:.0e}.
@@ -40,8 +41,9 @@ output object it is shown the tensors that fxzip looks at).
 rebasin: a model with other random weights is aligned to the model, which permutes it; batch norms take the statistics
 of the batch, as its documents want running ones recomputed. *analysed*: no error in {limit} s of processor time and
 {memory} GiB, and something was permuted. *pass*: besides, the output moves where every second of the permuted tensors
-is left as it was. Tried so far: the smallest of every suite, up to {parameters:.1f} million parameters; no whole
-detectors. fxzip: the same models in the tables below; *pass* is *sound* there."""
+is left as it was. *out of time*: of those not analysed, where these seconds were up. Tried so far: the smallest of
+every suite, up to {parameters:.1f} million parameters; no whole detectors. fxzip (up to a minute for analysis and
+proof): the same models in the tables below; *pass* is *sound* there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,14 +91,15 @@ def publish(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Counts per tool and suite, and all rows; and the page that shows the counts."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for row in sorted(rows, key=lambda r: (list(TOOLS).index(r["tool"]), SUITES.index(r["suite"]), r["name"])):
-        count = counts.setdefault(row["tool"], {}).setdefault(row["suite"], {"tried": 0, "analysed": 0, "passed": 0})
+        count = counts.setdefault(row["tool"], {}).setdefault(row["suite"], dict(NONE))
         moved = row.get("moved", 0) > 0
+        count["late"] += row.get("refused", "").startswith("TimeUp")
         count["tried"] += 1
         count["analysed"] += moved
         count["passed"] += moved and row["error"] < TOLERANCE < row["control"]
     table = json.loads((ROOT / "docs" / "coverage.json").read_text())
     for row in (r for r in table if (r["suite"], r["name"]) in {(p["suite"], p["name"]) for p in rows}):
-        count = counts.setdefault("fxzip", {}).setdefault(row["suite"], {"tried": 0, "analysed": 0, "passed": 0})
+        count = counts.setdefault("fxzip", {}).setdefault(row["suite"], dict(NONE))
         count["tried"] += 1
         count["analysed"] += row.get("free", 0) > 0
         count["passed"] += row.get("sound") is True

@@ -148,10 +148,13 @@ def _peers(path: Path) -> Iterable[str]:
     found = json.loads(path.read_text(encoding="utf-8"))
     yield "## The same models in other tools\n"
     yield found["how"] + "\n"
-    yield "| tool | suite | tried | analysed | pass the permutation test |\n|---|---|--:|--:|--:|"
+    yield "| tool | suite | tried | analysed | out of time | pass the permutation test |\n|---|---|--:|--:|--:|--:|"
     for tool, suites in found["counts"].items():
         for suite, c in suites.items():
-            yield f"| {tool} {found['versions'][tool]} | {suite} | {c['tried']} | {c['analysed']} | {c['passed']} |"
+            yield (
+                f"| {tool} {found['versions'][tool]} | {suite} | {c['tried']} | {c['analysed']} | {c['late']} |"
+                f" {c['passed']} |"
+            )
 
 
 def _line(row: Row) -> str:

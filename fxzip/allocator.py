@@ -11,8 +11,11 @@ _TRIM, _MAP_FROM, _MAPS = -1, -3, -4  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MM
 _KEEP = {_MAPS: 0, _TRIM: -1}
 # What glibc sets for itself once a block of 32 MB was freed, the most that it goes up to: as it would be afterwards.
 _USUAL = {_MAPS: 65_536, _MAP_FROM: 32 << 20, _TRIM: 64 << 20}
+# What is large is memory of its own, which goes back as soon as it is freed and leaves no gap.
+_SPARE = {_MAPS: 65_536, _MAP_FROM: 1 << 20, _TRIM: 1 << 20}
 GAPS = 1 << 31  # bytes that may be free while memory is `retained`
-_lock, _inside = Lock(), 0
+_FEW = 1 << 26  # and where it is `spared`
+_lock, _inside, _spared = Lock(), 0, 0
 
 
 class _Info(ctypes.Structure):
@@ -35,6 +38,7 @@ def retained(wanted: bool = True) -> Iterator[None]:
     """
     global _inside
     with _lock:
+        wanted = wanted and not _spared
         _inside += wanted
         if wanted and _inside == 1:
             _set(_KEEP)
@@ -48,6 +52,29 @@ def retained(wanted: bool = True) -> Iterator[None]:
             trim()
 
 
+@contextmanager
+def spared(wanted: bool = True) -> Iterator[None]:
+    """Within, memory is held to what is in use, where a cap has to hold: page faults are the price. `retained` does
+    nothing then. May be nested, also by threads.
+
+    >>> with spared(), retained():
+    ...     x = __import__("torch").ones(3)
+    """
+    global _spared
+    with _lock:
+        _spared += wanted
+        if wanted and _spared == 1:
+            _set(_SPARE)
+    try:
+        yield
+    finally:
+        with _lock:
+            _spared -= wanted
+            if wanted and not _spared:
+                _set(_KEEP if _inside else _USUAL)
+            trim()
+
+
 def trim() -> None:
     """Give what is free back to the system, gaps between what is kept as well, unless it is `retained`."""
     if not _inside and (give_back := getattr(_libc(), "malloc_trim", None)):
@@ -57,14 +84,23 @@ def trim() -> None:
 def relieve() -> None:
     """`trim`, and while memory is `retained` where gaps between what is kept have become more than GAPS: values of many
     sizes come and go, and what fits into no gap is new memory."""
-    if not _inside:
-        return trim()
+    if _spared or not _inside:
+        return spare() if _spared else trim()
+    _trim_beyond(GAPS)
+
+
+def spare() -> None:
+    """Give gaps back where memory is `spared`: what comes from one that was there before does not go back by itself."""
+    if _spared:
+        _trim_beyond(_FEW)
+
+
+def _trim_beyond(most: int) -> None:
     count = getattr(_libc(), "mallinfo2", None)
-    if count is None:  # glibc before 2.33
-        return
-    count.restype = _Info
-    if count().fordblks > GAPS:
-        _libc().malloc_trim(0)  # type: ignore[union-attr]
+    if count is not None:  # glibc before 2.33 has none
+        count.restype = _Info
+        if count().fordblks > most:
+            _libc().malloc_trim(0)  # type: ignore[union-attr]
 
 
 def _set(options: dict[int, int]) -> None:

@@ -37,7 +37,7 @@ def measure(
     processes one inside for each, and of several passes. plan: in which passes, and whether to files."""
     programs = plan.programs if plan else Programs(prepared.graph_modules, prepared.spaces)
     passes = plan.passes if plan and plan.spills else (None,)
-    store = Store(0 if plan and plan.spills else inf)
+    store = Store(0 if plan and plan.spills else inf, sparse=True)
 
     def keep(name: str, moments: SpaceMoments) -> SpaceMoments:
         own = moments.restrict(prepared.real[name]) if name in prepared.real else moments

@@ -230,8 +230,9 @@ def test_what_is_no_size_is_refused_with_all_else_that_is_wrong(given):
      torch.randn(9).bfloat16(), torch.tensor([True, False]), torch.randn(4, dtype=torch.complex64)],
     ids=lambda t: f"{tuple(t.shape)}-{t.dtype}",
 )  # fmt: skip
-def test_the_store_gives_back_what_it_got(value: Tensor):
-    store = Store(0)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_store_gives_back_what_it_got(value: Tensor, sparse: bool):
+    store = Store(0, sparse)
     kept = store.keep((value, 1))[0]
     assert torch.equal(kept, value) and kept.dtype == value.dtype and kept.is_shared()
     assert store.mapped == value.numel() * value.element_size() and Store(1e9).keep(value) is value
@@ -248,6 +249,22 @@ def test_what_goes_to_a_file_lies_there_as_it_did_in_memory():
         assert kept.stride() == (laid.stride() if dense else laid.contiguous().stride())
 
 
+def test_a_value_takes_the_place_of_one_that_nobody_will_read():
+    """Of a file of its own only, of the same size, and not where it lies itself."""
+    store, x = Store(0), torch.arange(24.0).reshape(2, 3, 4)
+    first = store.keep(x)
+    place = first.data_ptr()
+    second = store.keep((x + 1).mT, [None, 3, first])
+    assert second.data_ptr() == place and torch.equal(second, (x + 1).mT) and second.stride() == x.mT.stride()
+    assert store.keep(x.double(), [second]).data_ptr() != place, "of another size"
+    assert store.keep(second.mT, [second]).data_ptr() != place, "the same bytes"
+    shared = x.clone().share_memory_()  # as workers of a DataLoader give batches
+    assert store.keep(x + 2, [shared]).data_ptr() != shared.data_ptr() and torch.equal(shared, x)
+    roomy = Store(1e9)
+    assert roomy.keep(x, [second]) is x
+    assert torch.equal(second, (x + 1).mT)
+
+
 def test_a_full_disk_is_an_error_and_not_a_crash():
     import resource
 
@@ -262,7 +279,7 @@ def test_a_full_disk_is_an_error_and_not_a_crash():
 
 def test_zeros_take_no_room_on_disk(tmp_path):
     path, sparse = tmp_path / "values", torch.eye(1100, dtype=torch.float64)
-    _write(str(path), sparse.flatten().view(torch.uint8).numpy())
+    _write(str(path), sparse.flatten().view(torch.uint8).numpy(), sparse=True)
     assert path.read_bytes() == sparse.numpy().tobytes()
     with open(tmp_path / "holes", "wb") as file:
         file.truncate(1 << 20)

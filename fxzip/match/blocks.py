@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from ..allocator import spare
 from ..errors import FxzipError, InputError, SpaceError
 from ..infer.spaces import FeatureSpace, Spaces
 from .alignment import Layer, Slots, align
@@ -68,6 +69,7 @@ def match_once(
             )
         else:
             found |= _Family(family, moments, sizes, wanted, own, reading).match(matcher, keep)
+        spare()
     return {space.name: found[space.name] for space in every}
 
 

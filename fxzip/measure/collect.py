@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..allocator import spare
 from ..errors import FxzipError, InputError
 from ..infer import Anchor, FeatureSpace
 from ..processes import ALONE, Processes
@@ -60,6 +61,7 @@ def collect_moments(
             if k >= done:
                 measured = _run_batch if processes.mine(k) else _draws
                 measured(programs, spaces, args, size / max(count, size), generator, only, k, sums)
+                spare()
                 if checkpoint:
                     checkpoint.check(k + 1, len(batches), sums, generator)
             bar.update(size)

@@ -27,7 +27,7 @@ def set_aside(graph: fx.GraphModule, now: Job) -> Job:
     tensors += [t for m in now.matchings.values() for t in (m.merge, m.unmerge)]
     if sum(t.numel() * t.element_size() for t in tensors if _here(t)) < LARGE:
         return now
-    store = Store(0)
+    store = Store(0, sparse=True)
 
     def keep(tensor: Tensor) -> Tensor:
         return store.keep(tensor) if _here(tensor) else tensor

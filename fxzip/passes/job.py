@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from ..allocator import retained
+from ..allocator import retained, spared
 from ..errors import InputError
 from ..match import Matchings
 from ..measure.moments import Moments
@@ -143,7 +143,8 @@ class Stage(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         now = job(graph_module)
-        with now.clock.stage(self.clock), retained(False):  # what it frees goes back
+        capped = now.plan is not None and now.plan.cap is not None
+        with now.clock.stage(self.clock), retained(False), spared(capped):  # what it frees goes back
             made, now = self.run(graph_module, now)
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
         text = ", ".join(f"{k}={v!r}" for k, v in shown.items())

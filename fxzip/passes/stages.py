@@ -149,7 +149,7 @@ class Match(Stage):
         p, matcher, moments = now.prepared, resolve(self.method), now.moments or Moments({})
         widths = choose_widths(p, moments, self.budget, now.models) if self.budget is not None else {}
         reading = {"reading": p.reading(moments)} if "readers" in needs(matcher) else {}
-        store = Store(0 if now.plan and now.plan.spills else inf)
+        store = Store(0 if now.plan and now.plan.spills else inf, sparse=True)
 
         def keep(matching: Matching) -> Matching:
             return matching.moved(store.keep)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
-from ..allocator import retained
+from ..allocator import retained, spare
 from ..errors import InputError
 from ..processes import ALONE, Processes
 from ..trace import batch_size
@@ -49,6 +49,7 @@ def recompute_statistics(
             for k, args in enumerate(_dealt([bind(batch) for batch in batches])):
                 if processes.mine(k):
                     module(*args)
+                spare()
                 seen += 1
             _combine(norms, counts, processes)
     finally:

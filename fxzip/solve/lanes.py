@@ -152,7 +152,7 @@ class Lane:
             if over := target is not node.target and first in left:
                 made.append(value)  # where its operand was
             else:
-                made.append(self.store.keep(value))
+                made.append(self.store.keep(value, [of[j] for of in left.values()]))
             for operand, chunks_of in left.items():
                 self.store.held -= 0 if over and operand == first else _size(chunks_of[j])
                 chunks_of[j] = None
