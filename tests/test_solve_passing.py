@@ -80,9 +80,9 @@ def test_nothing_that_passes_is_kept(monkeypatch):
     kept: list[int] = []
 
     class Counted(Store):
-        def keep(self, value):
+        def keep(self, value, over=()):
             kept.append(1)
-            return super().keep(value)
+            return super().keep(value, over)
 
     monkeypatch.setattr(solve, "Store", Counted)
     layers = (nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 2))

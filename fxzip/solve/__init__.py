@@ -25,6 +25,8 @@ from .lanes import Chunks, Lane
 from .needs import CHUNK, TOGETHER, FitNeed, SolveNeeds, chunk_size, solve_needs
 from .sequence import Pass, Record
 
+MANY = 8  # times the room for activations, from which on none stay in memory
+
 __all__ = [
     "CHUNK", "FitNeed", "Record", "Settings", "Solve", "SolveNeeds", "Solved", "chunk_size", "solve_needs",
     "solve_parameters",
@@ -99,6 +101,8 @@ def solve_parameters(
     programs = Programs(graph_modules, spaces)
     settings = settings or Settings()
     room = settings.memory if memory is None else memory
+    if memory is None and _activations(spaces.lowered, share, chunks[0], len(graph_modules), settings) > MANY * room:
+        room = 0  # what stays between all that comes and goes leaves gaps, and saves little
     store = Store(room)
     parents = [_lane(programs, i, dict(programs.states[i]), chunks[0], store) for i in range(len(graph_modules))]
     state = _state(graph_modules[0], shared, spaces)
@@ -134,6 +138,13 @@ def solve_parameters(
     return Solved(
         {n: merged.state[n] for n in shared}, replace(heads, states=fitted), tuple(steps.records), store.most, notices
     )
+
+
+def _activations(lowered: Lowered, chunks: Chunks, chunk: tuple, models: int, settings: Settings) -> int:
+    """Bytes of all networks' values on this rank's samples, at most."""
+    batch = next((int(i.meta["shape"][0]) for i in lowered.inputs if i.meta["shape"]), 1)
+    size = max(batch_size(chunk), 1)
+    return solve_needs(lowered, batch, chunks.own * size, size, models, settings).activations
 
 
 def _chunks(batches: Sequence[tuple], most: int = CHUNK) -> list[tuple]:
