@@ -46,13 +46,21 @@ def lowered(layer: nn.Module, *shape: int, batch: int) -> Lowered:
 )
 @pytest.mark.parametrize("settings", [FEW, Settings(rows=1000, least=10)])
 def test_a_fit_holds_its_gram_matrices_and_its_rows(layer, shape, groups, columns, outputs, positions, settings):
-    """Of 7 samples at a time, 21 in all: of three chunks each gives a third of the rows, or all it has."""
+    """Of 7 samples at a time, 21 in all: of three chunks each gives a third of the rows, or all it has; they are added
+    together."""
     found = solve_needs(lowered(layer, *shape, batch=3), 3, 21, 7, 2, settings)
-    rows = min(max(settings.rows * columns, 10) // 3 + 1, 7 * positions)
+    rows = 3 * min(max(settings.rows * columns, 10) // 3 + 1, 7 * positions)
     grams = int(8 * groups * (3.5 * columns * columns + 9 * outputs * columns))
     copies = 4 * groups * rows * (4 * columns + 5 * outputs)
     name = "addmm" if isinstance(layer, Product) else "layer"
     assert found.fits == (FitNeed(name, columns, grams + copies),)
+
+
+def test_rows_that_are_added_together_are_few():
+    """Chunks of one sample each, 64 in all, with 1,000 rows and one more each: of two, and what 2,048 rows more are."""
+    found = solve_needs(lowered(nn.Conv2d(6, 4, 3), 6, 42, 42, batch=1), 1, 64, 1, 2, Settings(rows=1, least=64_000))
+    grams = int(8 * (3.5 * 54**2 + 9 * 4 * 54))
+    assert found.fits[0].size == grams + 4 * (1_001 + 2_048) * (4 * 54 + 5 * 4)
 
 
 class Branches(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toys import randomise
 
 import fxzip
-from fxzip import InputError
+from fxzip import InputError, solve
 from fxzip.processes import Processes
 from fxzip.solve import CHUNK, Settings, Solve
 
@@ -102,6 +102,22 @@ def test_files_that_nobody_asked_for_are_told():
     (text,) = solved(nets, [ROWS], Settings(memory=0)).notices
     assert text == ("solve kept 0.0 GB of activations in temporary files: they would take over 0.0 GB of memory; "
                     "memory= allows more")  # fmt: skip
+
+
+@pytest.mark.parametrize("times", [0.5, 2.0])
+def test_of_very_many_activations_none_stay_in_memory(times, monkeypatch):
+    """Not the ones for which there is room either; the result is the same."""
+    nets = [randomise(Block(), seed).eval() for seed in range(2)]
+    one = solved(nets, [ROWS], FEW)
+    found: list[int] = []
+    count = solve._activations
+    monkeypatch.setattr(solve, "_activations", lambda *given: found.append(count(*given)) or found[-1])
+    solved(nets, [ROWS], FEW)
+    monkeypatch.setattr(solve, "MANY", times * found[0] / FEW.memory)
+    other = solved(nets, [ROWS], FEW)
+    assert one.peak > 0 and (other.peak == 0) == (times < 1)
+    assert all(torch.equal(one.shared[n], other.shared[n]) for n in one.shared)
+    assert found[0] >= 3 * 512 * 4 * (12 + 16), "bytes of two values of three networks"
 
 
 class Beside(nn.Module):

@@ -22,7 +22,7 @@ from .ridge import Gram, ridge
 from .slots import Slot, argument, arguments
 
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
-_BLOCK = 2_048  # design rows that are multiplied at once, where there are so many: sums in float64 cost per block
+BLOCK = 2_048  # design rows that are multiplied at once, where there are so many: sums in float64 cost per block
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ def solve_point(
 
 
 def _joined(rows: Iterable[tuple[Kept, bool]]) -> Iterator[Kept]:
-    """The same rows, up to the end of chunks that are dealt together, or `_BLOCK` of them."""
+    """The same rows, up to the end of chunks that are dealt together, or `BLOCK` of them."""
     block: list[Kept] = []
     for part, ends in rows:
         block.append(part)
-        if ends or sum(len(x) for x, _, _ in block) >= _BLOCK:
+        if ends or sum(len(x) for x, _, _ in block) >= BLOCK:
             yield block[0] if len(block) == 1 else tuple(map(torch.cat, zip(*block, strict=True)))  # type: ignore[misc]
             block.clear()
 

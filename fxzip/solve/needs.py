@@ -11,7 +11,7 @@ from torch import fx
 from ..measure import peak, size_of
 from ..trace import Lowered
 from .design import design_of
-from .fit import Settings, wanted_rows
+from .fit import BLOCK, Settings, wanted_rows
 from .lanes import dynamic_nodes
 from .slots import argument
 
@@ -85,6 +85,7 @@ def _fit(node: fx.Node, batch: int, samples: int, chunk: int, settings: Settings
     there = prod(node.meta["shape"]) // max(outputs, 1) * chunk // batch
     count = wanted_rows(settings, groups, columns)
     rows = min(count // (samples // chunk) + 1, there)
+    rows = min(rows * max(1, min(TOGETHER, samples) // chunk), rows + BLOCK)  # of chunks that are added together
     gram = int(8 * groups * (_GRAMS * columns**2 + _CROSSES * columns * each))
     design_rows = 4 * groups * rows * (_DESIGNS * columns + _TARGETS * each)
     return FitNeed(node.meta.get("origin") or node.name, columns, gram + design_rows)
