@@ -13,7 +13,7 @@ _KEEP = {_MAPS: 0, _TRIM: -1}
 _USUAL = {_MAPS: 65_536, _MAP_FROM: 32 << 20, _TRIM: 64 << 20}
 # What is large is memory of its own, which goes back as soon as it is freed and leaves no gap.
 _SPARE = {_MAPS: 65_536, _MAP_FROM: 1 << 20, _TRIM: 1 << 20}
-GAPS = 1 << 31  # bytes that may be free while memory is `retained`
+GAPS = 1 << 30  # bytes that may be free while memory is `retained`
 _FEW = 1 << 26  # and where it is `spared`
 _lock, _inside, _spared = Lock(), 0, 0
 

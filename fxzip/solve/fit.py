@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class Point:
     shared: bool
 
 
+Mix = Callable[[Sequence[Tensor]], Tensor]
 Outcome = tuple[float, float]  # relative squared error against the target, before and after
 
 
@@ -73,7 +74,7 @@ class Parts:
 
     weight: Slot
     bias: Slot | None
-    mix: Callable[[Sequence[Tensor]], Tensor]
+    mix: Mix
 
 
 def parts_of(point: Point, spaces: Spaces, matchings: Mapping[str, Matching]) -> Parts | None:
@@ -104,7 +105,7 @@ def solve_point(
     design, weight, bias, mix = design_of(node), parts.weight, parts.bias, parts.mix
     assert design is not None
     intercept = bias is not None or any(k.kind == "norm" for k in point.links)
-    groups = int(argument(node, "groups") or 1)
+    groups, each = int(argument(node, "groups") or 1), 0
     bend = _nonlinearity(point, dynamic) if settings.sweeps else None
 
     def values(j: int) -> dict[str, Any]:
@@ -113,7 +114,6 @@ def solve_point(
     matrix = design.matrix(point.lane.static(argument(node, design.weight)), groups)
     count = wanted_rows(settings, len(matrix), matrix.shape[-1]) // chunks.total + 1
     others = design.rows(values(0), 1, torch.Generator()).of if chunks.own < chunks.total else 0
-    each = 0
 
     def drawn() -> Iterator[tuple[Kept, bool]]:
         nonlocal each
@@ -123,10 +123,10 @@ def solve_point(
                 continue
             rows = design.rows(values(j), count, generator)
             each = len(rows.x)  # of every chunk
-            wanted, full = _target(point, mix, j, dynamic)
-            x, target = _single(rows.x), _single(rows.y(wanted))
+            wanted, full = _target(point, mix, j, dynamic, rows.y)
+            x, target = _single(rows.x), _single(wanted)
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], -1) if intercept else x
-            yield (x, target, target if bend is None else _single(rows.y(full))), chunks.ends(k)
+            yield (x, target, target if bend is None else _single(full)), chunks.ends(k)
 
     gram, kept = Gram(), []
     for x, target, full in _joined(drawn()):
@@ -196,20 +196,30 @@ def mixable(name: str, parent: Lane, spaces: Spaces) -> bool:
     return all(here[a] == analysed[a] for k in spaces.layouts(name) for a in k.axes)
 
 
-def _target(point: Point, mix, chunk: int, dynamic: Mapping[str, fx.Node]) -> tuple[Tensor, Tensor]:
-    """(target of the contraction's own output, the value wanted at `last`), both in the contraction's layout."""
-    lane = point.lane
-    target = full = mix([p.value(point.last, chunk) for p in point.parents])
+def _target(
+    point: Point, mix: Mix, chunk: int, dynamic: Mapping[str, fx.Node], drawn: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(target of the contraction's own output, the value wanted at `last`), rows [r, g, o]. drawn: takes these from a
+    value in the contraction's layout."""
+    lane, values = point.lane, [p.value(point.last, chunk) for p in point.parents]
+    others = {k: lane.operand(_other(lane, k), chunk, dynamic) for k in point.links if k.kind in ("add", "subtract")}
+    features = 1 if packet(lane.nodes[point.name]) == "convolution" else values[0].dim() - 1
+    whole = torch.Size(lane.nodes[point.last].meta["shape"])
+    plain = all(k.kind != "move" for k in point.links) and all(t.shape == whole for t in (*values, *others.values()))
+    if isinstance(mix, Mixer) and mix.axes == (features,) and plain:  # mix what is drawn, not all there is
+        groups = drawn(values[0]).shape[1]
+        rows = [drawn(v).flatten(1) for v in values]
+        values, mix = rows, replace(mix, axes=(1,))
+        others = {k: drawn(o).flatten(1) for k, o in others.items()}
+        drawn = lambda t: t.unflatten(1, (groups, -1))  # noqa: E731
+    target = full = mix(values)
     for link in reversed(point.links):
-        here = lane.nodes[link.node.name]
-        shape = tuple(lane.nodes[link.source.name].meta["shape"])
-        other = None
-        if link.kind in ("add", "subtract"):
-            other = lane.operand(_other(lane, link), chunk, dynamic)
-        else:
-            full = undo(Link(link.kind, here, link.source), full, shape, None)
-        target = undo(Link(link.kind, here, link.source), target, shape, other)
-    return target, full
+        here, shape = lane.nodes[link.node.name], tuple(lane.nodes[link.source.name].meta["shape"])
+        own = Link(link.kind, here, link.source)
+        if link not in others:
+            full = undo(own, full, shape, None)
+        target = undo(own, target, shape, others.get(link))
+    return drawn(target), drawn(full)
 
 
 def _nonlinearity(point: Point, dynamic: Mapping[str, fx.Node]) -> Callable[[Tensor], Tensor] | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..processes import ALONE, Processes
 from .ridge import Fit, Gram, Ridge
 
-TOLD = 8_192  # rows that an error is told from, at least
+TOLD = 4_096  # rows that an error is told from, at least
 RELAX = 1.7  # alternating projections converge for any factor in (0, 2)
 PARTS = (1, 3, 5)  # the last sweep takes every row, the one before every third; odd, as rows of images have even widths
 ENOUGH = 10  # rows per column, below which no sweep looks at a part of the rows: noise stays where f does not see it
