@@ -20,7 +20,7 @@ import numpy as np
 from .hashing import U64, mix, pair
 from .labels import TAG_SHIFT, Group, LabelledType, Name, label_of, tag_of
 
-_JOINT = 1 << 20  # labels of one group that overlapping ones are joined to, at most
+_JOINT = 1 << 18  # labels of one group that overlapping ones are joined to, at most
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # from, to, type
 
 
