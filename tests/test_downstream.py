@@ -24,7 +24,7 @@ from toys import randomise
 import fxzip
 
 torch.set_num_threads(1)
-PIXELS = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+PIXELS = torch.randn(32, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 BATCH = torch.export.Dim("batch", min=2)
 
 
@@ -38,7 +38,7 @@ def made(net: Any, batch: Tensor, **options: Any) -> fx.GraphModule:
 NETWORKS = {
     "conv": (lambda: made(by_task, IMAGES, keyed=True), IMAGES),  # heads of different widths, a dict comes out
     "cut": (lambda: made(by_task, IMAGES, method="zip", until="norm2"), IMAGES),  # unmerges are modules
-    "vit": (lambda: made(lambda _: VisionTransformer(), PIXELS), PIXELS),
+    "vit": (lambda: made(lambda _: VisionTransformer(), PIXELS), PIXELS[:8]),
 }
 SKIPPED = "not installed"
 
