@@ -31,7 +31,7 @@ def test_sums_of_products(count, width, dtype):
         add_gram(total, x, weight)
         assert torch.equal(x, before)
     want = 0.5 * parts[0].double().T @ parts[0].double() + 2 * parts[1].double().T @ parts[1].double()
-    torch.testing.assert_close(mirrored(total), want, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(mirrored(total), want, rtol=1e-6, atol=2e-4)  # of sums of 400 squares of about 2
 
 
 @pytest.mark.parametrize("width", [4, TILE, TILE + 1, 2 * TILE + 5])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..products import product
+
 TILE = 512  # columns of a block: of a matrix of k blocks (k + 1) / 2k is computed
-WIDE = 2048  # columns, from which on these products are most of what measuring costs
+WIDE = 2048  # columns, from which on float64 is dear even for few rows
 FEW = 128  # rows, below which float64 costs nothing unless they are wide
 _SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST, _LARGEST = 1e-17, 1e15  # whose products float32 holds, and sums of them
@@ -22,10 +23,10 @@ def gram(x: Tensor) -> Tensor:
     True
     """
     if x.shape[-1] <= TILE:
-        return x.mT @ x
+        return product(x.mT, x)
     found = x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1])
     for i, j in tiles(x.shape[-1]):
-        found[..., i:j, :j] = x[..., i:j].mT @ x[..., :j]
+        found[..., i:j, :j] = product(x[..., i:j].mT, x[..., :j])
     return mirrored(found)
 
 
@@ -48,15 +49,7 @@ def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
     u = y.sum(0, dtype=torch.float64) + len(rows) / 2 * c  # sum x x' = sum y y' + c u' + u c'
     left, right = weight * torch.stack([c, u], 1), torch.stack([u, c])  # [p, 2], [2, p]
     for i, j in tiles(len(total)):
-        total[i:j, :j].add_(_product(y[:, i:j], y[:, :j]), alpha=weight).addmm_(left[i:j], right[:, :j])
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a.T @ b. Of many features, with one thread, by NumPy, whose OpenBLAS takes a fifth less than torch's MKL on an
-    AMD EPYC; with several, the threads of one library would wait in the way of the other's."""
-    if a.device.type == "cpu" and b.shape[1] >= WIDE and torch.get_num_threads() == 1:
-        return torch.from_numpy(np.matmul(a.numpy().T, b.numpy()))
-    return a.T @ b
+        total[i:j, :j].add_(product(y[:, i:j].T, y[:, :j]), alpha=weight).addmm_(left[i:j], right[:, :j])
 
 
 def finite(rows: Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from ..allocator import relieve
 from ..memory import Store
 from ..processes import ALONE, Processes
-from ..trace import Lowered, overwriting
+from ..trace import Lowered, kernel, overwriting
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Lane:
         """Run one op, or `target` instead of it, with operands from `read`."""
         args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
         kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
-        return (target or node.target)(*args, **kwargs)  # type: ignore[operator]
+        return kernel(target or node.target)(*args, **kwargs)
 
     def value(self, name: str, chunk: int) -> Any:
         if name in self.values:

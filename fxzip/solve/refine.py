@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..processes import ALONE, Processes
+from ..products import product
 from .ridge import Fit, Gram, Ridge
 
 TOLD = 4_096  # rows that an error is told from, at least
@@ -55,7 +56,7 @@ def refine(
         rows = moved.new_zeros(1)
         for x, t, full in ((_part(v, every, each) for v in block) for block in kept):
             gap = _retargeting(_predict(x, weights), t, full - t, bend, step)
-            moved += (gap.permute(1, 2, 0) @ x.transpose(0, 1)).double()
+            moved += product(gap.permute(1, 2, 0), x.transpose(0, 1)).double()
             rows += len(x)
         processes.sum(moved, rows)
         aimed = problem.solve((weights @ problem.s).add_(moved.div_(rows)))
@@ -69,7 +70,7 @@ def _part(rows: Tensor, every: int, each: int) -> Tensor:
 
 
 def _predict(x: Tensor, weights: Tensor) -> Tensor:
-    return (x.transpose(0, 1) @ weights.to(x.dtype).mT).transpose(0, 1)  # [r, g, o]
+    return product(x.transpose(0, 1), weights.to(x.dtype).mT).transpose(0, 1)  # [r, g, o]
 
 
 def _step(kept: Sequence[Kept], processes: Processes) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..measure.gram import mirrored, tiles
 from ..processes import Processes
+from ..products import product
 
 
 @dataclass
@@ -35,8 +36,8 @@ class Gram:
                 x.new_zeros(shape, dtype=torch.float64) for shape in ((g, p, p), (g, o, p), (g, o))
             )
         for i, j in tiles(x.shape[-1]):  # `mirrored` fills in the rest
-            self.second[:, i:j, :j] += x[..., i:j].mT @ x[..., :j]
-        self.cross += t.mT @ x
+            self.second[:, i:j, :j] += product(x[..., i:j].mT, x[..., :j])
+        self.cross += product(t.mT, x)
         self.energy += (t.double() ** 2).sum(1)
         self.rows += x.shape[1]
 

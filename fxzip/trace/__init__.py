@@ -5,7 +5,7 @@ from __future__ import annotations
 from .borrow import borrow, own
 from .call import call_signature, counted, tensors_of
 from .compare import alike, compare_graphs, compare_shapes, compare_sizes
-from .execute import overwriting, run
+from .execute import kernel, overwriting, run
 from .guards import unwrap
 from .inputs import batch_size, bind, describe, first_rows, on_meta, plain_batch, rows, shapes_only, to_meta
 from .interpreter import watched
@@ -30,6 +30,7 @@ __all__ = [
     "describe",
     "duplicate",
     "first_rows",
+    "kernel",
     "lower",
     "make_plain",
     "on_meta",
