@@ -60,6 +60,17 @@ def test_large_ones_go_to_onednn_and_others_do_not(by_onednn):
     assert by_onednn == []
 
 
+def test_slices_of_wide_matrices_are_copied_first(by_onednn, monkeypatch):
+    """oneDNN takes a thousand times as long for some of those."""
+    dense = []
+    own = torch.ops.mkldnn._linear_pointwise
+    watch = lambda x, w, *rest: (dense.append((x.is_contiguous(), w.is_contiguous())), own(x, w, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watch)
+    x = draw(341, 4096)
+    close(product(x[:, 512:1024].T, x[:, :1024]), x[:, 512:1024].T, x[:, :1024])
+    assert dense == [(True, True)]
+
+
 def test_gradients_pass_as_ever(by_onednn):
     a, b = draw(200, 300).requires_grad_(), draw(300, 100)
     product(a, b).sum().backward()
@@ -85,7 +96,7 @@ def test_linear(lead, bias, by_onednn):
 @pytest.mark.parametrize("make", [lambda x: x[:, ::2], lambda x: x.expand(3, 200, 300), lambda x: x.transpose(0, 1)])
 def test_linear_of_strided_inputs(make, by_onednn):
     x = make(draw(200, 300) if make(draw(200, 300)).shape != (300, 200) else draw(300, 200))
-    w = draw(100, x.shape[-1])
+    w = draw(300, x.shape[-1])
     close(linear(x, w), x, w.T)
     assert by_onednn
 

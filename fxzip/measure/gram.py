@@ -22,11 +22,12 @@ def gram(x: Tensor) -> Tensor:
     >>> x = torch.randn(3, 700, dtype=torch.float64); torch.allclose(gram(x), x.T @ x)
     True
     """
-    if x.shape[-1] <= TILE:
-        return product(x.mT, x)
-    found = x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1])
-    for i, j in tiles(x.shape[-1]):
-        found[..., i:j, :j] = product(x[..., i:j].mT, x[..., :j])
+    y, width = x.mT.contiguous(), x.shape[-1]  # rows of tiles are dense then
+    if width <= TILE:
+        return product(y, y.mT)
+    found = x.new_empty(*x.shape[:-2], width, width)
+    for i, j in tiles(width):
+        found[..., i:j, :j] = product(y[..., i:j, :], y[..., :j, :].mT)
     return mirrored(found)
 
 
@@ -44,12 +45,12 @@ def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
         for i, j in tiles(len(total)):
             total[i:j, :j].addmm_(x[:, i:j].T, x[:, :j], alpha=weight)
         return
-    y, centre = centred
+    y, centre = centred  # y: [p, r]
     c = centre.double()
-    u = y.sum(0, dtype=torch.float64) + len(rows) / 2 * c  # sum x x' = sum y y' + c u' + u c'
+    u = y.sum(1, dtype=torch.float64) + len(rows) / 2 * c  # sum x x' = sum y y' + c u' + u c'
     left, right = weight * torch.stack([c, u], 1), torch.stack([u, c])  # [p, 2], [2, p]
     for i, j in tiles(len(total)):
-        total[i:j, :j].add_(product(y[:, i:j].T, y[:, :j]), alpha=weight).addmm_(left[i:j], right[:, :j])
+        total[i:j, :j].add_(product(y[i:j], y[:j].T), alpha=weight).addmm_(left[i:j], right[:, :j])
 
 
 def finite(rows: Tensor) -> bool:
@@ -82,13 +83,13 @@ def _exact() -> bool:
 
 
 def _centred(rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(rows - centre, centre) in float32; None where float64 is needed."""
+    """((rows - centre).T, centre) in float32; None where float64 is needed."""
     few = len(rows) < FEW and rows.numel() < FEW * WIDE
     if rows.dtype not in _SINGLE or few or not _exact():
         return None
     rows = rows.float()
     centre = rows.mean(0)
-    y = rows - centre
-    peak = y.abs().amax(0)
+    y = torch.sub(rows.T, centre[:, None], out=rows.new_empty(rows.shape[::-1]))  # rows of tiles are dense then
+    peak = y.abs().amax(1)
     fits = ((peak == 0) | (peak > _SMALLEST)) & (peak < _LARGEST) & (centre.abs() < _LARGEST)
     return (y, centre) if bool(fits.all()) else None

@@ -35,8 +35,9 @@ class Gram:
             self.second, self.cross, self.energy = (
                 x.new_zeros(shape, dtype=torch.float64) for shape in ((g, p, p), (g, o, p), (g, o))
             )
+        columns = x.mT.contiguous()  # rows of tiles are dense then
         for i, j in tiles(x.shape[-1]):  # `mirrored` fills in the rest
-            self.second[:, i:j, :j] += product(x[..., i:j].mT, x[..., :j])
+            self.second[:, i:j, :j] += product(columns[:, i:j], columns[:, :j].mT)
         self.cross += product(t.mT, x)
         self.energy += (t.double() ** 2).sum(1)
         self.rows += x.shape[1]
