@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import SpaceError
 from ..infer.inner import AXIS
 from ..infer.spaces import MAKES
+from ..products import product
 from .blocks import in_blocks
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def _apply_dense(x: Tensor, axis: int, axis_map: AxisMap) -> Tensor:
     out = flat.new_zeros(axis_map.length, flat.shape[1])
     out[axis_map.rest_target] = flat[axis_map.rest_source] * axis_map.scale
     for run in axis_map.runs:
-        out[run.target] = run.matrix.to(flat.dtype) @ flat[run.source]
+        out[run.target] = product(run.matrix.to(flat.dtype), flat[run.source])
     return out.reshape(axis_map.length, *moved.shape[1:]).movedim(0, axis)
 
 
