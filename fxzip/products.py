@@ -64,7 +64,13 @@ def _there() -> bool:
 @cache
 def _built() -> bool:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not (x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    x, w, b = (torch.arange(n, dtype=torch.float32).view(s) for n, s in ((12, (3, 4)), (8, (2, 4)), (2, (2,))))
+    try:  # an operator without promises: whether it does what it did
+        return torch.equal(_linear(x, w, b), F.linear(x, w, b))  # of small integers, exact in any order
+    except (RuntimeError, TypeError):
+        return False
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
