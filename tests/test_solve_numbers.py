@@ -86,8 +86,9 @@ def test_the_ridge_is_the_dense_one(lam):
 
 def test_a_ridge_solves_for_other_targets_too():
     x, t, other = rows(40, 2, 4, 3, 3)
-    start = start_of(2, 3, 4)
-    found = Ridge(summed((x, t)), start, 0.1).solve(summed((x, other)).cross / 40)
+    start, weights = start_of(2, 3, 4), rows(2, 3, 4, seed=5)[0]
+    gap = other - torch.einsum("gop,rgp->rgo", weights, x)
+    found = Ridge(summed((x, t)), start, 0.1).moved(weights, summed((x, gap)).cross / 40)
     torch.testing.assert_close(found, dense(x, other, start, 0.1), rtol=1e-6, atol=1e-8)
 
 
@@ -117,7 +118,8 @@ def test_without_a_ridge_too_what_the_data_do_not_determine_stays(scale):
     start[..., 4] /= scale
     with pytest.warns(RuntimeWarning, match="ill-conditioned") as warned:
         problem = Ridge(summed((x.float(), t.float())), start, 0.0)
-        found, odd = problem.solve(), problem.solve(F.pad(start_of(2, 3, 9), (0, 1)))  # which no target gives
+        found = problem.solve()
+        odd = problem.moved(start, F.pad(start_of(2, 3, 9), (0, 1)))  # which no target gives
     assert [w.filename for w in warned] == [__file__] * 2
     size = (x**2).mean(0).sqrt().clamp(min=1e-12)[:, None]  # [g, 1, p]
     for g in range(2):

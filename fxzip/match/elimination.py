@@ -40,6 +40,7 @@ class Elimination:
         self.swept = made(covariance, np.float64, order="C")
         self.metric = [metric] if isinstance(metric, np.ndarray) else list(metric)
         self.kept: list[int] = []
+        self.images: dict[int, np.ndarray] = {}  # of the rows that were looked at last
         self.variance = self.swept.diagonal().copy()
         image = self._image(self.swept)
         self.power = np.einsum("ij,ij->i", image, self.swept)  # v G v^T of every row v of `_rows`
@@ -85,8 +86,10 @@ class Elimination:
         if count == 1:
             return among.tolist()
         rows = self._rows(among)
-        pivots = sign * self.swept[np.ix_(among, among)]
-        return [int(among[k]) for k in _greedy(pivots, self._image(rows) @ rows.T, least[among], count, sign)]
+        pivots, images = sign * self.swept[np.ix_(among, among)], self._image(rows)
+        chosen = _greedy(pivots, images @ rows.T, least[among], count, sign)
+        self.images = {int(among[k]): images[k] for k in chosen}
+        return list(self.images)
 
     def _rows(self, index: np.ndarray) -> np.ndarray:
         """Per feature not kept, its column of R; per kept one (T_kJ, 1 at k). [len(index), n]"""
@@ -107,7 +110,9 @@ class Elimination:
             return
         p = np.array(block)
         rows = self._rows(p)
-        image = self._image(rows).T  # [n, b]
+        known = [self.images[k] for k in block if k in self.images]
+        image = (np.stack(known) if len(known) == len(block) else self._image(rows)).T  # [n, b]
+        self.images = {}  # of the matrix as it was
         inner = rows @ image
         seen = self.swept @ np.where(np.isin(np.arange(len(image)), self.kept)[:, None], 0, image)
         seen[self.kept] += image[self.kept]  # v G v_p^T, for all v

@@ -8,8 +8,8 @@ non-linearity, minimise E |f(t) - f(W x)|^2 by majorisation: replace the target 
 and solve again with the same factored Gram matrix. For ReLU t' projects y on {y: f(y) = f(t)}, so this is
 alternating projection, over-relaxed: four sweeps do what eight plain ones do. Closed form.
 
-E[t' x^T] = W S + E[(t' - y) x^T]: the first term is known from the Gram matrix; the second one is solved for
-with the same inverse. In the last sweep it takes as many rows: a third of them left the logits a tenth farther from the
+E[t' x^T] = W S + E[(t' - y) x^T]: only the second term is summed and solved for, with the same inverse (`Ridge.moved`).
+In the last sweep it takes as many rows: a third of them left the logits a tenth farther from the
 parents'. The sweeps before only have to come near, and take some rows of many: three such sweeps end where four of all
 rows do.
 """
@@ -52,14 +52,14 @@ def refine(
     weights, spare, step = problem.solve(), count // (ENOUGH * start.shape[-1]), _step(kept, processes)
     for left in reversed(range(sweeps)):
         every = max(n for n in PARTS[: left + 1] if n <= max(spare, 1))
-        moved = torch.zeros_like(problem.c)
+        moved, single = torch.zeros_like(problem.c), _like_rows(weights, kept)
         rows = moved.new_zeros(1)
         for x, t, full in ((_part(v, every, each) for v in block) for block in kept):
-            gap = _retargeting(_predict(x, weights), t, full - t, bend, step)
+            gap = _retargeting(_predict(x, single), t, full - t, bend, step)
             moved += product(gap.permute(1, 2, 0), x.transpose(0, 1)).double()
             rows += len(x)
         processes.sum(moved, rows)
-        aimed = problem.solve((weights @ problem.s).add_(moved.div_(rows)))
+        aimed = problem.moved(weights, moved.div_(rows))
         weights = aimed.sub_(weights).mul_(RELAX).add_(weights)
     return Fit(weights, before, _error(weights, kept, bend, processes)[0])
 
@@ -69,8 +69,13 @@ def _part(rows: Tensor, every: int, each: int) -> Tensor:
     return rows if every == 1 else rows.unflatten(0, (-1, each or len(rows)))[:, ::every].flatten(0, 1)
 
 
+def _like_rows(weights: Tensor, kept: Sequence[Kept]) -> Tensor:
+    """In the precision of the design rows, if this rank has any."""
+    return weights.to(kept[0][0].dtype) if kept else weights
+
+
 def _predict(x: Tensor, weights: Tensor) -> Tensor:
-    return product(x.transpose(0, 1), weights.to(x.dtype).mT).transpose(0, 1)  # [r, g, o]
+    return product(x.transpose(0, 1), weights.mT).transpose(0, 1)  # [r, g, o]
 
 
 def _step(kept: Sequence[Kept], processes: Processes) -> float:
@@ -99,6 +104,7 @@ def _error(
     """(Relative squared error, which a part of many rows tells, and all rows), over all ranks."""
     wrong = total = 0.0
     every = max(sum(len(x) for x, _, _ in kept) // TOLD, 1)
+    weights = _like_rows(weights, kept)
     for x, t, full in ((v[::every] for v in rows) for rows in kept):
         target = bend(full)
         wrong += float((bend(_predict(x, weights) + full - t) - target).double().pow(2).sum())

@@ -66,7 +66,7 @@ class Fit:
 
 
 class Ridge:
-    """The normal equations of one Gram, factored once and solved for any target.
+    """The normal equations of one Gram, factored once and solved for its target and for others near a fit.
 
     Cholesky with jitter; where that fails, eigen-decomposition with a warning.
     """
@@ -77,7 +77,7 @@ class Ridge:
         diagonal = self.s.diagonal(dim1=-2, dim2=-1)  # [g, p]
         floor = 1e-10 * diagonal.mean(-1, keepdim=True).clamp(min=1e-30)
         weight = lam * diagonal + floor  # [g, p]
-        self.start, self.pull = start, start * weight.unsqueeze(-2)
+        self.start, self.weight = start, weight.unsqueeze(-2)
         matrix = self.s.clone()
         matrix.diagonal(dim1=-2, dim2=-1).add_(weight)
         self.definite = _factored(matrix)
@@ -85,10 +85,19 @@ class Ridge:
             matrix = self.s + torch.diag_embed(weight)
         self.factor = matrix  # one of the two: of wide layers they are what memory goes to
 
-    def solve(self, cross: Tensor | None = None) -> Tensor:
-        """Weights [g, o, p] for cross moments E[t x^T] [g, o, p], default the Gram's own."""
-        b = (self.c if cross is None else cross) + self.pull
-        return _substituted(self.factor, b) if self.definite else _by_eigen(self.factor, b, self.start)
+    def solve(self) -> Tensor:
+        """Weights [g, o, p] for the Gram's own target."""
+        return self._inverse(self.c + self.start * self.weight, self.start)
+
+    def moved(self, weights: Tensor, gap: Tensor) -> Tensor:
+        """Weights for the target y + d, y = weights x, of which the cross moment E[d x^T] is `gap`; both [g, o, p].
+
+        (W S + gap + lam W0 D) (S + lam D)^-1 = W + (gap + lam (W0 - W) D) (S + lam D)^-1, without the product W S."""
+        change = torch.sub(self.start, weights).mul_(self.weight).add_(gap)
+        return self._inverse(change, torch.zeros_like(weights)).add_(weights)
+
+    def _inverse(self, b: Tensor, start: Tensor) -> Tensor:
+        return _substituted(self.factor, b) if self.definite else _by_eigen(self.factor, b, start)
 
     def error(self, weights: Tensor) -> float:
         """E|t - W x|^2 / E|t|^2 on the rows of the Gram."""
@@ -125,7 +134,7 @@ def _substituted(factor: Tensor, b: Tensor) -> Tensor:
 
 def _by_eigen(a: Tensor, b: Tensor, start: Tensor) -> Tensor:
     """W with W a = b where `a` says so, to what float32 sums are known to; `start` in all other directions."""
-    warnings.warn("a Gram matrix is ill-conditioned: solved by eigen-decomposition", RuntimeWarning, stacklevel=3)
+    warnings.warn("a Gram matrix is ill-conditioned: solved by eigen-decomposition", RuntimeWarning, stacklevel=4)
     size = a.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)  # [g, 1, p]: each column in units of its own
     values, vectors = torch.linalg.eigh(a / size / size.mT)
     inverse = torch.where(values > 1e-6 * values.amax(-1, keepdim=True), 1 / values, 0)
