@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve()
 def main(argv: Sequence[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    longer = "also n = 8,192, ResNet-50 with 512 images; more inputs"
+    longer = "also n = 8,192, and ResNet-50 with 512 images"
     parser.add_argument("--full", action="store_true", help=longer)
     parser.add_argument("--quick", action="store_true", help="toy sizes: its figures mean nothing")
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS, *LONG], help="these sections")

@@ -112,8 +112,7 @@ def watched(
 
 
 def merging_small(args: argparse.Namespace) -> Iterator[Row]:
-    count = 1024 if args.full else 256
-    yield from merging(args, *(("resnet20x1", 32, 16, 8) if args.quick else ("resnet20x2", 32, count, 64)))
+    yield from merging(args, *(("resnet20x1", 32, 16, 8) if args.quick else ("resnet20x2", 32, 2048, 64)))
 
 
 def merging_large(args: argparse.Namespace) -> Iterator[Row]:
