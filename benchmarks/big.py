@@ -81,6 +81,7 @@ SHAPES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
     "vit_small_patch16_224": (timm_net("vit_small_patch16_224"), images(224)),
     "resnet152": (timm_net("resnet152"), images(224)),
     "vit_large_patch16_224": (timm_net("vit_large_patch16_224"), images(224)),
+    "vit_large_2_blocks": (timm_net("vit_large_patch16_224", depth=2), images(224)),
     "convnext_xlarge": (timm_net("convnext_xlarge"), images(224)),
     "llama_2_layers": (llama(2, torch.bfloat16), tokens),
     "llama_1b": (llama(22, torch.bfloat16), tokens),

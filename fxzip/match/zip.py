@@ -102,7 +102,7 @@ def _round(
     i, j, open_ = free[:0], free[:0], np.ones(len(c), bool)
     while True:
         before = len(found)
-        pairs, values, above = _pairs_above(c if bound is None else c[free].take(free, 1), floor)
+        pairs, values, above = _pairs_above(c if bound is None else _among(c, free), floor)
         if bound is None and len(values):
             floor = bound = alpha * float(values[0])  # the largest of all
             pairs = pairs[:, : np.searchsorted(-values, -floor)]
@@ -113,8 +113,25 @@ def _round(
         open_[new] = False
         i, j, free = np.append(i, new[:, 0]), np.append(j, new[:, 1]), np.flatnonzero(open_)
         if above <= floor:
-            rows = c[free]
-            floor = alpha * max(floor, bound, float(np.minimum(rows.take(i, 1), rows.take(j, 1)).max(initial=0.0)))
+            floor = alpha * max(floor, bound, _most_alike(c, free, i, j))
+
+
+def _among(c: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """c[groups][:, groups], a block of rows at a time: one large copy, not two."""
+    made = np.empty((len(groups), len(groups)))
+    for start in range(0, len(groups), BLOCK):
+        part = slice(start, start + BLOCK)
+        c.take(groups[part], 0).take(groups, 1, out=made[part], mode="clip")  # "raise" would buffer it
+    return made
+
+
+def _most_alike(c: np.ndarray, groups: np.ndarray, i: np.ndarray, j: np.ndarray) -> float:
+    """The largest min(c_ki, c_kj) of any of the groups k, or 0."""
+    largest = 0.0
+    for start in range(0, len(groups), BLOCK):
+        rows = c.take(groups[start : start + BLOCK], 0)
+        largest = max(largest, float(np.minimum(rows.take(i, 1), rows.take(j, 1)).max(initial=0.0)))
+    return largest
 
 
 def _pairs_above(c: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray, float]:
