@@ -193,7 +193,7 @@ def _one_by_one(
     done: list[tuple[int, int]], origin: np.ndarray, budget: list[int], count: int, alpha: float,
 ) -> list[tuple[int, int]]:  # fmt: skip
     """`done` up to `count` merges. c: the groups `names` before the last of `done`, which are `pairs` in c."""
-    table = _Table(c, alpha)
+    table = _Table(c, alpha, spent=c is not correlation)
     for i, j in pairs:
         table.merge(i, j)
     while len(done) < count:
@@ -223,11 +223,13 @@ class _Table:
     only when it comes up as the largest of all: O(n) work per merge, apart from those rare searches.
     """
 
-    def __init__(self, correlation: np.ndarray, alpha: float) -> None:
+    def __init__(self, correlation: np.ndarray, alpha: float, spent: bool = False) -> None:
+        """spent: it may be written over, which saves a matrix."""
         n = len(correlation)
-        # Eight more columns: with rows a power of two apart, writing a column would thrash the cache.
-        self.c = np.empty((n, n + 8))[:, :n]
-        self.c[:] = correlation
+        self.c = correlation
+        if not spent or n % 512 == 0:  # rows a power of two apart: writing a column would thrash the cache
+            self.c = np.empty((n, n + 8))[:, :n]
+            self.c[:] = correlation
         np.fill_diagonal(self.c, -np.inf)
         self.alpha = alpha
         self.column = np.zeros(n, np.int64)  # where each row's maximum is, valid where fresh
