@@ -5,9 +5,9 @@
 
 Of every merged space, the share of the variance that the best linear map back leaves unexplained, all features with
 variance 1, and the same in the metric of the layers that read the space, where a parameter does. Principal directions
-are the least that any linear map can leave: no non-linearity can follow on those, so they bound the others from below.
-Means over the spaces of a kind: behind a non-linearity, and those that only linear maps, norms and additions make;
-heads and groups are as one here, although merging keeps their features apart. No merge is made.
+are the least that any linear map can leave. No ReLU can follow on those, so they are a bound, not a way to merge.
+Means over the spaces of a kind: those that are read feature by feature, and those across which a norm or a reduction
+acts before; heads and groups are as one here, although merging keeps their features apart. No merge is made.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def spaces_of(models, images: Tensor, calibration: int) -> Iterator[tuple[Featur
 
 
 def kind(space: FeatureSpace) -> str:
-    return "behind a non-linearity" if space.nonlinear else "that linear maps, norms and additions make"
+    return "across which a norm or a reduction acts" if space.nonlinear else "that are read feature by feature"
 
 
 def left(space: FeatureSpace, moments: SpaceMoments) -> dict[str, tuple[float, float]]:
