@@ -143,8 +143,10 @@ def _pairs_above(c: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray, f
         last = len(sample) - 1 - len(sample) * 2 * LISTED // g
         higher = max(floor, float(np.partition(sample, last)[last]))
     flat = np.flatnonzero(c > higher)
-    i, j = np.divmod(flat, max(g, 1))
-    flat, pairs = flat[i < j], np.stack([i, j])[:, i < j]
+    i = flat // max(g, 1)  # NumPy vectorises this, and not divmod
+    j = flat - g * i
+    upper = i < j
+    flat, pairs = flat[upper], np.stack([i[upper], j[upper]])
     values = c.ravel()[flat]
     order = np.argsort(-values, kind="stable")
     return pairs[:, order], values[order], higher
