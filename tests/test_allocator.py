@@ -33,6 +33,11 @@ def _glibc() -> None:
         pytest.skip("pages are huge, or another malloc is loaded: there is nothing to see")
 
 
+def _needs_mallinfo2() -> None:
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("glibc before 2.33 does not say what is free")
+
+
 def test_within_freed_memory_is_taken_again_and_afterwards_it_is_given_back():
     with retained():
         with retained():
@@ -91,6 +96,7 @@ def test_under_a_cap_what_is_freed_between_others_goes_back():
 
 
 def test_under_a_cap_gaps_that_were_there_before_go_back_when_asked():
+    _needs_mallinfo2()
     before, within = _gaps("kept()", "capped(spare)")
     assert before < 16 and within > 100
 
@@ -102,8 +108,7 @@ def test_an_error_ends_it_too():
 
 
 def test_gaps_are_given_back_only_where_they_are_large(monkeypatch):
-    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
-        pytest.skip("glibc before 2.33 does not say what is free")
+    _needs_mallinfo2()
     with retained():
         for _ in range(20):  # until a gap is there that fits
             faults()
