@@ -26,7 +26,7 @@ from .trace import batch_size
 
 # Second moments, 8 Sn^2 bytes, that matching a space of Sn features takes the memory of, M and U included
 _COPIES = {
-    "average": 2.6, "permute": 3.2, "zip": 3.3, "transport": 4.2, "cca": 10.5, "select": 6.5, "suited": 6.5,
+    "average": 2.6, "permute": 3.2, "zip": 3.6, "transport": 4.2, "cca": 10.5, "select": 6.5, "suited": 6.5,
     "unmerge": 4.6,
 }  # fmt: skip
 _OTHER = 6.0
