@@ -200,7 +200,7 @@ def test_the_plan_is_told(caplog):
     said = """zip of 2 models, no cap
   there in any case  models 500B, calibration inputs 1.03KB, result about 340B
   measure            1 space in 1 pass: moments 2.05KB, of s0 2.05KB (16 features); rows of a batch 5.12KB, activations 4.1KB
-  match              matrices 2.05KB, at work 7.37KB
+  match              matrices 2.05KB, at work 7.38KB
   memory=            56.4KB at least, 56.4KB without files"""  # noqa: E501
     with caplog.at_level(logging.INFO, "fxzip"):
         fxzip.merge(models, loader, method="zip", progress=False)
