@@ -9,6 +9,7 @@ See `merge`, `inspect`, `verify`; the pipeline is fxzip/merge.py, read top to bo
 from __future__ import annotations
 
 from . import html, landscape, passes, plot
+from .distill import Distill
 from .errors import FxzipError, InputError, Interrupted, MergeWarning, SpaceError, TraceError, VerificationError
 from .evaluate import Accuracy, accuracy, cost
 from .files import load, save
@@ -32,7 +33,7 @@ from .version import installed
 __version__ = installed()
 
 __all__ = [
-    "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Frontier", "FxzipError", "InputError",
+    "C2M3", "CCA", "MATCHERS", "METHODS", "Accuracy", "Average", "Distill", "Frontier", "FxzipError", "InputError",
     "Interrupted", "MergeWarning", "Moments", "MuDSC", "Pair", "Permute", "Plan", "Rebasin", "Repair", "Report",
     "Select", "Solve", "SpaceError", "Suited", "TraceError", "Transport", "Unmerge", "Verification",
     "VerificationError", "Zip", "accuracy", "collect", "cost", "cut_points", "extract", "frontier", "greedy_soup",

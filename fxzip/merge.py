@@ -13,6 +13,7 @@ from torch import fx, nn
 from . import passes
 from .calibration import calibration_batches, from_stems, identities, measure
 from .check import check_merge
+from .distill import Distill
 from .errors import InputError
 from .match import MATCHERS, Matcher, needs, resolve
 from .measure import invent
@@ -34,7 +35,7 @@ def merge(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],
     loader: Iterable | Mapping[str, Iterable] | None = None,
     *,
-    method: str | Matcher | Solve | Repair = "solve",
+    method: str | Matcher | Solve | Distill | Repair = "solve",
     until: str | None = None,
     since: str | None = None,
     budget: float | None = None,
@@ -63,7 +64,8 @@ def merge(
         of loaders, read in turn. The first `calibration` samples are used. "rebasin", "c2m3" and "average" need
         none, but recompute batch-norm statistics if there is one.
     method: a name of `METHODS` or a matcher object, such as `Zip(alpha=0.3, beta=1.0)`; "zip+repair" or
-        `Repair(Zip())` also sets right the spread of merged features (REPAIR), "+rescale" that alone.
+        `Repair(Zip())` also sets right the spread of merged features (REPAIR), "+rescale" that alone. "solve+distill"
+        takes what solve fitted further by natural-gradient steps (`Distill`): no labels, but no longer gradient-free.
     until: path of the first module that stays per model (`"layer3"`): only what is not downstream is merged, and from
         there on the models may differ (one segments, one classifies).
     since: path of the first module that is shared: every model keeps its own layers before it (stems), all of them run,
@@ -107,6 +109,7 @@ def merge(
          "memory": memory, "distributed": distributed}
     ) + wrong_weights(model_weights, models)  # fmt: skip
     repair, solver, matcher = choose(method, budget, models, wrong)
+    wrong += Distill.refused(memory, distributed) if isinstance(solver, Distill) else []
     compares = bool(needs(matcher) - {"weights"}) or budget is not None
     needs_data = bool(solver or repair) or (compares and moments is None)
     if wrong:
@@ -134,12 +137,12 @@ def merge(
 
 def choose(
     method: Any, budget: float | None, models: Any, wrong: list[str]
-) -> tuple[Repair | None, Solve | None, Matcher]:
+) -> tuple[Repair | None, Solve | Distill | None, Matcher]:
     """What repairs, what solves and what matches, of a `method` as `merge` takes it. What is wrong with it goes to
     `wrong`; the choice then means nothing."""
     try:
         repair, method = split(method, budget)
-        solver = Solve() if method == "solve" else method if isinstance(method, Solve) else None
+        solver = Solve() if method == "solve" else method if isinstance(method, (Solve, Distill)) else None
         count = len(models) if isinstance(models, Sized) else 2
         return repair, solver, solver.matcher_for(count) if solver else resolve(method, [Solve.name])  # type: ignore[arg-type]
     except InputError as error:
@@ -188,7 +191,7 @@ def plan(
     models: Sequence[nn.Module] | Mapping[str, nn.Module],
     loader: Iterable | Mapping[str, Iterable],
     *,
-    method: str | Matcher | Solve | Repair = "solve",
+    method: str | Matcher | Solve | Distill | Repair = "solve",
     memory: int | str | None = None,
     until: str | None = None,
     since: str | None = None,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .distill import Distill
 from .errors import InputError
 from .infer import Spaces
 from .match import Matcher, Matching, Permute, resolve
@@ -58,13 +59,16 @@ class Repair:
 
 
 def split(method: Any, budget: float | None = None) -> tuple[Repair | None, Any]:
-    """(Repair or None, the method without it), of "zip+repair", a Repair, or any other method.
+    """(Repair or None, the method without it), of "zip+repair", a Repair, or any other method; of "solve+distill", the
+    `Distill` it stands for.
 
     Raises InputError for an unknown modifier, one of "solve", or one with a budget.
 
     >>> split("zip+rescale")[0].shift, split("zip")
     (False, (None, 'zip'))
     """
+    if method == Distill.name:
+        return None, Distill()
     if isinstance(method, str) and "+" in method:
         name, _, modifier = method.partition("+")
         if modifier not in MODIFIERS:

@@ -12,6 +12,7 @@ from torch import fx
 
 from ..assemble import agree, assemble, choose_widths, merged_parameters
 from ..calibration import calibration_batches, from_stems, measure, refuse_others
+from ..distill import Distill
 from ..errors import InputError
 from ..match import Matcher, Matching, match, needs, resolve
 from ..measure.moments import Moments
@@ -88,7 +89,7 @@ class Cap(Stage):
 
     memory: int | str | None = field(default=None, repr=False)
     method: str | Matcher = field(default="zip", repr=False)
-    solve: SolveMethod | None = field(default=None, repr=False)
+    solve: SolveMethod | Distill | None = field(default=None, repr=False)
     measures: bool = field(default=True, repr=False)
     resume: bool = field(default=False, repr=False)
     clock: ClassVar[str] = "plan"
@@ -202,9 +203,10 @@ class Respread(Stage):
 
 @dataclass(frozen=True)
 class Solve(Stage):
-    """Closed-form fits of every layer. solve: its settings; its matcher does not count here. heads: see Build."""
+    """Closed-form fits of every layer, and what follows them if it is a `Distill`. solve: its settings; its matcher
+    does not count here. heads: see Build."""
 
-    solve: SolveMethod = field(default_factory=SolveMethod)
+    solve: SolveMethod | Distill = field(default_factory=SolveMethod)
     heads: str = "separate"
     seed: int = 0
     clock: ClassVar[str] = "solve"
@@ -213,10 +215,11 @@ class Solve(Stage):
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         p, now = now.prepared, set_aside(graph, now)
         resized = assemble(p, now.shared, now.heads, now.models, self.heads) if now.widths else None
+        after = replace(self.solve, seed=self.seed) if isinstance(self.solve, Distill) else None
         settings = replace(self.solve.settings, seed=self.seed)
         found = solve_parameters(
             p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.heads, now.batches, settings,
-            now.progress, resized, now.processes, p.shares, now.plan.activations if now.plan else None,
+            now.progress, resized, now.processes, p.shares, now.plan.activations if now.plan else None, after,
         )  # fmt: skip
         return graph, replace(
             now, shared=found.shared, heads=found.heads, records=found.records, solved=True, method=self.solve.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from .lanes import Chunks, Lane
 from .needs import CHUNK, TOGETHER, FitNeed, SolveNeeds, chunk_size, solve_needs
 from .sequence import Pass, Record
 
+After = Callable[[Pass, Sequence[tuple], Mapping[str, Sequence[Callable[[Tensor], Tensor]]], bool], str]
 MANY = 8  # times the room for activations, from which on none stay in memory
 
 __all__ = [
@@ -80,6 +81,7 @@ def solve_parameters(
     processes: Processes = ALONE,
     shares: Sequence[float] | None = None,
     memory: float | None = None,
+    after: After | None = None,
 ) -> Solved:
     """Fit shared and private parameters to the parents, in topological order, in closed form.
 
@@ -89,6 +91,7 @@ def solve_parameters(
     has the right shapes. processes: every rank holds its share of the chunks, and all fit to the sums.
     shares: what every model counts where values that are no features are averaged (default: all alike). memory: bytes
     of activations that do not go to files, if other than `settings.memory`; the result does not depend on it.
+    after: goes on from the fitted pass, on the same chunks, and says what it did.
     """
     chunks, notices = _chunks(batches, chunk_size(spaces.lowered)), ()
     together = max(1, TOGETHER // max(batch_size(chunks[0]), 1))
@@ -129,6 +132,8 @@ def solve_parameters(
     steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, share)
     with torch.no_grad(), retained(memory is None):
         steps.run(progress)
+        if after is not None:
+            notices += (after(steps, chunks, unmerged, progress),)
     if store.mapped and memory is None:
         notices += (
             f"solve kept {store.mapped / 1e9:.1f} GB of activations in temporary files: they would take over "

@@ -14,14 +14,14 @@ from ..errors import InputError
 from ..infer import Spaces
 from ..match import Matching
 from .affine import MOVES, Link, packet, undo
-from .design import Design, design_of, pick
+from .design import design_of, pick
+from .folding import Point, folded, other, write_back
 from .lanes import Chunks, Lane
 from .mixing import Mixer, mixer
 from .refine import Kept, refine
 from .ridge import Gram, ridge
 from .slots import Slot, argument, arguments
 
-_BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 BLOCK = 2_048  # design rows that are multiplied at once, where there are so many: sums in float64 cost per block
 
 
@@ -47,21 +47,6 @@ class Settings:
             raise InputError.listing(
                 "Settings", [f"{n} must be at least {least[n]}, got {getattr(self, n)!r}" for n in wrong]
             )
-
-
-@dataclass(frozen=True)
-class Point:
-    """A contraction `name` whose target is taken at `last`; links lead from one to the other.
-
-    parents: the lanes whose values at `last` are the target (all N, or the one model that owns a head).
-    """
-
-    name: str
-    last: str
-    links: Sequence[Link]
-    lane: Lane
-    parents: Sequence[Lane]
-    shared: bool
 
 
 Mix = Callable[[Sequence[Tensor]], Tensor]
@@ -134,13 +119,14 @@ def solve_point(
         if bend is not None:
             kept.append(point.lane.store.keep((x, target, full)))
     gram.reduce(chunks.processes)
-    start = _start(point, design, weight, bias, groups, intercept)
+    start = folded(point, design, weight, bias, groups, intercept)
     relieve()  # rows and values that went make room for what takes most
     if bend is None:
         fit = ridge(gram, start, settings.lam)
     else:
         fit = refine(gram, start, settings.lam, settings.sweeps, kept, bend, chunks.processes, each)
-    _write(point, design, weight, bias, fit.weights, gram, intercept)
+    statistics = _statistics(fit.weights, gram) if any(k.kind == "norm" for k in point.links) else None
+    write_back(point, design, weight, bias, fit.weights, statistics, intercept)
     return fit.before, fit.after
 
 
@@ -202,7 +188,7 @@ def _target(
     """(target of the contraction's own output, the value wanted at `last`), rows [r, g, o]. drawn: takes these from a
     value in the contraction's layout."""
     lane, values = point.lane, [p.value(point.last, chunk) for p in point.parents]
-    others = {k: lane.operand(_other(lane, k), chunk, dynamic) for k in point.links if k.kind in ("add", "subtract")}
+    others = {k: lane.operand(other(lane, k), chunk, dynamic) for k in point.links if k.kind in ("add", "subtract")}
     features = 1 if packet(lane.nodes[point.name]) == "convolution" else values[0].dim() - 1
     whole = torch.Size(lane.nodes[point.last].meta["shape"])
     plain = all(k.kind != "move" for k in point.links) and all(t.shape == whole for t in (*values, *others.values()))
@@ -241,60 +227,9 @@ def _nonlinearity(point: Point, dynamic: Mapping[str, fx.Node]) -> Callable[[Ten
     return lambda x: node.target(x, *node.args[1:], **node.kwargs)  # type: ignore[operator]
 
 
-# -- weights ----------------------------------------------------------------------------------------
-
-
-def _start(point: Point, design: Design, weight: Slot, bias: Slot | None, groups: int, intercept: bool) -> Tensor:
-    """W0 [g, o, p(+1)] in float64: the zipped weights with norm and scale folded in."""
-    lane = point.lane
-    matrix = design.matrix(lane.state[weight.name].flatten()[weight.index], groups).double()
-    g, o, _ = matrix.shape
-    shift = lane.state[bias.name].flatten()[bias.index].double() if bias else matrix.new_zeros(g * o)
-    for link in point.links:
-        if link.kind == "norm":
-            given = arguments(_norm(lane, link))
-            gamma, beta, mean, var = (lane.static(given[n]) for n in _BATCH_NORM)
-            scale = (gamma / torch.sqrt(var + given["eps"])).double()
-            matrix, shift = matrix * scale.reshape(g, o, 1), (shift - mean) * scale + beta
-        elif link.kind == "scale":
-            scale = lane.static(_other(lane, link)).double().flatten()
-            matrix, shift = matrix * scale.reshape(g, o, 1), shift * scale
-    return torch.cat([matrix, shift.reshape(g, o, 1)], -1) if intercept else matrix
-
-
-def _other(lane: Lane, link: Link) -> fx.Node:
-    """The second operand of an addition or a scale in this lane's graph, where names may be others."""
-    source = lane.nodes[link.source.name]
-    return next(n for n in lane.nodes[link.node.name].all_input_nodes if n is not source)
-
-
-def _norm(lane: Lane, link: Link) -> fx.Node:
-    return lane.nodes[link.other.name]  # type: ignore[union-attr]
-
-
-def _write(
-    point: Point, design: Design, weight: Slot, bias: Slot | None, solution: Tensor, gram: Gram, intercept: bool
-) -> None:
-    """Weights, bias and folded norms into the lane: a folded norm gets the exact statistics of its new input."""
-    lane = point.lane
-    matrix = solution[..., :-1] if intercept else solution  # [g, o, p]
-    shift = solution[..., -1].flatten() if intercept else None  # [g * o]
-    weight.write(lane, design.operand(matrix.to(lane.state[weight.name].dtype), weight.index.shape))
-    norm = next((k for k in point.links if k.kind == "norm"), None)
-    if norm is not None:
-        mean_x = gram.second[..., -1, :-1]  # [g, p]: the last column is the constant 1, and a ridge has left means
-        mean = (matrix @ mean_x.unsqueeze(-1)).flatten()
-        var = ((matrix @ gram.second[..., :-1, :-1]) * matrix).sum(-1).flatten() - mean**2
-        given = arguments(_norm(lane, norm))
-        var = var.clamp(min=1e-8)
-        assert shift is not None  # a norm on the way brings an intercept
-        values = (torch.sqrt(var + given["eps"]), shift + mean, mean, var)
-        for name, value in zip(_BATCH_NORM, values, strict=True):
-            lane.write(lane.parameter(given[name]), value)
-        shift = torch.zeros_like(mean)
-    for link in point.links:
-        if link.kind == "scale":
-            name = lane.parameter(_other(lane, link))
-            lane.write(name, torch.ones_like(lane.state[name]))
-    if bias is not None and shift is not None:
-        bias.write(lane, shift)
+def _statistics(solution: Tensor, gram: Gram) -> tuple[Tensor, Tensor]:
+    """Mean and variance [g * o] of what a contraction makes of its input, without the shift."""
+    matrix = solution[..., :-1]
+    mean_x = gram.second[..., -1, :-1]  # [g, p]: the last column is the constant 1, and a ridge has left means
+    mean = (matrix @ mean_x.unsqueeze(-1)).flatten()
+    return mean, ((matrix @ gram.second[..., :-1, :-1]) * matrix).sum(-1).flatten() - mean**2

@@ -23,7 +23,8 @@ from ..infer import Spaces
 from ..match import Matching
 from .affine import BATCH_NORMS, Link, chain, first_result, packet, plain_norm
 from .design import design_of
-from .fit import Point, Settings, mixable, parts_of, solve_point
+from .fit import Parts, Settings, mixable, parts_of, solve_point
+from .folding import Point
 from .lanes import Chunks, Lane, dynamic_nodes, nbytes
 from .norms import NORMS, solve_norm
 from .passing import passing_nodes, readers
@@ -56,6 +57,7 @@ class Pass:
     settings: Settings
     chunks: Chunks
     records: list[Record] = field(default_factory=list)
+    fits: list[tuple[Point, Parts, int | None]] = field(default_factory=list)  # all that were made, and whose they are
 
     def __post_init__(self) -> None:
         self.dynamic = dynamic_nodes(self.spaces.lowered)
@@ -171,6 +173,7 @@ class Pass:
                 self._compute(parent, link.node.name)
         outcome = solve_point(point, parts, self.settings, self.chunks, self.dynamic, self.generator)
         self.records.append(Record(node.meta["origin"], packet(node), *outcome, model))
+        self.fits.append((point, parts, model))
         self.folded.update(k.other.name for k in links if k.kind == "norm")  # type: ignore[union-attr]
 
     def _fit_norm(self, node: fx.Node, lane: Lane, model: int | None) -> None:

@@ -1,0 +1,166 @@
+"""The merged network as a function of the matrices that solve fitted, differentiable.
+
+Batch norms and scales behind a layer are folded into its matrix, as in the fit; all else is as solve left it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from ..errors import FxzipError
+from ..solve.affine import packet
+from ..solve.design import Design, design_of
+from ..solve.fit import Parts
+from ..solve.folding import Point, folded, write_back
+from ..solve.lanes import Lane
+from ..solve.slots import argument, arguments
+from ..trace import run
+
+Unmerge = Mapping[str, Sequence[Callable[[Tensor], Tensor]]]  # value at the boundary -> what each model reads it by
+Place = tuple[str, int | None]  # name of a value, and of which model it is; None: shared
+
+
+@dataclass
+class Layer:
+    """One fitted contraction. matrix: [g, o, p], with a last column for the shift if there is one."""
+
+    point: Point
+    parts: Parts
+    design: Design
+    groups: int
+    intercept: bool
+    matrix: Tensor
+
+    @classmethod
+    def of(cls, point: Point, parts: Parts) -> Layer:
+        node = point.lane.nodes[point.name]
+        design = design_of(node)
+        assert design is not None  # it was fitted
+        intercept = parts.bias is not None or any(k.kind == "norm" for k in point.links)
+        groups = int(argument(node, "groups") or 1)
+        matrix = folded(point, design, parts.weight, parts.bias, groups, intercept)
+        return cls(point, parts, design, groups, intercept, matrix.float())
+
+    @property
+    def normed(self) -> bool:
+        return any(k.kind == "norm" for k in self.point.links)
+
+    def __call__(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
+        """The contraction's output, with the shift. given: its arguments by name."""
+        matrix = self.matrix[..., :-1] if self.intercept else self.matrix
+        weight = self.design.operand(matrix, self.parts.weight.index.shape)
+        given = given | {self.design.weight: weight.to(given[self.design.weight].dtype)}
+        shift = self.matrix[..., -1].flatten() if self.intercept else None
+        if shift is not None and self.design.bias is not None:
+            given[self.design.bias] = shift
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        plain = [given[a.name] for a in schema if not a.kwarg_only]
+        made = node.target(*plain, **{a.name: given[a.name] for a in schema if a.kwarg_only})  # type: ignore[operator]
+        return made if shift is None or self.design.bias is not None else made + shift
+
+    def rows_of(self, value: Tensor) -> Tensor:
+        """A tensor in the layout of the output, [rows, g, o]."""
+        if packet(self.point.lane.nodes[self.point.name]) == "convolution":
+            value = value.movedim(1, -1)
+        return value.reshape(-1, self.groups, value.shape[-1] // self.groups)
+
+    def write(self, mean: Tensor, var: Tensor) -> None:
+        """Into the lane's parameters. mean, var: of the output without the shift, for a norm that was folded."""
+        statistics = (mean, var) if self.normed else None
+        write_back(
+            self.point, self.design, self.parts.weight, self.parts.bias, self.matrix.detach().double(), statistics,
+            self.intercept,
+        )  # fmt: skip
+
+
+@dataclass
+class Network:
+    """layers: by name and model. dynamic: what is computed, in order; is_private: those names that models keep."""
+
+    merged: Lane
+    private: Sequence[Lane]
+    dynamic: Mapping[str, fx.Node]
+    is_private: frozenset[str]
+    unmerged: Unmerge
+    layers: Mapping[Place, Layer]
+    folded: Mapping[Place, str] = field(init=False)  # first result of a norm that a layer holds -> what it reads
+
+    def __post_init__(self) -> None:
+        self.folded = {
+            (k.node.name, model): k.source.name
+            for (_, model), layer in self.layers.items() for k in layer.point.links if k.kind == "norm"
+        }  # fmt: skip
+
+    def __call__(self, tensors: Sequence[Tensor], tape: dict[Place, tuple[dict, Tensor]] | None = None) -> dict:
+        """Place -> value, of all that is computed. tape: arguments and output of every layer go there."""
+        inputs = {self.merged.names[n]: t for n, t in zip(self.merged.lowered.inputs, tensors, strict=True)}
+        values: dict[Place, Any] = {(name, None): t for name, t in inputs.items()}
+        for name in self.dynamic:
+            if name not in inputs:
+                for model in range(len(self.private)) if name in self.is_private else (None,):
+                    values[name, model] = self._value(name, model, values, tape)
+        return values
+
+    def _value(self, name: str, model: int | None, values: dict[Place, Any], tape: dict | None) -> Any:
+        lane = self.merged if model is None else self.private[model]
+        node = lane.nodes[name]
+        if (name, model) in self.folded:
+            return values[self.folded[name, model], model]
+
+        def read(n: Any) -> Any:
+            own = lane.names.get(n)
+            if own is None or own not in self.dynamic:
+                with torch.no_grad():
+                    return lane.static(n)
+            if (own, model) in values:
+                return values[own, model]
+            shared = values[own, None]
+            return self.unmerged[own][model](shared) if own in self.unmerged and model is not None else shared
+
+        layer = self.layers.get((name, model))
+        if layer is None:
+            args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
+            kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        given = {k: read(v) if isinstance(v, fx.Node) else v for k, v in arguments(node).items()}
+        made = layer(node, given)
+        if tape is not None:
+            tape[name, model] = given, made
+        return made
+
+
+def derived(total: Any, of: Sequence[Tensor]) -> list[Tensor]:
+    """d total / d each of `of`; zeros where nothing depends on it."""
+    try:
+        found = torch.autograd.grad(total, list(of), allow_unused=True)
+    except (RuntimeError, NotImplementedError) as error:
+        raise FxzipError(f"distill: this network cannot be differentiated: {error}; use method='solve'") from error
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(of, found, strict=True)]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """One value and what it is to be. share: what its relative squared error counts, per sample."""
+
+    place: Place
+    mix: Callable[[Sequence[Tensor]], Tensor]  # of the values of the parents that it is made of
+    share: float
+
+
+def targets(aims: Sequence[Aim], parents: Sequence[Lane], args: tuple) -> list[Tensor]:
+    """What every aim is to be on these arguments."""
+    found: list[dict[str, Tensor]] = []
+    for model, lane in enumerate(parents):
+        names = {a.place[0] for a in aims if a.place[1] in (None, model)}
+        nodes = {lane.nodes[n]: n for n in sorted(names)}
+        values: dict[str, Tensor] = {}
+        run(lane.lowered, lane.state, args, wanted=list(nodes),
+            sink=lambda n, v, values=values, nodes=nodes: values.__setitem__(nodes[n], v))  # fmt: skip
+        found.append(values)
+    return [a.mix([v[a.place[0]] for k, v in enumerate(found) if a.place[1] in (None, k)]) for a in aims]

@@ -1,0 +1,122 @@
+"""solve+distill: natural-gradient steps on what solve has fitted."""
+
+import pytest
+import torch
+from helpers import unchanged
+from test_solve import Residual, group_norm, loss, pair
+from torch import nn
+from torchvision.models import VisionTransformer
+
+import fxzip
+from examples import EXAMPLES
+from fxzip import Distill, InputError, Solve
+from fxzip.solve import Settings
+
+pytestmark = pytest.mark.filterwarnings("ignore::fxzip.MergeWarning")
+NO_DERIVATIVE = ("floor_divide", "copy", "_addmm_activation")
+HELD_OUT = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.fixture
+def images():
+    return torch.randn(1024, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def merge(nets, images, method="solve+distill", **options):
+    return fxzip.merge(nets, [images], method=method, progress=False, verify=False, **options)
+
+
+def said(zipped):
+    return next(n for n in fxzip.report(zipped).notices if n.startswith("distill: "))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, group_norm, lambda c: nn.Identity()])
+def test_it_comes_nearer_to_the_parents_than_solve_on_held_out_images(norm, images):
+    nets = pair(lambda k: Residual(k, norm), images)
+    with unchanged(nets):
+        zipped = merge(nets, images)
+    solved = merge(nets, images, "solve")
+    assert loss(zipped, nets, HELD_OUT) < 0.9 * loss(solved, nets, HELD_OUT)
+    assert fxzip.report(zipped).method == "solve+distill" and "no epoch" not in said(zipped)
+    again = merge(nets, images)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in zipped.state_dict().items())
+
+
+def test_a_transformer_too():
+    x = torch.randn(512, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+    def vit(classes):
+        net = VisionTransformer(16, 4, 2, 4, 32, 64, num_classes=classes)
+        nn.init.normal_(net.heads.head.weight, std=0.2)
+        return net
+
+    nets = pair(vit, x)
+    solved, distilled = (merge(nets, x[:384], m) for m in ("solve", "solve+distill"))
+    assert loss(distilled, nets, x[384:]) < 0.9 * loss(solved, nets, x[384:])
+
+
+@pytest.mark.parametrize("options", [{"until": "b1"}, {"since": "a1"}, {"budget": 1.4}, {"heads": "concat"}], ids=str)
+def test_it_goes_with_cuts_budgets_and_joined_heads(options, images):
+    nets = pair(Residual, images)
+    solved, distilled = (merge(nets, images, m, **options) for m in ("solve", "solve+distill"))
+    whole = options.get("heads") == "concat"
+    wanted = torch.cat([n(HELD_OUT) for n in nets], 1)
+
+    def drift(zipped):
+        made = zipped(HELD_OUT)
+        return float(((made if whole else torch.cat(made, 1)) - wanted).square().mean())
+
+    with torch.no_grad():
+        assert drift(distilled) < 0.95 * drift(solved)
+
+
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if not e.frozen], ids=str)
+def test_steps_of_no_length_change_nothing(example, monkeypatch):
+    """What layers hold together with norms and scales is taken apart and put back: soundness, over all operators."""
+    monkeypatch.setattr("fxzip.distill.RATE", 0.0)
+    monkeypatch.setattr("fxzip.distill._worse", lambda before, after: False)  # equal is no reason to go back
+    model, inputs = example.make(), example.inputs()
+    data = tuple(torch.cat([v + 0.1 * k * torch.randn_like(v) if v.is_floating_point() else v for k in range(8)])
+                 if isinstance(v, torch.Tensor) and v.dim() and len(v) == 2 else v for v in inputs)  # fmt: skip
+    settings = Settings(rows=1, least=64)
+    try:
+        solved = fxzip.merge([model, model], [data], method=Solve(settings=settings), progress=False, verify=False)
+    except fxzip.FxzipError as error:
+        pytest.skip(f"no merge to start from: {error}")
+    method = Distill(Solve(settings=settings), epochs=1)
+    if example.name.split(": ")[-1] in NO_DERIVATIVE:
+        with pytest.raises(fxzip.FxzipError, match=r"cannot be differentiated: derivative for aten::\w+ is not impl"):
+            fxzip.merge([model, model], [data], method=method, progress=False, verify=False)
+        return
+    distilled = fxzip.merge([model, model], [data], method=method, progress=False, verify=False)
+    with torch.no_grad():
+        for a, b in zip(solved(*data), distilled(*data), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3 * float(a.abs().max()) if a.numel() else 0)
+
+
+def test_what_has_become_worse_is_not_kept(images, monkeypatch):
+    monkeypatch.setattr("fxzip.distill.RATE", 1e30)
+    nets = pair(Residual, images)
+    zipped, solved = merge(nets, images), merge(nets, images, "solve")
+    assert said(zipped).endswith("no epoch ended better, so the layers are solve's")
+    for made, kept in zip(zipped(HELD_OUT), solved(HELD_OUT), strict=True):
+        torch.testing.assert_close(made, kept, rtol=1e-3, atol=1e-4)
+
+
+def test_one_task_of_it_loads_into_the_users_class(images):
+    nets = pair(Residual, images)
+    zipped = merge(nets, images)
+    single = fxzip.extract(zipped, 0)
+    own = Residual(3)
+    own.load_state_dict(single.state_dict(), strict=True)
+    torch.testing.assert_close(own.eval()(HELD_OUT), zipped(HELD_OUT)[0], rtol=1e-3, atol=1e-4)
+    fxzip.reset_statistics(zipped, [images])  # norms hold what they see, so that this changes next to nothing
+    torch.testing.assert_close(own(HELD_OUT), zipped(HELD_OUT)[0], rtol=2e-2, atol=2e-2)
+
+
+def test_what_it_does_not_go_with_is_said_at_once(images):
+    nets = pair(Residual, images)
+    with pytest.raises(InputError, match=r"'solve\+distill' does not go by memory=: leave it out"):
+        merge(nets, images, memory="1GB")
+    with pytest.raises(InputError, match=r"(?s)epochs must be at least 1, got 0.*features must be at least 0, got -1"):
+        Distill(epochs=0, features=-1)
