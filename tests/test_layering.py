@@ -10,8 +10,8 @@ from torch import nn
 ROOT = Path(__file__).parent.parent / "fxzip"
 LAYERS = (  # lowest first
     "errors version allocator memory processes products markup drawing trace infer evaluate measure match rewrite "
-    "solve distill comparable repair verification verify loaders check options padding nested prepared prepare planning "
-    "calibration inspection widths assemble heatmap report describe sanity passes postpass merge frontier "
+    "solve distill comparable repair verification verify loaders check options padding nested prepared prepare "
+    "planning calibration inspection widths assemble heatmap report describe sanity passes postpass merge frontier "
     "landscape plot html soup "
     "files __init__ demo cli __main__"
 )
