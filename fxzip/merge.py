@@ -216,6 +216,7 @@ def plan(
         {"until": until, "since": since, "seed": seed, "device": device, "forward_fn": forward_fn, "memory": memory}
     )
     repair, solver, matcher = choose(method, None, models, wrong)
+    wrong += Distill.refused(memory, False) if isinstance(solver, Distill) else []
     if wrong:
         check_merge(models, loader, calibration=calibration, problems=wrong, call="fxzip.plan")
     p = prepare(

@@ -72,7 +72,8 @@ def split(method: Any, budget: float | None = None) -> tuple[Repair | None, Any]
     if isinstance(method, str) and "+" in method:
         name, _, modifier = method.partition("+")
         if modifier not in MODIFIERS:
-            raise InputError(f"unknown modifier {modifier!r} in method {method!r}; modifiers: {', '.join(MODIFIERS)}")
+            raise InputError(f"unknown modifier {modifier!r} in method {method!r}; modifiers: {', '.join(MODIFIERS)};"
+                             " of solve, distill")
         if name == "solve":
             raise InputError(f"method {method!r}: solve fits means and deviations itself; use method='solve'")
         method = Repair(resolve(name), MODIFIERS[modifier])

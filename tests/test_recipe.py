@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from fxzip import Solve, Zip
+from fxzip import Distill, Solve, Zip
 from fxzip.cli import data, job, recipe
 from fxzip.errors import InputError
 from fxzip.repair import Repair
@@ -83,6 +83,9 @@ def test_parameters_become_methods(place):
     assert method("method: zip\nparameters: {alpha: 1, beta: 0.5}\n") == Zip(1, 0.5)
     assert method("method: zip+rescale\nparameters: {beta: 0.5}\n") == Repair(Zip(beta=0.5), False)
     assert method("parameters: {matcher: zip, lam: 0.01}\n") == Solve(Zip(), Settings(lam=0.01))
+    assert method("method: solve+distill\n") == "solve+distill"
+    given = method("method: solve+distill\nparameters: {lam: 0.01, epochs: 2}\n")
+    assert given == Distill(Solve(settings=Settings(lam=0.01)), epochs=2)
 
 
 def test_problems_of_models_and_data_are_listed_together(place):

@@ -170,13 +170,14 @@ def check(
 
 def method_of(recipe: Recipe) -> Any:
     """What to pass as method=: the name, or with parameters the object it stands for. Raises InputError."""
+    from ..distill import Distill
     from ..match import MATCHERS, resolve
     from ..repair import MODIFIERS, Repair, split
     from ..solve import Settings, Solve
 
     if not recipe.parameters:
         repaired, plain = split(recipe.method)
-        if not repaired and plain != "solve":
+        if not repaired and plain != "solve" and not isinstance(plain, Distill):
             resolve(plain, [Solve.name])
         return recipe.method
     given, (name, _, modifier) = dict(recipe.parameters), recipe.method.partition("+")
@@ -185,8 +186,11 @@ def method_of(recipe: Recipe) -> Any:
     kinds = {m.name: m for m in MATCHERS}
     if name == "solve":
         split(recipe.method)
-        _known(given, ["matcher", *(f.name for f in fields(Settings))], recipe.method)
-        return Solve(given.pop("matcher", None), _made(Settings, given))
+        steps = ["epochs", "batch", "features"] if modifier else []
+        _known(given, ["matcher", *(f.name for f in fields(Settings)), *steps], recipe.method)
+        further = {k: given.pop(k) for k in steps if k in given}
+        solve = Solve(given.pop("matcher", None), _made(Settings, given))
+        return _made(Distill, {"solve": solve, **further}) if modifier else solve
     if name not in kinds:
         resolve(name, [Solve.name])
     if modifier and modifier not in MODIFIERS:

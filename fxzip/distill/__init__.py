@@ -123,6 +123,8 @@ class _Run:
         self.generator = torch.Generator().manual_seed(settings.seed)
 
     def run(self, progress: bool) -> Distilled:
+        if not self.layers:
+            return Distilled((0.0, 0.0), (0.0, 0.0))
         first = [self.chunks[k] for k in range(min(len(self.chunks), ceil(FIRST / self.size)))]
         curvature, before = Curvature(self.layers), self._errors(first)
         for args in first:

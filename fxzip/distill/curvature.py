@@ -53,13 +53,13 @@ class Curvature:
         sums[place] = sums[place] + product if place in sums else product
 
     def invert(self) -> None:
-        """In place: both factors become float32 inverses, damped."""
+        """In place: both factors become inverses, damped."""
         for factors, damping in ((self.inputs, INPUT), (self.outputs, OUTPUT)):
             for place, total in factors.items():
                 factor = total / self.samples
                 weight = damping * factor.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)
                 factor.diagonal(dim1=-2, dim2=-1).add_(weight[:, None])
-                factors[place] = torch.linalg.inv(factor).float()
+                factors[place] = torch.linalg.inv(factor).to(self.layers[place].matrix.dtype)
 
     def step(self, place: Place, gradient: Tensor) -> Tensor:
         """The natural step against a gradient [g, o, p]."""

@@ -45,7 +45,8 @@ class Layer:
         intercept = parts.bias is not None or any(k.kind == "norm" for k in point.links)
         groups = int(argument(node, "groups") or 1)
         matrix = folded(point, design, parts.weight, parts.bias, groups, intercept)
-        return cls(point, parts, design, groups, intercept, matrix.float())
+        precision = torch.promote_types(point.lane.state[parts.weight.name].dtype, torch.float32)
+        return cls(point, parts, design, groups, intercept, matrix.to(precision))
 
     @property
     def normed(self) -> bool:
@@ -54,9 +55,9 @@ class Layer:
     def __call__(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
         """The contraction's output, with the shift. given: its arguments by name."""
         matrix = self.matrix[..., :-1] if self.intercept else self.matrix
-        weight = self.design.operand(matrix, self.parts.weight.index.shape)
-        given = given | {self.design.weight: weight.to(given[self.design.weight].dtype)}
-        shift = self.matrix[..., -1].flatten() if self.intercept else None
+        weight, precision = self.design.operand(matrix, self.parts.weight.index.shape), given[self.design.weight].dtype
+        given = given | {self.design.weight: weight.to(precision)}
+        shift = self.matrix[..., -1].flatten().to(precision) if self.intercept else None
         if shift is not None and self.design.bias is not None:
             given[self.design.bias] = shift
         schema = node.target._schema.arguments  # type: ignore[union-attr]
