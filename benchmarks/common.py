@@ -50,11 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "solve-alpha1": {"method": fxzip.Solve(matcher=fxzip.Zip(alpha=1.0, beta=1.0))},
     "solve-pair": {"method": fxzip.Solve(matcher=fxzip.Pair())},
     "unmerge": {"method": fxzip.Unmerge()},
-    "solve-1x": {"method": "solve", "budget": 1.0},
     "solve-1.15x": {"method": "solve", "budget": 1.15},
     "solve-1.33x": {"method": "solve", "budget": 1.33},
     "distill": {"method": "solve+distill"},
-    "distill-1x": {"method": "solve+distill", "budget": 1.0},
     "distill-1.15x": {"method": "solve+distill", "budget": 1.15},
     "distill-1.33x": {"method": "solve+distill", "budget": 1.33},
 }

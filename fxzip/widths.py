@@ -1,17 +1,15 @@
 """Budgets: how wide every merged space may be, so that the result costs what the user allows.
 
-FLOPs of every contraction scale with the widths of the spaces it reads and writes. From one share of all widths that
-fits, spaces grow in steps of `round_to` where a FLOP buys most, and others get narrower for it where one loses least:
-of the unexplained variance of a space's joint correlation (eigenvalues beyond the width), once for every layer that
-reads it. A residual stream, which many read, so becomes wider, and what is inside its blocks narrower. A space whose
-width cannot change keeps it, and the report says so.
+FLOPs of every contraction scale with the widths of the spaces it reads and writes. From the models' widths (or,
+below 1, from the same share of each that fits) widths grow in steps of `round_to`, each time where a FLOP buys most:
+the drop in unexplained variance of a space's joint correlation (eigenvalues beyond the width), once for every layer
+that reads it, per FLOP. A space whose width cannot change keeps it, and the report says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,7 @@ from .rewrite.parameters import layout
 from .solve.affine import packet
 from .trace import watched
 
-LEAST = 0.25  # of one model's width: no space becomes narrower
+LEAST = 0.25  # no space becomes narrower than this share of one model's width
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def _contractions(parameter: fx.Node) -> list[fx.Node]:
 
 def flops(terms: Sequence[Term], ratio: Mapping[str, float]) -> float:
     """Total at widths m = ratio * n."""
-    return sum(t.flops * prod(ratio.get(s, 1.0) for s in t.spaces) for t in terms)
+    return sum(t.flops * float(np.prod([ratio.get(s, 1.0) for s in t.spaces])) for t in terms)
 
 
 def resizable(spaces: Spaces, merged: Sequence[FeatureSpace], step: int) -> set[str]:
@@ -112,94 +110,57 @@ def allocate(
     Raises InputError when even the narrowest widths cost more, naming the least possible budget.
     """
     size = {s.name: s.size for s in merged if s.name in free and s.name in moments}
-    one = sum(t.flops for t in terms)
-    least = {s: _share(n, LEAST, round_to) for s, n in size.items()}
-    if (cost := flops(terms, {s: least[s] / n for s, n in size.items()})) > budget * one:
+    one = flops([Term(t.flops, ()) for t in terms], {})
+    width = _start(terms, size, budget * one, round_to)
+    if width is None:
+        least = flops(terms, {s: _share(n, LEAST, round_to) / n for s, n in size.items()}) / one
         raise InputError(
-            f"budget={budget}: the narrowest merge costs {cost / one:.2f} times one network; allow that or more"
+            f"budget={budget}: the narrowest merge costs {least:.2f} times one network; allow that or more"
         )
-    left = {s.name: _lost(s, moments[s.name].correlation()) for s in merged if s.name in size}
-    widths = _Widths(terms, size, least, {s: sum(moments[s].sizes) for s in size}, left, budget * one, round_to)
-    widths.settle()
-    return widths.now
+    left = {s.name: _unexplained(moments[s.name].correlation()) * _readers(s) for s in merged if s.name in size}
+    most = {s: sum(moments[s].sizes) for s in size}
+    growing = set(size)
+    while growing:
+        now = flops(terms, {s: width[s] / size[s] for s in size})
+        best, gain = None, 0.0
+        for s in sorted(growing):
+            wider = min(width[s] + round_to, most[s])
+            extra = flops(terms, {k: (wider if k == s else width[k]) / size[k] for k in size}) - now
+            if wider == width[s] or now + extra > budget * one:
+                growing.discard(s)
+                continue
+            value = float(left[s][width[s]] - left[s][wider]) / max(extra, 1.0)
+            if best is None or value > gain:
+                best, gain = s, value
+        if best is not None:
+            width[best] = min(width[best] + round_to, most[best])
+    return width
 
 
-@dataclass
-class _Widths:
-    """Widths that settle where no step and no exchange of steps loses less."""
-
-    terms: Sequence[Term]
-    size: Mapping[str, int]
-    least: Mapping[str, int]
-    most: Mapping[str, int]
-    left: Mapping[str, np.ndarray]
-    allowed: float  # FLOPs
-    step: int
-    now: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.touched = {s: [t for t in self.terms if s in t.spaces] for s in self.size}
-        shares = np.arange(max((self.most[s] / n for s, n in self.size.items()), default=1), LEAST, -1 / 64)
-        self.now = next(w for w in map(self._at, (*shares.tolist(), LEAST)) if self._cost(w) <= self.allowed)
-
-    def _at(self, share: float) -> dict[str, int]:
-        """The same share of every width, rounded down but for what is least; 1, the widths as they are."""
-        whole = {s: n if share == 1 else int(n * share / self.step) * self.step for s, n in self.size.items()}
-        return {s: min(max(w, self.least[s]), self.most[s]) for s, w in whole.items()}
-
-    def _cost(self, widths: Mapping[str, int]) -> float:
-        return flops(self.terms, {s: w / self.size[s] for s, w in widths.items()})
-
-    def settle(self) -> None:
-        """Grow what gains most per FLOP; where that does not fit, make narrower what loses least per FLOP, as long as
-        less is lost in all."""
-        spent, given_up = self._cost(self.now), set()
-        while wanted := self._rates(1, given_up):
-            best = max(wanted, key=wanted.__getitem__)
-            held = dict(self.now)
-            self._move(best, 1)
-            while (spent := self._cost(self.now)) > self.allowed and (rates := self._rates(-1, {best})):
-                self._move(min(rates, key=rates.__getitem__), -1)
-            if spent <= self.allowed and self._loss(self.now) < self._loss(held) - 1e-9:
-                given_up.clear()
-            else:
-                self.now = held
-                given_up.add(best)
-
-    def _rates(self, way: int, without: Collection[str]) -> dict[str, float]:
-        """Change in loss per FLOP of one step, wider (1) or narrower (-1), of every space that can take it."""
-        ratio = {s: w / self.size[s] for s, w in self.now.items()}
-        found = {}
-        for s in self.size.keys() - set(without):
-            then = self._then(s, way)
-            if then != self.now[s]:
-                some = self.touched[s]
-                cost = flops(some, ratio | {s: then / self.size[s]}) - flops(some, ratio)
-                found[s] = float(self.left[s][self.now[s]] - self.left[s][then]) / (cost or way)
-        return dict(sorted(found.items()))
-
-    def _then(self, space: str, way: int) -> int:
-        return min(max(self.now[space] + way * self.step, self.least[space]), self.most[space])
-
-    def _move(self, space: str, way: int) -> None:
-        self.now = self.now | {space: self._then(space, way)}
-
-    def _loss(self, widths: Mapping[str, int]) -> float:
-        return sum(float(self.left[s][w]) for s, w in widths.items())
+def _start(terms: Sequence[Term], size: Mapping[str, int], most: float, round_to: int) -> dict[str, int] | None:
+    """The models' own widths, or the largest common share of them that costs at most `most` FLOPs; None: none does."""
+    for share in np.arange(1, LEAST - 1e-9, -1 / 64):
+        width = {s: _share(n, float(share), round_to) for s, n in size.items()}
+        if flops(terms, {s: width[s] / n for s, n in size.items()}) <= most:
+            return width
+    return None
 
 
 def _share(size: int, share: float, round_to: int) -> int:
-    """`share` of a width in steps of `round_to`, at least one step; no more than it is."""
-    return min(size, max(1, int(np.ceil(size * share / round_to))) * round_to)
+    """`share` of a width in steps of `round_to`, at least one step; whole, the width as it is."""
+    return size if share == 1 else min(size, max(1, int(np.ceil(size * share / round_to))) * round_to)
 
 
-def _lost(space: FeatureSpace, correlation: Tensor) -> np.ndarray:
-    """[Sn + 1]: variance left out when the k largest principal directions are kept, relative to what is kept (what is
-    lost early no width behind it brings back, so the first ones are dearest); once for every layer that reads it."""
-    readers = {(s.parameter, s.axis) for s in space.segments if "consume" in s.roles}
+def _readers(space: FeatureSpace) -> int:
+    """How many layers contract over the features: of a residual stream many."""
+    return max(len({(s.parameter, s.axis) for s in space.segments if "consume" in s.roles}), 1)
+
+
+def _unexplained(correlation: Tensor) -> np.ndarray:
+    """[Sn + 1]: share of variance left when the k largest principal directions are kept."""
     values = torch.linalg.eigvalsh(correlation).flip(0).clamp(min=0)
-    kept = torch.cat([values.new_zeros(1), values.cumsum(0)]) / values.sum().clamp(min=1e-30)
-    return ((1 - kept).clamp(min=0) / kept.clamp(min=1e-6)).cpu().numpy() * max(len(readers), 1)
+    left = 1 - torch.cat([values.new_zeros(1), values.cumsum(0)]) / values.sum().clamp(min=1e-30)
+    return left.cpu().numpy()
 
 
 def probe(

@@ -103,6 +103,14 @@ def test_what_has_become_worse_is_not_kept(images, monkeypatch):
         torch.testing.assert_close(made, kept, rtol=1e-3, atol=1e-4)
 
 
+def test_double_precision_stays(images):
+    nets = [n.double() for n in pair(Residual, images)]
+    held_out = HELD_OUT.double()
+    solved, distilled = (merge(nets, images.double(), m) for m in ("solve", "solve+distill"))
+    assert all(v.dtype == torch.float64 for v in distilled.state_dict().values() if v.is_floating_point())
+    assert loss(distilled, nets, held_out) < 0.9 * loss(solved, nets, held_out)
+
+
 def test_one_task_of_it_loads_into_the_users_class(images):
     nets = pair(Residual, images)
     zipped = merge(nets, images)
@@ -118,5 +126,8 @@ def test_what_it_does_not_go_with_is_said_at_once(images):
     nets = pair(Residual, images)
     with pytest.raises(InputError, match=r"'solve\+distill' does not go by memory=: leave it out"):
         merge(nets, images, memory="1GB")
+    with pytest.raises(InputError, match="does not go by memory="):
+        fxzip.plan(nets, [images], method="solve+distill", memory="1GB")
+    assert "solve+distill of 2 models" in str(fxzip.plan(nets, [images], method="solve+distill"))
     with pytest.raises(InputError, match=r"(?s)epochs must be at least 1, got 0.*features must be at least 0, got -1"):
         Distill(epochs=0, features=-1)

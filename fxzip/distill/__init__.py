@@ -54,7 +54,7 @@ class Distill:
     solve: Solve = field(default_factory=Solve)
     epochs: int = 6
     batch: int = 128
-    features: float = 3.0
+    features: float = 10.0
     seed: int = 0
     name: ClassVar[str] = "solve+distill"
 
