@@ -109,14 +109,14 @@ def distill(
 
 
 class _Run:
+    """One network's steps: what moves, what it is to come near to, and on which samples."""
+
     def __init__(self, steps: Pass, chunks: Sequence[tuple], unmerged: Unmerge, settings: Distill) -> None:
         layers = {(point.name, model): Layer.of(point, parts) for point, parts, model in steps.fits}
         for layer in layers.values():
             layer.matrix.requires_grad_(True)
         self.parents, self.settings, self.chunks = steps.parents, settings, chunks
-        self.network = Network(
-            steps.merged, steps.private, steps.dynamic, steps.is_private, unmerged, layers
-        )  # fmt: skip
+        self.network = Network(steps.merged, steps.private, steps.dynamic, steps.is_private, unmerged, layers)
         self.layers, self.size = layers, batch_size(chunks[0])
         self.aims = [*_outputs(steps), *_features(steps, layers, settings.features)]
         self.scale: list[Tensor] = []  # of the variance of every aim
@@ -216,7 +216,7 @@ class _Run:
             self.layers[place].matrix.data.copy_(matrix)
 
     def _drawn(self) -> Iterator[tuple]:
-        """Chunks of the calibration samples, dealt anew for every sweep."""
+        """Chunks of the calibration samples, dealt anew for every epoch."""
         count = len(self.chunks) * self.size
         while True:
             order = torch.randperm(count, generator=self.generator)
@@ -261,9 +261,11 @@ def _features(steps: Pass, layers: Mapping[Place, Layer], share: float) -> list[
 def _taken(chunks: Sequence[tuple], index: Tensor, size: int) -> tuple:
     """The samples `index` of all chunks together; what has no row for each sample is the same in all."""
 
-    def take(*of: Any) -> Any:
-        if not (isinstance(of[0], Tensor) and of[0].dim() and len(of[0]) == size):
-            return of[0]
+    def take(first: Any, *others: Any) -> Any:
+        of = (first, *others)
+        same = len(of) > 1 and first is of[1]
+        if same or not (isinstance(first, Tensor) and first.dim() and len(first) == size):
+            return first
         return torch.stack([of[k // size][k % size] for k in index.tolist()])
 
     return tree_map(take, chunks[0], *chunks[1:])

@@ -140,7 +140,9 @@ def derived(total: Any, of: Sequence[Tensor]) -> list[Tensor]:
     """d total / d each of `of`; zeros where nothing depends on it."""
     try:
         found = torch.autograd.grad(total, list(of), allow_unused=True)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
+        if "derivative" not in str(error):  # such as no memory
+            raise
         raise FxzipError(f"distill: this network cannot be differentiated: {error}; use method='solve'") from error
     return [torch.zeros_like(x) if g is None else g for x, g in zip(of, found, strict=True)]
 
