@@ -4,8 +4,8 @@
 
 Every residual block of the merged network in turn is trained by Adam towards what solve aims it at, the features of
 both parents that the matching keeps, on the inputs it gets from the trained blocks before it; then the heads are
-fitted. What is still missing then is not the fits', but the targets'. *Drift* as in tried.py, on all images and on
-those of the own task. A record of what was found, not a way to use the library.
+fitted. Adam is slow at this: natural-gradient steps (method="solve+distill") come much nearer. *Drift* as in tried.py,
+on all images and on those of the own task. A record of what was found, not a way to use the library.
 """
 
 from __future__ import annotations
