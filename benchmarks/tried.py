@@ -5,8 +5,8 @@
 *Targets by task*: on an image of task i, merged features are fitted to model i's features rather than to the mean of
 their groups; the others count `rest`. Which task an image is of is known here from its label, or guessed from the
 parents' logits. *By gradients*: features are selected in the metric E[g g^T], g the gradients of random sums of
-logits. *By all that follows*: in one without gradients, see what_follows.py. All reach into fxzip's internals: this is
-a record of an experiment, not a way to use the library.
+logits. *By all that follows*: in one without gradients, see what_follows.py. These reach into fxzip's internals: a
+record of experiments, not a way to use the library. *solve+distill*: what the features count beside the outputs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from what_follows import metric_by_what_follows
 
 import fxzip
-from fxzip import Permute, Select, Solve, Suited
+from fxzip import Distill, Permute, Select, Solve, Suited
 from fxzip.match import Read
 from fxzip.measure import Programs
 from fxzip.measure.programs import rows_of
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = data.train[1][_shuffled(len(data.train[0]), args.seed)[:count]]
     rows = [announce(r) for r in bench.parent_rows([None, None], ["parent a", "parent b"])]
 
-    def add(name: str, method: Solve) -> None:
+    def add(name: str, method: Solve | Distill) -> None:
         if not fnmatch(name, args.only):
             return
         zipped = fxzip.merge(bench.parents, bench.calibration.split(256), method=method, calibration=count,
@@ -152,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for leak in (0.0, 0.5):
         with metric_by_what_follows(leak):
             add(f"select, metric by all that follows, leak {leak}", Solve(Suited()))
+    for share in (3.0, 10.0, 30.0):
+        add(f"solve+distill, features count {share:g}", Distill(features=share))
     notes = machine(args, calibration=count, **{"test images": len(bench.images)})
     show("solve: targets by task, other metrics of select", rows, ["a", "b"], notes)
     save(args.out, [("tried", rows)], notes)

@@ -226,7 +226,7 @@ class _Run:
     @torch.no_grad()
     def _write(self) -> None:
         """Matrices into the lanes, and for norms the exact statistics of what they get."""
-        sums = {p: [torch.zeros(()), torch.zeros(()), 0] for p, layer in self.layers.items() if layer.normed}
+        sums = {p: [torch.zeros(()), torch.zeros(()), 0] for p, layer in self.layers.items() if layer.point.normed}
         for args in self.chunks if sums else ():
             tape: dict[Place, tuple[dict, Tensor]] = {}
             self.network([x for x in tree_leaves(args) if isinstance(x, Tensor)], tape)

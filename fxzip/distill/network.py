@@ -42,15 +42,11 @@ class Layer:
         node = point.lane.nodes[point.name]
         design = design_of(node)
         assert design is not None  # it was fitted
-        intercept = parts.bias is not None or any(k.kind == "norm" for k in point.links)
+        intercept = parts.bias is not None or point.normed
         groups = int(argument(node, "groups") or 1)
         matrix = folded(point, design, parts.weight, parts.bias, groups, intercept)
         precision = torch.promote_types(point.lane.state[parts.weight.name].dtype, torch.float32)
         return cls(point, parts, design, groups, intercept, matrix.to(precision))
-
-    @property
-    def normed(self) -> bool:
-        return any(k.kind == "norm" for k in self.point.links)
 
     def __call__(self, node: fx.Node, given: dict[str, Any]) -> Tensor:
         """The contraction's output, with the shift. given: its arguments by name."""
@@ -73,7 +69,7 @@ class Layer:
 
     def write(self, mean: Tensor, var: Tensor) -> None:
         """Into the lane's parameters. mean, var: of the output without the shift, for a norm that was folded."""
-        statistics = (mean, var) if self.normed else None
+        statistics = (mean, var) if self.point.normed else None
         write_back(
             self.point, self.design, self.parts.weight, self.parts.bias, self.matrix.detach().double(), statistics,
             self.intercept,
@@ -125,7 +121,7 @@ class Network:
             return self.unmerged[own][model](shared) if own in self.unmerged and model is not None else shared
 
         layer = self.layers.get((name, model))
-        if layer is None:
+        if layer is None:  # not by `Lane.apply`: our own kernels have no derivatives
             args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
             kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
             return node.target(*args, **kwargs)  # type: ignore[operator]

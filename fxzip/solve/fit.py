@@ -89,7 +89,7 @@ def solve_point(
     node = point.lane.nodes[point.name]
     design, weight, bias, mix = design_of(node), parts.weight, parts.bias, parts.mix
     assert design is not None
-    intercept = bias is not None or any(k.kind == "norm" for k in point.links)
+    intercept = bias is not None or point.normed
     groups, each = int(argument(node, "groups") or 1), 0
     bend = _nonlinearity(point, dynamic) if settings.sweeps else None
 
@@ -125,7 +125,7 @@ def solve_point(
         fit = ridge(gram, start, settings.lam)
     else:
         fit = refine(gram, start, settings.lam, settings.sweeps, kept, bend, chunks.processes, each)
-    statistics = _statistics(fit.weights, gram) if any(k.kind == "norm" for k in point.links) else None
+    statistics = _statistics(fit.weights, gram) if point.normed else None
     write_back(point, design, weight, bias, fit.weights, statistics, intercept)
     return fit.before, fit.after
 

@@ -30,6 +30,11 @@ class Point:
     parents: Sequence[Lane]
     shared: bool
 
+    @property
+    def normed(self) -> bool:
+        """Whether a norm behind it is folded into its weights."""
+        return any(k.kind == "norm" for k in self.links)
+
 
 def folded(point: Point, design: Design, weight: Slot, bias: Slot | None, groups: int, intercept: bool) -> Tensor:
     """The weights as they are [g, o, p(+1)] in float64, with norm and scale folded in."""
