@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -166,9 +167,9 @@ def _tar(path: Path) -> tuple[Part, Part]:
     cached = CACHE / f"{path.stem}-{path.stat().st_size}.npz"
     if not cached.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(".part.npz")
+        partial = cached.with_suffix(f".{os.getpid()}.npz")  # other benchmarks may be at it as well
         np.savez(partial, allow_pickle=False, **_decode(path))
-        partial.rename(cached)
+        partial.replace(cached)
     found = np.load(cached)
     train_x, train_y, test_x, test_y = (
         torch.from_numpy(found[key]) for key in ("train_x", "train_y", "test_x", "test_y")

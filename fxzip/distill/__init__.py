@@ -153,7 +153,7 @@ class _Run:
         total = [0.0, 0.0]
         for args in batches:
             for a, r in zip(self.aims, self._residuals(args), strict=True):
-                total[a.place[1] is None] += float(r.double().square().sum()) / (self.size * len(batches))
+                total[a.feature] += float(r.double().square().sum()) / (self.size * len(batches))
         return (total[0], total[1]) if all(map(isfinite, total)) else (inf, inf)
 
     def _gradients(self, args: tuple) -> dict[Place, Tensor]:
@@ -249,13 +249,25 @@ def _outputs(steps: Pass) -> list[Aim]:
     nodes = steps.spaces.lowered.graph.output_node().all_input_nodes
     names = [n.name for n in nodes if n.name in steps.is_private and n.meta["dtype"].is_floating_point]
     places = [(name, model) for name in names for model in range(len(steps.private))]
-    return [Aim(p, lambda values: values[0], 1 / len(places)) for p in places]
+    return [Aim(p, _own, 1 / len(places)) for p in places]
 
 
 def _features(steps: Pass, layers: Mapping[Place, Layer], share: float) -> list[Aim]:
-    """What the shared fits aim at, each once."""
-    lasts = {layer.point.last: layer.parts.mix for (_, model), layer in layers.items() if model is None}
-    return [Aim((last, None), mix, share / len(lasts)) for last, mix in lasts.items() if share]
+    """What the fits aim at, each once. Of private layers too: their outputs alone say little of single positions, on
+    which the curvature of a convolution rests."""
+    nodes = steps.spaces.lowered.graph.output_node().all_input_nodes
+    outputs = {(n.name, model) for n in nodes for model in range(len(steps.private))}
+    aimed = {(k.point.last, model): k.parts.mix if model is None else _own for (_, model), k in layers.items()}
+    found = {place: mix for place, mix in aimed.items() if place not in outputs}
+    lasts = {last for last, _ in found}
+    return [
+        Aim(place, mix, share / len(lasts) / (1 if place[1] is None else len(steps.private)), feature=True)
+        for place, mix in found.items() if share
+    ]  # fmt: skip
+
+
+def _own(values: Sequence[Tensor]) -> Tensor:
+    return values[0]
 
 
 def _taken(chunks: Sequence[tuple], index: Tensor, size: int) -> tuple:

@@ -145,11 +145,12 @@ def derived(total: Any, of: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Aim:
-    """One value and what it is to be. share: what its relative squared error counts, per sample."""
+    """One value and what it is to be. share: what its relative squared error counts. feature: not an output."""
 
     place: Place
     mix: Callable[[Sequence[Tensor]], Tensor]  # of the values of the parents that it is made of
     share: float
+    feature: bool = False
 
 
 def targets(aims: Sequence[Aim], parents: Sequence[Lane], args: tuple) -> list[Tensor]:
