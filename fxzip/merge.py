@@ -109,7 +109,7 @@ def merge(
          "memory": memory, "distributed": distributed}
     ) + wrong_weights(model_weights, models)  # fmt: skip
     repair, solver, matcher = choose(method, budget, models, wrong)
-    wrong += Distill.refused(memory, distributed) if isinstance(solver, Distill) else []
+    wrong += solver.refused(memory, distributed, since) if isinstance(solver, Distill) else []
     compares = bool(needs(matcher) - {"weights"}) or budget is not None
     needs_data = bool(solver or repair) or (compares and moments is None)
     if wrong:
@@ -216,7 +216,7 @@ def plan(
         {"until": until, "since": since, "seed": seed, "device": device, "forward_fn": forward_fn, "memory": memory}
     )
     repair, solver, matcher = choose(method, None, models, wrong)
-    wrong += Distill.refused(memory, False) if isinstance(solver, Distill) else []
+    wrong += solver.refused(memory, False, since) if isinstance(solver, Distill) else []
     if wrong:
         check_merge(models, loader, calibration=calibration, problems=wrong, call="fxzip.plan")
     p = prepare(

@@ -101,6 +101,37 @@ def test_it_takes_private_convolutions_under_a_pool_further():
     assert loss(distilled, nets, x[1024:]) < 0.63 * loss(solved, nets, x[1024:])  # 0.55; without them 0.70
 
 
+def mirrored(x):
+    return x.flip(-1)
+
+
+def test_views_pull_outputs_towards_the_mean_of_what_models_give_for_them(images):
+    nets = pair(Residual, images)
+    means = [lambda x, n=n: (n(x) + n(mirrored(x))) / 2 for n in nets]
+    plain, viewed = merge(nets, images), merge(nets, images, Distill(views=[mirrored]))
+    assert loss(viewed, means, HELD_OUT) < 0.9 * loss(plain, means, HELD_OUT)
+    again = merge(nets, images, Distill(views=[mirrored]))
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in viewed.state_dict().items())
+
+
+def test_views_that_cannot_be_taken_are_listed_before_anything_is_measured(images, monkeypatch):
+    def broken(x):
+        raise ValueError("no such view")
+
+    monkeypatch.setattr("fxzip.passes.stages.measure", lambda *a, **k: pytest.fail("measured"))
+    views = [mirrored, lambda x: x[..., 1:], lambda x: x + torch.randn_like(x), lambda x: x.mul_(-1), broken]
+    nets, state = pair(Residual, images), torch.get_rng_state()
+    with pytest.raises(InputError) as caught:
+        merge(nets, images, Distill(views=views))
+    assert torch.equal(state, torch.get_rng_state())
+    assert str(caught.value).splitlines()[1:] == [
+        "  1. views[1] makes float32[1024, 3, 8, 7] of float32[1024, 3, 8, 8]: it must leave shapes as they are",
+        "  2. views[2] is not the same twice: it must not draw at random",
+        "  3. views[3] writes to its inputs: it must return new tensors",
+        "  4. views[4] fails on the first batch: ValueError: no such view",
+    ]
+
+
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if not e.frozen], ids=str)
 def test_steps_of_no_length_change_nothing(example, monkeypatch):
     """What layers hold together with norms and scales is taken apart and put back: soundness, over all operators."""
@@ -159,6 +190,10 @@ def test_what_it_does_not_go_with_is_said_at_once(images):
         merge(nets, images, memory="1GB")
     with pytest.raises(InputError, match="does not go by memory="):
         fxzip.plan(nets, [images], method="solve+distill", memory="1GB")
+    with pytest.raises(InputError, match=r"Distill\(views=\) does not go by since=: what is shared reads stems"):
+        merge(nets, images, Distill(views=[mirrored]), since="a1")
     assert "solve+distill of 2 models" in str(fxzip.plan(nets, [images], method="solve+distill"))
     with pytest.raises(InputError, match=r"(?s)epochs must be at least 1, got 0.*features must be at least 0, got -1"):
         Distill(epochs=0, features=-1)
+    with pytest.raises(InputError, match="views must be a list of functions, got <function"):
+        Distill(views=mirrored)

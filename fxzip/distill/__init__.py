@@ -24,8 +24,9 @@ from ..match import Matcher
 from ..solve import Settings, Solve
 from ..solve.sequence import Pass
 from ..trace import batch_size
+from .aims import View, check_views, features, outputs, seen, targets
 from .curvature import Curvature
-from .network import Aim, Layer, Network, Place, Unmerge, derived, targets
+from .network import Layer, Network, Place, Unmerge, derived
 
 MOMENTUM = 0.9
 RATE = 0.2  # of the step that would be best on the first batches, were it the only one
@@ -43,9 +44,12 @@ class Distill:
     Martens and Grosse, ICML 2015, for the steps). Label-free, but neither gradient-free nor closed form.
 
     solve: what is fitted first. epochs: over the calibration samples. batch: samples of one step, about. features: what
-        all fits' own aims count together, beside the outputs, which count 1. Takes several times solve's time, and
-        memory for derivatives of a batch.
-    Raises InputError for epochs or batch below 1, or features below 0.
+        all fits' own aims count together, beside the outputs, which count 1. views: functions of the inputs that leave
+        the right outputs as they are, such as `lambda x: x.flip(-1)` for photographs of animals; outputs then aim at
+        the mean of what the models give for an input and its views, and every step sees one of these. Takes several
+        times solve's time, and memory for derivatives of a batch.
+    Raises InputError for epochs or batch below 1, or features below 0; `merge` for views that change shapes, write to
+        their inputs or draw at random.
 
     >>> Distill(epochs=2).name
     'solve+distill'
@@ -55,23 +59,31 @@ class Distill:
     epochs: int = 6
     batch: int = 128
     features: float = 10.0
+    views: Sequence[View] = ()
     seed: int = 0
     name: ClassVar[str] = "solve+distill"
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "batch": 1, "features": 0}
         wrong = [n for n, low in least.items() if not getattr(self, n) >= low]
-        if wrong:
-            raise InputError.listing(
-                "Distill", [f"{n} must be at least {least[n]}, got {getattr(self, n)!r}" for n in wrong]
-            )
+        said = [f"{n} must be at least {least[n]}, got {getattr(self, n)!r}" for n in wrong]
+        views = self.views if isinstance(self.views, Sequence) else (None,)
+        said += [] if all(map(callable, views)) else [f"views must be a list of functions, got {self.views!r}"]
+        if said:
+            raise InputError.listing("Distill", said)
 
-    @staticmethod
-    def refused(memory: Any, distributed: Any) -> list[str]:
+    def refused(self, memory: Any, distributed: Any, since: str | None) -> list[str]:
         """What options of `merge` it does not go with."""
         given = {"memory": memory is not None, "distributed": distributed not in (None, False)}
-        return [f"method 'solve+distill' does not go by {k}=: leave it out, or use method='solve'"
-                for k, there in given.items() if there]  # fmt: skip
+        wrong = [f"method 'solve+distill' does not go by {k}=: leave it out, or use method='solve'"
+                 for k, there in given.items() if there]  # fmt: skip
+        if self.views and since is not None:
+            wrong.append("Distill(views=) does not go by since=: what is shared reads stems' features, not the inputs")
+        return wrong
+
+    def check(self, args: tuple) -> None:
+        """Raises InputError where views cannot be taken of these positional arguments."""
+        check_views(self.views, args)
 
     @property
     def settings(self) -> Settings:
@@ -118,7 +130,7 @@ class _Run:
         self.parents, self.settings, self.chunks = steps.parents, settings, chunks
         self.network = Network(steps.merged, steps.private, steps.dynamic, steps.is_private, unmerged, layers)
         self.layers, self.size = layers, batch_size(chunks[0])
-        self.aims = [*_outputs(steps), *_features(steps, layers, settings.features)]
+        self.aims = [*outputs(steps), *features(steps, layers, settings.features)]
         self.scale: list[Tensor] = []  # of the variance of every aim
         self.generator = torch.Generator().manual_seed(settings.seed)
 
@@ -136,9 +148,11 @@ class _Run:
         self._write()
         return Distilled(before, after)
 
-    def _residuals(self, args: tuple, tape: dict | None = None) -> list[Tensor]:
-        """Of every aim, scaled so that squares add up to its share of the loss, times the samples."""
-        wanted = targets(self.aims, self.parents, args)
+    def _residuals(self, args: tuple, tape: dict | None = None, view: int = 0) -> list[Tensor]:
+        """Of every aim, scaled so that squares add up to its share of the loss, times the samples. view: 0 is none."""
+        every = [args, *(seen(v, args) for v in self.settings.views)]
+        args = every.pop(view)
+        wanted = targets(self.aims, self.parents, args, every)
         if not self.scale:
             spread = [(t - t.mean(0)).square().mean().clamp(min=1e-12) for t in wanted]
             self.scale = [(a.share / v).sqrt() for a, v in zip(self.aims, spread, strict=True)]
@@ -156,9 +170,9 @@ class _Run:
                 total[a.feature] += float(r.double().square().sum()) / (self.size * len(batches))
         return (total[0], total[1]) if all(map(isfinite, total)) else (inf, inf)
 
-    def _gradients(self, args: tuple) -> dict[Place, Tensor]:
+    def _gradients(self, args: tuple, view: int = 0) -> dict[Place, Tensor]:
         with torch.enable_grad():
-            loss = sum(r.square().sum() for r in self._residuals(args)) / (2 * self.size)
+            loss = sum(r.square().sum() for r in self._residuals(args, view=view)) / (2 * self.size)
             return dict(zip(self.layers, derived(loss, [k.matrix for k in self.layers.values()]), strict=True))
 
     def _rate(self, curvature: Curvature, batches: Sequence[tuple]) -> float:
@@ -193,7 +207,7 @@ class _Run:
             for k in range(each):
                 gradient: dict[Place, Tensor] = {}
                 for _ in range(min(joined, len(self.chunks))):
-                    for p, g in self._gradients(next(drawn)).items():
+                    for p, g in self._gradients(*next(drawn)).items():
                         gradient[p] = gradient[p] + g if p in gradient else g
                 for p, g in gradient.items():
                     speed[p].mul_(MOMENTUM).add_(curvature.step(p, g / joined))
@@ -215,13 +229,14 @@ class _Run:
         for place, matrix in held.items():
             self.layers[place].matrix.data.copy_(matrix)
 
-    def _drawn(self) -> Iterator[tuple]:
-        """Chunks of the calibration samples, dealt anew for every epoch."""
-        count = len(self.chunks) * self.size
+    def _drawn(self) -> Iterator[tuple[tuple, int]]:
+        """Chunks of the calibration samples, dealt anew for every epoch; and by which view each is seen, 0 for none."""
+        count, views = len(self.chunks) * self.size, len(self.settings.views)
         while True:
             order = torch.randperm(count, generator=self.generator)
             for index in order.split(self.size):
-                yield _taken(self.chunks, index, self.size)
+                view = int(torch.randint(1 + views, (), generator=self.generator)) if views else 0
+                yield _taken(self.chunks, index, self.size), view
 
     @torch.no_grad()
     def _write(self) -> None:
@@ -242,32 +257,6 @@ class _Run:
 
 def _worse(before: Errors, after: Errors) -> bool:
     return not sum(after) < sum(before)
-
-
-def _outputs(steps: Pass) -> list[Aim]:
-    """Every model's own outputs; of shared ones nothing is known beyond the features."""
-    nodes = steps.spaces.lowered.graph.output_node().all_input_nodes
-    names = [n.name for n in nodes if n.name in steps.is_private and n.meta["dtype"].is_floating_point]
-    places = [(name, model) for name in names for model in range(len(steps.private))]
-    return [Aim(p, _own, 1 / len(places)) for p in places]
-
-
-def _features(steps: Pass, layers: Mapping[Place, Layer], share: float) -> list[Aim]:
-    """What the fits aim at, each once. Of private layers too: their outputs alone say little of single positions, on
-    which the curvature of a convolution rests."""
-    nodes = steps.spaces.lowered.graph.output_node().all_input_nodes
-    outputs = {(n.name, model) for n in nodes for model in range(len(steps.private))}
-    aimed = {(k.point.last, model): k.parts.mix if model is None else _own for (_, model), k in layers.items()}
-    found = {place: mix for place, mix in aimed.items() if place not in outputs}
-    lasts = {last for last, _ in found}
-    return [
-        Aim(place, mix, share / len(lasts) / (1 if place[1] is None else len(steps.private)), feature=True)
-        for place, mix in found.items() if share
-    ]  # fmt: skip
-
-
-def _own(values: Sequence[Tensor]) -> Tensor:
-    return values[0]
 
 
 def _taken(chunks: Sequence[tuple], index: Tensor, size: int) -> tuple:

@@ -20,7 +20,6 @@ from ..solve.fit import Parts
 from ..solve.folding import Point, folded, write_back
 from ..solve.lanes import Lane
 from ..solve.slots import argument, arguments
-from ..trace import run
 
 Unmerge = Mapping[str, Sequence[Callable[[Tensor], Tensor]]]  # value at the boundary -> what each model reads it by
 Place = tuple[str, int | None]  # name of a value, and of which model it is; None: shared
@@ -141,26 +140,3 @@ def derived(total: Any, of: Sequence[Tensor]) -> list[Tensor]:
             raise
         raise FxzipError(f"distill: this network cannot be differentiated: {error}; use method='solve'") from error
     return [torch.zeros_like(x) if g is None else g for x, g in zip(of, found, strict=True)]
-
-
-@dataclass(frozen=True)
-class Aim:
-    """One value and what it is to be. share: what its relative squared error counts. feature: not an output."""
-
-    place: Place
-    mix: Callable[[Sequence[Tensor]], Tensor]  # of the values of the parents that it is made of
-    share: float
-    feature: bool = False
-
-
-def targets(aims: Sequence[Aim], parents: Sequence[Lane], args: tuple) -> list[Tensor]:
-    """What every aim is to be on these arguments."""
-    found: list[dict[str, Tensor]] = []
-    for model, lane in enumerate(parents):
-        names = {a.place[0] for a in aims if a.place[1] in (None, model)}
-        nodes = {lane.nodes[n]: n for n in sorted(names)}
-        values: dict[str, Tensor] = {}
-        run(lane.lowered, lane.state, args, wanted=list(nodes),
-            sink=lambda n, v, values=values, nodes=nodes: values.__setitem__(nodes[n], v))  # fmt: skip
-        found.append(values)
-    return [a.mix([v[a.place[0]] for k, v in enumerate(found) if a.place[1] in (None, k)]) for a in aims]

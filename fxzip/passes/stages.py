@@ -85,7 +85,7 @@ class Read(Stage):
 @dataclass(frozen=True)
 class Cap(Stage):
     """What the stages after it may hold. memory: as in `merge`; the rest says what those stages will be. Logs the plan
-    (INFO). Raises InputError where the cap is too small."""
+    (INFO). Raises InputError where the cap is too small, or where a `Distill` cannot take the batches."""
 
     memory: int | str | None = field(default=None, repr=False)
     method: str | Matcher = field(default="zip", repr=False)
@@ -98,6 +98,8 @@ class Cap(Stage):
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         now.processes.same("memory", cap := parsed(self.memory))
+        if isinstance(self.solve, Distill) and now.batches:
+            self.solve.check(now.batches[0])
         if cap is None and not log.isEnabledFor(logging.INFO):
             return graph, now
         matcher = resolve(self.method)
