@@ -227,5 +227,5 @@ def plan(
     batches = from_stems(p, calibration_batches(p, calibration, seed))
     return make_plan(
         p, batches, parsed(memory), method=solver.name if solver else matcher.name, matcher=matcher,
-        settings=solver.settings if solver else None, measures=measures, resume=resume,
+        solver=solver, measures=measures, resume=resume,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from math import prod
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .distill import Distill, distill_needs
 from .errors import InputError
 from .infer import FeatureSpace
 from .match import Matcher, needs
@@ -21,7 +22,7 @@ from .memory import shown
 from .prepared import Prepared
 from .processes import ALONE, Processes
 from .rewrite import owned
-from .solve import Settings, SolveNeeds, chunk_size, solve_needs
+from .solve import Solve, SolveNeeds, chunk_size, solve_needs
 from .trace import batch_size
 
 # Second moments, 8 Sn^2 bytes, that matching a space of Sn features takes the memory of, M and U included
@@ -39,7 +40,8 @@ class Plan:
 
     cap: `memory=`, for all but models, inputs and result, which are there in any case, and the proof. measuring: None
     where nothing is measured. moments, matchings: of all spaces together. matching: (spaces matched together, bytes
-    that takes). solving: None for other methods. rewriting: (a parameter, bytes that merging it takes).
+    that takes). solving: None for other methods. rewriting: (a parameter, bytes that merging it takes). distilling:
+    what steps after solve take.
 
     >>> print(Plan("zip", 2, None, 10**9, 10**6, 6 * 10**8))
     zip of 2 models, no cap
@@ -58,6 +60,7 @@ class Plan:
     matching: tuple[tuple[tuple[str, ...], int], ...] = ()
     solving: SolveNeeds | None = None
     rewriting: tuple[str, int] = ("", 0)
+    distilling: int = 0
     programs: Programs = field(default=None, repr=False)  # type: ignore[assignment]
 
     @property
@@ -68,7 +71,7 @@ class Plan:
     @property
     def whole(self) -> int:
         """What it takes at once with no cap, beyond solve's activations."""
-        later = max(self._matching, self.rewriting[1], self.solving.work if self.solving else 0)
+        later = max(self._matching, self.rewriting[1], self.solving.work if self.solving else 0, self.distilling)
         measured = self.measuring.of(self.measuring.spaces) if self.measuring else 0
         return max(measured, self.moments + self.matchings + later)
 
@@ -154,7 +157,9 @@ class Plan:
             yield "temporary files", (f"at most {shown(self.files)}" if self.files else "none") + (
                 f", in {tempfile.gettempdir()} ({shown(shutil.disk_usage(tempfile.gettempdir()).free)} free)"
                 if self.files else "")  # fmt: skip
-        if self.matching or self.measuring:
+        if self.distilling:
+            yield "distill", f"curvature, and derivatives of a batch: about {shown(self.distilling)}"
+        elif self.matching or self.measuring:
             yield "memory=", f"{shown(self.least)} at least, {shown(max(self.whole, self.least))} without files"
 
 
@@ -165,12 +170,12 @@ def make_plan(
     *,
     method: str = "collect",
     matcher: Matcher | None = None,
-    settings: Settings | None = None,
+    solver: Solve | Distill | None = None,
     measures: bool = True,
     resume: bool = False,
     processes: Processes = ALONE,
 ) -> Plan:
-    """matcher: None where nothing is matched; settings: where there is solving; measures: whether there is measuring.
+    """matcher: None where nothing is matched; solver: where there is solving; measures: whether there is measuring.
     Models are lowered at the shapes of the batches, which runs each once. Raises InputError where the cap is too small.
     """
     spaces = p.merged_spaces()
@@ -183,10 +188,10 @@ def make_plan(
     models = sum(sum(_size(t) for t in (*m.parameters(), *m.buffers())) for m in p.graph_modules)
     name, largest = max(((n, t.numel()) for n, t in own.items()), key=lambda x: x[1], default=("", 0))
     solving = None
-    if settings is not None and batches:
+    if solver is not None and batches:
         graph, size = programs.lowered(0, batches[0])[0], max(batch_size(batches[0]), 1)
         held = processes.count(total) if processes.world > 1 else total
-        solving = solve_needs(graph, size, held, chunk_size(graph), count, settings)
+        solving = solve_needs(graph, size, held, chunk_size(graph), count, solver.settings)
     plan = Plan(
         method, count, cap, models, sum(_size(x) for x in tree_leaves(list(batches)) if isinstance(x, Tensor)),
         models - (count - 1) * sum(_size(t) for t in shared),
@@ -196,6 +201,7 @@ def make_plan(
         tuple(_matching(matcher, spaces, squares, widths, count)) if matcher else (),
         solving,
         (name, 8 * _REWRITE * largest) if matcher else ("", 0),
+        distill_needs(solving) if solving and isinstance(solver, Distill) else 0,
         programs,
     )  # fmt: skip
     if problem := plan.problem():

@@ -192,7 +192,17 @@ def test_what_it_does_not_go_with_is_said_at_once(images):
         fxzip.plan(nets, [images], method="solve+distill", memory="1GB")
     with pytest.raises(InputError, match=r"Distill\(views=\) does not go by since=: what is shared reads stems"):
         merge(nets, images, Distill(views=[mirrored]), since="a1")
-    assert "solve+distill of 2 models" in str(fxzip.plan(nets, [images], method="solve+distill"))
+
+
+def test_the_plan_counts_curvature_and_derivatives(images):
+    nets = pair(Residual, images)
+    found, solving = (fxzip.plan(nets, [images], method=m) for m in ("solve+distill", "solve"))
+    assert "solve+distill of 2 models" in str(found) and "\n  distill            curvature, and deriv" in str(found)
+    assert "memory=" not in str(found).split("no cap")[1] and "distill" not in str(solving)  # there is no cap to choose
+    sizes = ((27, 16), (144, 16), (144, 24), (16, 24), *[(9, 1)] * 24, (24, 24), (24, 3))  # of stem, a1, a2, short, ...
+    factors = sum(p * p + o * o for p, o in sizes)
+    assert found.distilling > 8 * factors + 4 * 128 * 16 * 64 * 3 and solving.distilling == 0
+    assert found.whole >= found.distilling
     with pytest.raises(InputError, match=r"(?s)epochs must be at least 1, got 0.*features must be at least 0, got -1"):
         Distill(epochs=0, features=-1)
     with pytest.raises(InputError, match="views must be a list of functions, got <function"):

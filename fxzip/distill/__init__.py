@@ -26,6 +26,7 @@ from ..solve.sequence import Pass
 from ..trace import batch_size
 from .aims import View, check_views, features, outputs, seen, targets
 from .curvature import Curvature
+from .needs import distill_needs
 from .network import Layer, Network, Place, Unmerge, derived
 
 MOMENTUM = 0.9
@@ -35,7 +36,7 @@ FIRST = 512  # samples that curvature and rate are from, and that the result is 
 
 Errors = tuple[float, float]  # relative squared ones, of outputs and of features, each as they count
 
-__all__ = ["Distill", "Distilled", "distill"]
+__all__ = ["Distill", "Distilled", "distill", "distill_needs"]
 
 
 @dataclass(frozen=True)

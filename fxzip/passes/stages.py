@@ -105,7 +105,7 @@ class Cap(Stage):
         matcher = resolve(self.method)
         found = make_plan(
             now.prepared, now.batches, cap, method=self.solve.name if self.solve else matcher.name, matcher=matcher,
-            settings=self.solve.settings if self.solve else None, measures=self.measures, resume=self.resume,
+            solver=self.solve, measures=self.measures, resume=self.resume,
             processes=now.processes,
         )  # fmt: skip
         log.info("%s", found)

@@ -23,21 +23,24 @@ _DESIGNS, _TARGETS = 4, 5  # float32 copies of design rows and of target rows
 
 @dataclass(frozen=True)
 class FitNeed:
-    """Bytes for the fit of one node with `columns` inputs, beyond the activations."""
+    """Bytes for the fit of one node with `columns` inputs and `outputs`, in every group, beyond the activations."""
 
     node: str
     columns: int
     size: int
+    outputs: int = 0
+    groups: int = 1
 
 
 @dataclass(frozen=True)
 class SolveNeeds:
     """fits: of all contractions with weights. activations: of all networks on all samples, at most; what has no room
-    is in files. value: the largest of one network on one chunk of samples."""
+    is in files. value: the largest of one network on one chunk of samples. values: all of these together."""
 
     fits: tuple[FitNeed, ...]
     activations: int
     value: int
+    values: int = 0
 
     @property
     def largest(self) -> FitNeed:
@@ -65,8 +68,8 @@ def solve_needs(lowered: Lowered, batch: int, samples: int, chunk: int, models: 
     lanes = models + 1
     live = peak(lowered, lambda node: node.name in dynamic) * samples // batch * lanes
     fits = [_fit(n, batch, samples, chunk, settings) for n in dynamic.values() if _contracts(n, dynamic)]
-    value = max((size_of(n) for n in dynamic.values() if n.op == "call_function"), default=0) * chunk // batch
-    return SolveNeeds(tuple(fits), live, value)
+    values = [size_of(n) * chunk // batch for n in dynamic.values() if n.op == "call_function"]
+    return SolveNeeds(tuple(fits), live, max(values, default=0), sum(values))
 
 
 def _contracts(node: fx.Node, dynamic: dict[str, fx.Node]) -> bool:
@@ -88,7 +91,7 @@ def _fit(node: fx.Node, batch: int, samples: int, chunk: int, settings: Settings
     rows = min(rows * max(1, min(TOGETHER, samples) // chunk), rows + BLOCK)  # of chunks that are added together
     gram = int(8 * groups * (_GRAMS * columns**2 + _CROSSES * columns * each))
     design_rows = 4 * groups * rows * (_DESIGNS * columns + _TARGETS * each)
-    return FitNeed(node.meta.get("origin") or node.name, columns, gram + design_rows)
+    return FitNeed(node.meta.get("origin") or node.name, columns, gram + design_rows, each, groups)
 
 
 def _outputs(node: fx.Node, shape: Sequence[int], weight: str) -> int:
