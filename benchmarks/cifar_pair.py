@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import Bench, Row, announce, machine, options, parse, save, show
+from common import Bench, Mirrored, Row, announce, machine, options, parse, save, show
 from data import load
 from nets import ResNet20
 from torch import nn
 from tqdm import tqdm
 from training import Recipe, train
+
+from fxzip.evaluate import Ensemble
 
 HALVES = ([0, 1, 2, 8, 9], [3, 4, 5, 6, 7])
 RECIPE = Recipe("sgd", 0.2, 20)
@@ -52,7 +54,7 @@ FULL = (
     "pair", "transport", "cca", "mudsc-permute", "mudsc-0", "mudsc-0.3", "mudsc",
     "mudsc-0.7", "select", "solve", "solve-1.15x", "solve-1.33x", "solve-select", "solve-select-1.33x",
 )  # fmt: skip
-CUT = ("permute", "zip-beta1", "select", "solve", "solve-select", "distill")
+CUT = ("permute", "zip-beta1", "select", "solve", "solve-select", "distill", "distill-mirror")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,9 +81,11 @@ def run(bench: Bench, args: argparse.Namespace, seconds: Sequence[float | None])
     rows = bench.parent_rows(seconds, ["parent a", "parent b"])
     published = PUBLISHED if anchored(args) else {}
     rows[-1] = replace(rows[-1], published=published.get(("ensemble", None), ""))
+    wanted = args.methods or FULL
+    if any("mirror" in m for m in wanted):
+        rows.append(bench.row("ensemble, on mirror images too", Mirrored(Ensemble(list(bench.parents))).eval()))
     for row in rows:
         announce(row)
-    wanted = args.methods or FULL
     cuts = [(key, at) for key in ("until", "since") for at in getattr(args, key)]
     plan: list[tuple[str, dict[str, str]]] = [(m, {}) for m in wanted]
     plan += [(m, {key: at}) for key, at in cuts for m in CUT if m in wanted]

@@ -25,6 +25,11 @@ from fxzip.comparable import compare_heads
 from fxzip.evaluate import Ensemble
 from fxzip.rewrite import Comparable
 
+
+def mirrored(images: Tensor) -> Tensor:
+    return images.flip(-1)
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "average": {"method": "average"},
     "permute": {"method": "permute"},
@@ -55,6 +60,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill": {"method": "solve+distill"},
     "distill-1.15x": {"method": "solve+distill", "budget": 1.15},
     "distill-1.33x": {"method": "solve+distill", "budget": 1.33},
+    "distill-mirror": {"method": fxzip.Distill(views=[mirrored])},
+    "distill-mirror-1.33x": {"method": fxzip.Distill(views=[mirrored]), "budget": 1.33},
 }
 
 
@@ -159,6 +166,17 @@ class Bench:
 def _logits(network: nn.Module, images: Tensor) -> list[Tensor]:
     """Of every head, [n, classes]."""
     return [torch.cat(head) for head in zip(*(network(x) for x in images.split(250)), strict=True)]
+
+
+class Mirrored(nn.Module):
+    """The mean of what a network gives for an image and for its mirror image."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple((a + b) / 2 for a, b in zip(self.network(x), self.network(mirrored(x)), strict=True))
 
 
 class _Heads(nn.ModuleList):
