@@ -24,7 +24,7 @@ from ..match import Matcher
 from ..solve import Settings, Solve
 from ..solve.sequence import Pass
 from ..trace import batch_size
-from .aims import View, check_views, features, outputs, seen, targets
+from .aims import View, check_views, feature_aims, output_aims, seen, targets
 from .curvature import Curvature
 from .needs import distill_needs
 from .network import Layer, Network, Place, Unmerge, derived
@@ -131,7 +131,7 @@ class _Run:
         self.parents, self.settings, self.chunks = steps.parents, settings, chunks
         self.network = Network(steps.merged, steps.private, steps.dynamic, steps.is_private, unmerged, layers)
         self.layers, self.size = layers, batch_size(chunks[0])
-        self.aims = [*outputs(steps), *features(steps, layers, settings.features)]
+        self.aims = [*output_aims(steps), *feature_aims(steps, layers, settings.features)]
         self.scale: list[Tensor] = []  # of the variance of every aim
         self.generator = torch.Generator().manual_seed(settings.seed)
 

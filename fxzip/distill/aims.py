@@ -33,7 +33,7 @@ class Aim:
     feature: bool = False
 
 
-def outputs(steps: Pass) -> list[Aim]:
+def output_aims(steps: Pass) -> list[Aim]:
     """Every model's own outputs; of shared ones nothing is known beyond the features."""
     nodes = steps.spaces.lowered.graph.output_node().all_input_nodes
     names = [n.name for n in nodes if n.name in steps.is_private and n.meta["dtype"].is_floating_point]
@@ -41,7 +41,7 @@ def outputs(steps: Pass) -> list[Aim]:
     return [Aim(p, _own, 1 / len(places)) for p in places]
 
 
-def features(steps: Pass, layers: Mapping[Place, Layer], share: float) -> list[Aim]:
+def feature_aims(steps: Pass, layers: Mapping[Place, Layer], share: float) -> list[Aim]:
     """What the fits aim at, each once. Of private layers too: their outputs alone say little of single positions, on
     which the curvature of a convolution rests."""
     nodes = steps.spaces.lowered.graph.output_node().all_input_nodes

@@ -218,6 +218,8 @@ class Solve(Stage):
         p, now = now.prepared, set_aside(graph, now)
         resized = assemble(p, now.shared, now.heads, now.models, self.heads) if now.widths else None
         after = replace(self.solve, seed=self.seed) if isinstance(self.solve, Distill) else None
+        if after and now.batches:
+            after.check(now.batches[0])
         settings = replace(self.solve.settings, seed=self.seed)
         found = solve_parameters(
             p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.heads, now.batches, settings,
