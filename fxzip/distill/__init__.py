@@ -72,6 +72,7 @@ class Distill:
         said += [] if all(map(callable, views)) else [f"views must be a list of functions, got {self.views!r}"]
         if said:
             raise InputError.listing("Distill", said)
+        object.__setattr__(self, "views", tuple(self.views))
 
     def refused(self, memory: Any, distributed: Any, since: str | None) -> list[str]:
         """What options of `merge` it does not go with."""
@@ -106,12 +107,14 @@ class Distilled:
 
     before: Errors
     after: Errors  # the same: no epoch has become better, and the layers are as solve left them
+    views: int = 0  # beside the inputs as they are
 
     def __str__(self) -> str:
         outputs, features = zip(self.before, self.after, strict=True)
         told = "errors of outputs {:.4f} -> {:.4f}, of features {:.4f} -> {:.4f}".format(*outputs, *features)
+        means = f" (outputs: from the mean over an input and {self.views} of its views)" if self.views else ""
         kept = "; no epoch ended better, so the layers are solve's" if self.after == self.before else ""
-        return f"distill: {told} on calibration samples{kept}"
+        return f"distill: {told}{means} on calibration samples{kept}"
 
 
 def distill(
@@ -147,7 +150,7 @@ class _Run:
         curvature.invert()
         after = self._descend(curvature, self._rate(curvature, first), first, before, progress)
         self._write()
-        return Distilled(before, after)
+        return Distilled(before, after, len(self.settings.views))
 
     def _residuals(self, args: tuple, tape: dict | None = None, view: int = 0) -> list[Tensor]:
         """Of every aim, scaled so that squares add up to its share of the loss, times the samples. view: 0 is none."""
