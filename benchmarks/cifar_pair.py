@@ -90,7 +90,7 @@ def run(bench: Bench, args: argparse.Namespace, seconds: Sequence[float | None])
     plan: list[tuple[str, dict[str, str]]] = [(m, {}) for m in wanted]
     plan += [(m, {key: at}) for key, at in cuts for m in CUT if m in wanted]
     for method, cut in tqdm(plan, desc="merge", leave=False, disable=None):
-        count = args.calibration or (SOLVE_IMAGES if method.startswith("solve") else PUBLISHED_IMAGES)
+        count = args.calibration or (SOLVE_IMAGES if method.startswith(("solve", "distill")) else PUBLISHED_IMAGES)
         name = ", ".join([method, *(f'{key}="{at}"' for key, at in cut.items())])
         figures = "" if "since" in cut else published.get((method, cut.get("until")), "")
         rows.append(announce(bench.merged(name, method, count, cut, published=figures)))

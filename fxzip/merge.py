@@ -225,6 +225,8 @@ def plan(
     )  # fmt: skip
     measures = bool(solver or repair or needs(matcher) - {"weights"})
     batches = from_stems(p, calibration_batches(p, calibration, seed))
+    if isinstance(solver, Distill):
+        solver.check(batches, p.stems is not None)
     return make_plan(
         p, batches, parsed(memory), method=solver.name if solver else matcher.name, matcher=matcher,
         solver=solver, measures=measures, resume=resume,

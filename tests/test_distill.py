@@ -11,7 +11,8 @@ from torchvision.models import VisionTransformer
 import fxzip
 from examples import EXAMPLES
 from fxzip import Distill, InputError, Solve
-from fxzip.solve import Settings
+from fxzip.distill import distill_needs
+from fxzip.solve import FitNeed, Settings, SolveNeeds
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxzip.MergeWarning")
 NO_DERIVATIVE = ("floor_divide", "copy", "_addmm_activation")
@@ -101,38 +102,6 @@ def test_it_takes_private_convolutions_under_a_pool_further():
     assert loss(distilled, nets, x[1024:]) < 0.63 * loss(solved, nets, x[1024:])  # 0.55; without them 0.70
 
 
-def mirrored(x):
-    return x.flip(-1)
-
-
-def test_views_pull_outputs_towards_the_mean_of_what_models_give_for_them(images):
-    nets = pair(Residual, images)
-    means = [lambda x, n=n: (n(x) + n(mirrored(x))) / 2 for n in nets]
-    plain, viewed = merge(nets, images), merge(nets, images, Distill(views=[mirrored]))
-    assert loss(viewed, means, HELD_OUT) < 0.9 * loss(plain, means, HELD_OUT)
-    assert "(outputs: from the mean over an input and 1 of its views) on calibration" in said(viewed)
-    again = merge(nets, images, Distill(views=[mirrored]))
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in viewed.state_dict().items())
-
-
-def test_views_that_cannot_be_taken_are_listed_before_anything_is_measured(images, monkeypatch):
-    def broken(x):
-        raise ValueError("no such view")
-
-    monkeypatch.setattr("fxzip.passes.stages.measure", lambda *a, **k: pytest.fail("measured"))
-    views = [mirrored, lambda x: x[..., 1:], lambda x: x + torch.randn_like(x), lambda x: x.mul_(-1), broken]
-    nets, state = pair(Residual, images), torch.get_rng_state()
-    with pytest.raises(InputError) as caught:
-        merge(nets, images, Distill(views=views))
-    assert torch.equal(state, torch.get_rng_state())
-    assert str(caught.value).splitlines()[1:] == [
-        "  1. views[1] makes float32[1024, 3, 8, 7] of float32[1024, 3, 8, 8]: it must leave shapes as they are",
-        "  2. views[2] is not the same twice: it must not draw at random",
-        "  3. views[3] writes to its inputs: it must return new tensors",
-        "  4. views[4] fails on the first batch: ValueError: no such view",
-    ]
-
-
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if not e.frozen], ids=str)
 def test_steps_of_no_length_change_nothing(example, monkeypatch):
     """What layers hold together with norms and scales is taken apart and put back: soundness, over all operators."""
@@ -191,20 +160,23 @@ def test_what_it_does_not_go_with_is_said_at_once(images):
         merge(nets, images, memory="1GB")
     with pytest.raises(InputError, match="does not go by memory="):
         fxzip.plan(nets, [images], method="solve+distill", memory="1GB")
-    with pytest.raises(InputError, match=r"Distill\(views=\) does not go by since=: what is shared reads stems"):
-        merge(nets, images, Distill(views=[mirrored]), since="a1")
-
-
-def test_the_plan_counts_curvature_and_derivatives(images):
-    nets = pair(Residual, images)
-    found, solving = (fxzip.plan(nets, [images], method=m) for m in ("solve+distill", "solve"))
-    assert "solve+distill of 2 models" in str(found) and "\n  distill            curvature, and deriv" in str(found)
-    assert "memory=" not in str(found).split("no cap")[1] and "distill" not in str(solving)  # there is no cap to choose
-    sizes = ((27, 16), (144, 16), (144, 24), (16, 24), *[(9, 1)] * 24, (24, 24), (24, 3))  # of stem, a1, a2, short, ...
-    factors = sum(p * p + o * o for p, o in sizes)
-    assert found.distilling > 8 * factors + 4 * 128 * 16 * 64 * 3 and solving.distilling == 0
-    assert found.whole >= found.distilling
     with pytest.raises(InputError, match=r"(?s)epochs must be at least 1, got 0.*features must be at least 0, got -1"):
         Distill(epochs=0, features=-1)
-    with pytest.raises(InputError, match="views must be a list of functions, got <function"):
-        Distill(views=mirrored)
+
+
+def test_the_plan_counts_every_models_own_layers(images):
+    nets = [Residual(k).eval() for k in (2, 3, 4)]
+    whole, cut, solving = (
+        fxzip.plan(nets, [images], method=m, until=u)
+        for m, u in (("solve+distill", None), ("solve+distill", "a1"), ("solve", None))
+    )
+    assert "solve+distill of 3 models" in str(whole) and "\n  distill            curvature, and deriv" in str(whole)
+    assert "memory=" not in str(whole).split("no cap")[1] and "distill" not in str(solving)  # there is no cap to choose
+    assert cut.distilling > 1.5 * whole.distilling > 0 == solving.distilling and whole.whole >= whole.distilling
+
+
+def test_needs_are_factors_matrices_and_values():
+    fits = (FitNeed("a", 10, 0, 3), FitNeed("b", 4, 0, 5, groups=2, copies=3))
+    factors, matrices = (8 * 109, 8 * 2 * 41), (4 * 30, 4 * 2 * 20)
+    wanted = factors[0] + 3 * factors[1] + 3 * max(factors) + 6 * (matrices[0] + 3 * matrices[1]) + 3 * 1000
+    assert distill_needs(SolveNeeds(fits, 0, 0, 1000)) == wanted

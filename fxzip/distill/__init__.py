@@ -24,15 +24,18 @@ from ..match import Matcher
 from ..solve import Settings, Solve
 from ..solve.sequence import Pass
 from ..trace import batch_size
-from .aims import View, check_views, feature_aims, output_aims, seen, targets
+from .aims import feature_aims, output_aims, targets
 from .curvature import Curvature
 from .needs import distill_needs
 from .network import Layer, Network, Place, Unmerge, derived
+from .views import View, check_views, seen
 
 MOMENTUM = 0.9
 RATE = 0.2  # of the step that would be best on the first batches, were it the only one
 SLOWER = 4  # by so much after an epoch that has to be undone
 FIRST = 512  # samples that curvature and rate are from, and that the result is checked on
+
+_NO_STEMS = "Distill(views=) does not go by since=: what is shared reads stems' features, not the inputs"
 
 Errors = tuple[float, float]  # relative squared ones, of outputs and of features, each as they count
 
@@ -50,7 +53,7 @@ class Distill:
         the mean of what the models give for an input and its views, and every step sees one of these. Takes several
         times solve's time, and memory for derivatives of a batch.
     Raises InputError for epochs or batch below 1, or features below 0; `merge` for views that change shapes, write to
-        their inputs or draw at random.
+        their inputs, draw at random or mix samples.
 
     >>> Distill(epochs=2).name
     'solve+distill'
@@ -80,12 +83,14 @@ class Distill:
         wrong = [f"method 'solve+distill' does not go by {k}=: leave it out, or use method='solve'"
                  for k, there in given.items() if there]  # fmt: skip
         if self.views and since is not None:
-            wrong.append("Distill(views=) does not go by since=: what is shared reads stems' features, not the inputs")
+            wrong.append(_NO_STEMS)
         return wrong
 
-    def check(self, args: tuple) -> None:
-        """Raises InputError where views cannot be taken of these positional arguments."""
-        check_views(self.views, args)
+    def check(self, batches: Sequence[tuple], stems: bool) -> None:
+        """Raises InputError where views cannot be taken of these positional arguments. stems: of what `since` left."""
+        if self.views and stems:
+            raise InputError(_NO_STEMS)
+        check_views(self.views, *batches[:1]) if batches else None
 
     @property
     def settings(self) -> Settings:
@@ -134,7 +139,7 @@ class _Run:
         self.parents, self.settings, self.chunks = steps.parents, settings, chunks
         self.network = Network(steps.merged, steps.private, steps.dynamic, steps.is_private, unmerged, layers)
         self.layers, self.size = layers, batch_size(chunks[0])
-        self.aims = [*output_aims(steps), *feature_aims(steps, layers, settings.features)]
+        self.aims = [*output_aims(steps), *feature_aims(steps, layers, settings.features, bool(settings.views))]
         self.scale: list[Tensor] = []  # of the variance of every aim
         self.generator = torch.Generator().manual_seed(settings.seed)
 

@@ -8,19 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor, fx
 
-from ..errors import InputError
 from ..solve.lanes import Lane
 from ..solve.sequence import Pass
 from ..trace import run
 from .network import Layer, Place
-
-View = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -41,18 +35,29 @@ def output_aims(steps: Pass) -> list[Aim]:
     return [Aim(p, _own, 1 / len(places)) for p in places]
 
 
-def feature_aims(steps: Pass, layers: Mapping[Place, Layer], share: float) -> list[Aim]:
+def feature_aims(steps: Pass, layers: Mapping[Place, Layer], share: float, views: bool = False) -> list[Aim]:
     """What the fits aim at, each once. Of private layers too: their outputs alone say little of single positions, on
-    which the curvature of a convolution rests."""
+    which the curvature of a convolution rests. With views, not of a model's last layers: outputs say what those are to
+    be, which is not what the model makes of the view that is seen."""
     nodes = steps.spaces.lowered.graph.output_node().all_input_nodes
-    made = {(n.name, model) for n in nodes for model in range(len(steps.private))}
+    made = {n.name for n in nodes} | (_ends(steps.dynamic, layers) if views else set())
     aimed = {(k.point.last, model): k.parts.mix if model is None else _own for (_, model), k in layers.items()}
-    found = {place: mix for place, mix in aimed.items() if place not in made}
+    found = {place: mix for place, mix in aimed.items() if place[1] is None or place[0] not in made}
     lasts = {last for last, _ in found}
     return [
         Aim(place, mix, share / len(lasts) / (1 if place[1] is None else len(steps.private)), feature=True)
         for place, mix in found.items() if share
     ]  # fmt: skip
+
+
+def _ends(dynamic: Mapping[str, fx.Node], layers: Mapping[Place, Layer]) -> set[str]:
+    """What layers aim at where no other layer comes behind."""
+    before: set[str] = set()  # all that some layer reads, through whatever is between
+    fitted = {name for name, _ in layers}
+    for name, node in reversed(list(dynamic.items())):
+        if name in fitted or name in before:
+            before.update(n.name for n in node.all_input_nodes)
+    return {k.point.last for k in layers.values()} - before
 
 
 def _own(values: Sequence[Tensor]) -> Tensor:
@@ -81,48 +86,3 @@ def _targets(aims: Sequence[Aim], parents: Sequence[Lane], args: tuple) -> list[
             sink=lambda n, v, values=values, nodes=nodes: values.__setitem__(nodes[n], v))  # fmt: skip
         found.append(values)
     return [a.mix([v[a.place[0]] for k, v in enumerate(found) if a.place[1] in (None, k)]) for a in aims]
-
-
-@torch.no_grad()
-def seen(view: View, args: tuple) -> tuple:
-    """The arguments as `view` shows them."""
-    shown = view(*args)
-    return tuple(shown) if isinstance(shown, (tuple, list)) else (shown,)
-
-
-def check_views(views: Sequence[View], args: tuple) -> None:
-    """Raises InputError that lists every view which cannot be taken, on the first batch. The RNG stays as it was."""
-    wrong = []
-    for k, view in enumerate(views):
-        given = _copied(args)
-        with torch.random.fork_rng(devices=_devices(args)):
-            try:
-                first, second = seen(view, given), seen(view, _copied(args))
-            except Exception as error:
-                wrong.append(f"views[{k}] fails on the first batch: {type(error).__name__}: {error}")
-                continue
-        if not _alike(given, args):
-            wrong.append(f"views[{k}] writes to its inputs: it must return new tensors")
-        elif (have := list(map(_form, tree_leaves(first)))) != (want := list(map(_form, tree_leaves(args)))):
-            wrong.append(f"views[{k}] makes {', '.join(have)} of {', '.join(want)}: it must leave shapes as they are")
-        elif not _alike(first, second):
-            wrong.append(f"views[{k}] is not the same twice: it must not draw at random")
-    if wrong:
-        raise InputError.listing("Distill", wrong)
-
-
-def _copied(args: tuple) -> tuple:
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)
-
-
-def _form(x: Any) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else repr(x)
-
-
-def _alike(a: Any, b: Any) -> bool:
-    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
-
-
-def _devices(args: tuple) -> list[torch.device]:
-    return [x.device for x in tree_leaves(args) if isinstance(x, Tensor) and x.is_cuda]

@@ -12,5 +12,6 @@ _INVERSE = 3  # float64 copies of a factor while it is inverted
 def distill_needs(solving: SolveNeeds) -> int:
     """Two factors of curvature of every layer, some copies of its matrix, and the values and derivatives of a batch."""
     factors = [8 * f.groups * (f.columns**2 + f.outputs**2) for f in solving.fits]
-    weights = sum(4 * f.groups * f.columns * f.outputs for f in solving.fits)
-    return sum(factors) + _INVERSE * max(factors, default=0) + _WEIGHTS * weights + _VALUES * solving.values
+    every = sum(size * f.copies for size, f in zip(factors, solving.fits, strict=True))
+    weights = sum(4 * f.groups * f.columns * f.outputs * f.copies for f in solving.fits)
+    return every + _INVERSE * max(factors, default=0) + _WEIGHTS * weights + _VALUES * solving.values

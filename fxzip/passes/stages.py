@@ -98,8 +98,8 @@ class Cap(Stage):
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         now.processes.same("memory", cap := parsed(self.memory))
-        if isinstance(self.solve, Distill) and now.batches:
-            self.solve.check(now.batches[0])
+        if isinstance(self.solve, Distill):
+            self.solve.check(now.batches, now.prepared.stems is not None)
         if cap is None and not log.isEnabledFor(logging.INFO):
             return graph, now
         matcher = resolve(self.method)
@@ -218,8 +218,8 @@ class Solve(Stage):
         p, now = now.prepared, set_aside(graph, now)
         resized = assemble(p, now.shared, now.heads, now.models, self.heads) if now.widths else None
         after = replace(self.solve, seed=self.seed) if isinstance(self.solve, Distill) else None
-        if after and now.batches:
-            after.check(now.batches[0])
+        if after:
+            after.check(now.batches, p.stems is not None)
         settings = replace(self.solve.settings, seed=self.seed)
         found = solve_parameters(
             p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.heads, now.batches, settings,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch import fx
@@ -23,19 +23,22 @@ _DESIGNS, _TARGETS = 4, 5  # float32 copies of design rows and of target rows
 
 @dataclass(frozen=True)
 class FitNeed:
-    """Bytes for the fit of one node with `columns` inputs and `outputs`, in every group, beyond the activations."""
+    """Bytes for the fit of one node with `columns` inputs and `outputs`, in every group, beyond the activations.
+    copies: so many models have a layer of their own there; 1 where it is shared."""
 
     node: str
     columns: int
     size: int
     outputs: int = 0
     groups: int = 1
+    copies: int = 1
 
 
 @dataclass(frozen=True)
 class SolveNeeds:
     """fits: of all contractions with weights. activations: of all networks on all samples, at most; what has no room
-    is in files. value: the largest of one network on one chunk of samples. values: all of these together."""
+    is in files. value: the largest of one network on one chunk of samples. values: all of the
+    merged network's together, every model's where they are its own."""
 
     fits: tuple[FitNeed, ...]
     activations: int
@@ -61,15 +64,21 @@ def chunk_size(lowered: Lowered) -> int:
     return 1 << (max(1, min(CHUNK, fitting)).bit_length() - 1)
 
 
-def solve_needs(lowered: Lowered, batch: int, samples: int, chunk: int, models: int, settings: Settings) -> SolveNeeds:
-    """lowered: of one model, at batches of `batch`. chunk: samples that run at once, of `samples` in all."""
+def solve_needs(
+    lowered: Lowered, batch: int, samples: int, chunk: int, models: int, settings: Settings,
+    private: Collection[str] = (),
+) -> SolveNeeds:  # fmt: skip
+    """lowered: of one model, at batches of `batch`. chunk: samples that run at once, of `samples` in all. private: FX
+    nodes that models keep."""
     dynamic = dynamic_nodes(lowered)
     chunk = min(chunk, samples)
     lanes = models + 1
     live = peak(lowered, lambda node: node.name in dynamic) * samples // batch * lanes
     fits = [_fit(n, batch, samples, chunk, settings) for n in dynamic.values() if _contracts(n, dynamic)]
-    values = [size_of(n) * chunk // batch for n in dynamic.values() if n.op == "call_function"]
-    return SolveNeeds(tuple(fits), live, max(values, default=0), sum(values))
+    fits = [replace(f, copies=models) if f.node in private else f for f in fits]
+    values = {n: size_of(n) * chunk // batch for n in dynamic.values() if n.op == "call_function"}
+    every = sum(size * (models if n.meta.get("origin") in private else 1) for n, size in values.items())
+    return SolveNeeds(tuple(fits), live, max(values.values(), default=0), every)
 
 
 def _contracts(node: fx.Node, dynamic: dict[str, fx.Node]) -> bool:
