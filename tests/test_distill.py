@@ -11,7 +11,7 @@ from torchvision.models import VisionTransformer
 import fxzip
 from examples import EXAMPLES
 from fxzip import Distill, InputError, Solve
-from fxzip.distill import distill_needs
+from fxzip.distill import _Run, distill_needs
 from fxzip.solve import FitNeed, Settings, SolveNeeds
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxzip.MergeWarning")
@@ -133,6 +133,28 @@ def test_what_has_become_worse_is_not_kept(images, monkeypatch):
     assert said(zipped).endswith("no epoch ended better, so the layers are solve's")
     for made, kept in zip(zipped(HELD_OUT), solved(HELD_OUT), strict=True):
         torch.testing.assert_close(made, kept, rtol=1e-3, atol=1e-4)
+
+
+def test_epochs_are_judged_on_samples_that_no_step_sees(images, monkeypatch):
+    seen, judged, gradients, errors = [], [], _Run._gradients, _Run._errors
+
+    def stepped(run, args, view=0):
+        seen.append(args[0])
+        return gradients(run, args, view)
+
+    def judge(run, batches):
+        judged.extend(args[0] for args in batches)
+        return errors(run, batches)
+
+    monkeypatch.setattr(_Run, "_gradients", stepped)
+    monkeypatch.setattr(_Run, "_errors", judge)
+    zipped = merge(pair(Residual, images), images, Distill(epochs=2))
+    rows = {x.numpy().tobytes() for x in torch.cat(seen)}
+    held_out = {x.numpy().tobytes() for x in torch.cat(judged)}
+    assert len(rows) == 896 and len(held_out) == 128 and not rows & held_out
+    assert said(zipped).endswith("on held-out calibration samples")
+    merge(pair(Residual, images), images[:512], Distill(epochs=1))  # four chunks: too few to leave any out
+    assert {x.numpy().tobytes() for x in torch.cat(judged)} - held_out <= {x.numpy().tobytes() for x in images[:512]}
 
 
 def test_double_precision_stays(images):

@@ -34,7 +34,7 @@ def test_they_pull_outputs_towards_the_mean_of_what_models_give_for_them(images)
     means = [over_views(n) for n in nets]
     plain, viewed = merge(nets, images), merge(nets, images, Distill(views=[mirrored]))
     assert loss(viewed, means, HELD_OUT) < 0.9 * loss(plain, means, HELD_OUT)
-    assert "(outputs: from the mean over an input and 1 of its views) on calibration" in said(viewed)
+    assert "(outputs: from the mean over an input and 1 of its views) on held-out calibration" in said(viewed)
     again = merge(nets, images, Distill(views=[mirrored]))
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in viewed.state_dict().items())
 

@@ -33,7 +33,8 @@ from .views import View, check_views, seen
 MOMENTUM = 0.9
 RATE = 0.2  # of the step that would be best on the first batches, were it the only one
 SLOWER = 4  # by so much after an epoch that has to be undone
-FIRST = 512  # samples that curvature and rate are from, and that the result is checked on
+FIRST = 512  # samples that curvature and rate are from
+HELD_OUT = 8  # one in so many chunks is not learnt from: what epochs are judged on
 
 _NO_STEMS = "Distill(views=) does not go by since=: what is shared reads stems' features, not the inputs"
 
@@ -47,11 +48,12 @@ class Distill:
     """method="solve+distill": solve, then natural-gradient steps towards the parents' outputs and features (fxzip;
     Martens and Grosse, ICML 2015, for the steps). Label-free, but neither gradient-free nor closed form.
 
-    solve: what is fitted first. epochs: over the calibration samples. batch: samples of one step, about. features: what
-        all fits' own aims count together, beside the outputs, which count 1. views: functions of the inputs that leave
-        the right outputs as they are, such as `lambda x: x.flip(-1)` for photographs of animals; outputs then aim at
-        the mean of what the models give for an input and its views, and every step sees one of these. Takes several
-        times solve's time, and memory for derivatives of a batch.
+    solve: what is fitted first. epochs: over the calibration samples, but for an eighth of them, on which each is
+        judged (from 8 chunks on). batch: samples of one step, about. features: what all fits' own aims count together,
+        beside the outputs, which count 1. views: functions of the inputs that leave the right outputs as they are, such
+        as `lambda x: x.flip(-1)` for photographs of animals; outputs then aim at the mean of what the models give for
+        an input and its views, and every step sees one of these. Takes several times solve's time, and memory for
+        derivatives of a batch.
     Raises InputError for epochs or batch below 1, or features below 0; `merge` for views that change shapes, write to
         their inputs, draw at random or mix samples.
 
@@ -108,18 +110,19 @@ class Distill:
 
 @dataclass(frozen=True)
 class Distilled:
-    """Errors on the first calibration samples."""
+    """Errors on calibration samples that no step has seen; where there are too few for that, on those it has."""
 
     before: Errors
     after: Errors  # the same: no epoch has become better, and the layers are as solve left them
     views: int = 0  # beside the inputs as they are
+    held_out: bool = False
 
     def __str__(self) -> str:
         outputs, features = zip(self.before, self.after, strict=True)
         told = "errors of outputs {:.4f} -> {:.4f}, of features {:.4f} -> {:.4f}".format(*outputs, *features)
         means = f" (outputs: from the mean over an input and {self.views} of its views)" if self.views else ""
         kept = "; no epoch ended better, so the layers are solve's" if self.after == self.before else ""
-        return f"distill: {told}{means} on calibration samples{kept}"
+        return f"distill: {told}{means} on {'held-out ' if self.held_out else ''}calibration samples{kept}"
 
 
 def distill(
@@ -137,6 +140,8 @@ class _Run:
         for layer in layers.values():
             layer.matrix.requires_grad_(True)
         self.parents, self.settings, self.chunks = steps.parents, settings, chunks
+        apart = len(chunks) // HELD_OUT
+        self.learnt, self.judged = chunks[: len(chunks) - apart], chunks[len(chunks) - apart :]
         self.network = Network(steps.merged, steps.private, steps.dynamic, steps.is_private, unmerged, layers)
         self.layers, self.size = layers, batch_size(chunks[0])
         self.aims = [*output_aims(steps), *feature_aims(steps, layers, settings.features, bool(settings.views))]
@@ -146,16 +151,17 @@ class _Run:
     def run(self, progress: bool) -> Distilled:
         if not self.layers:
             return Distilled((0.0, 0.0), (0.0, 0.0))
-        first = [self.chunks[k] for k in range(min(len(self.chunks), ceil(FIRST / self.size)))]
-        curvature, before = Curvature(self.layers), self._errors(first)
+        first = self.learnt[: ceil(FIRST / self.size)]
+        judged = self.judged or first
+        curvature, before = Curvature(self.layers), self._errors(judged)
         for args in first:
             tape: dict[Place, tuple[dict, Tensor]] = {}
             with torch.enable_grad():
                 curvature.add(tape, self._residuals(args, tape), self.size, self.generator)
         curvature.invert()
-        after = self._descend(curvature, self._rate(curvature, first), first, before, progress)
+        after = self._descend(curvature, self._rate(curvature, first), judged, before, progress)
         self._write()
-        return Distilled(before, after, len(self.settings.views))
+        return Distilled(before, after, len(self.settings.views), bool(self.judged))
 
     def _residuals(self, args: tuple, tape: dict | None = None, view: int = 0) -> list[Tensor]:
         """Of every aim, scaled so that squares add up to its share of the loss, times the samples. view: 0 is none."""
@@ -205,24 +211,24 @@ class _Run:
             self.layers[place].matrix.data.add_(step, alpha=length)
 
     def _descend(
-        self, curvature: Curvature, rate: float, first: Sequence[tuple], best: Errors, progress: bool
+        self, curvature: Curvature, rate: float, judged: Sequence[tuple], best: Errors, progress: bool
     ) -> Errors:  # fmt: skip
         """Steps with momentum. An epoch that ends worse is undone, and what follows is slower. Errors at the end."""
         joined = max(1, round(self.settings.batch / self.size))
-        each, epochs, drawn = max(1, len(self.chunks) // joined), self.settings.epochs, self._drawn()
+        each, epochs, drawn = max(1, len(self.learnt) // joined), self.settings.epochs, self._drawn()
         held, speed = self._held(), {p: torch.zeros_like(layer.matrix) for p, layer in self.layers.items()}
         bar = tqdm(total=epochs * each, desc="distill", unit="step", disable=not progress, leave=False)
         for epoch in range(epochs):
             for k in range(each):
                 gradient: dict[Place, Tensor] = {}
-                for _ in range(min(joined, len(self.chunks))):
+                for _ in range(min(joined, len(self.learnt))):
                     for p, g in self._gradients(*next(drawn)).items():
                         gradient[p] = gradient[p] + g if p in gradient else g
                 for p, g in gradient.items():
                     speed[p].mul_(MOMENTUM).add_(curvature.step(p, g / joined))
                 self._move(speed, rate * (1 + cos(pi * (epoch + k / each) / epochs)) / 2)
                 bar.update()
-            now = self._errors(first)
+            now = self._errors(judged)
             if _worse(best, now):
                 self._restore(held)
                 rate, speed = rate / SLOWER, {p: torch.zeros_like(v) for p, v in speed.items()}
@@ -239,13 +245,13 @@ class _Run:
             self.layers[place].matrix.data.copy_(matrix)
 
     def _drawn(self) -> Iterator[tuple[tuple, int]]:
-        """Chunks of the calibration samples, dealt anew for every epoch; and by which view each is seen, 0 for none."""
-        count, views = len(self.chunks) * self.size, len(self.settings.views)
+        """Chunks of the samples to learn from, dealt anew for every epoch; and by which view each is seen, 0: none."""
+        count, views = len(self.learnt) * self.size, len(self.settings.views)
         while True:
             order = torch.randperm(count, generator=self.generator)
             for index in order.split(self.size):
                 view = int(torch.randint(1 + views, (), generator=self.generator)) if views else 0
-                yield _taken(self.chunks, index, self.size), view
+                yield _taken(self.learnt, index, self.size), view
 
     @torch.no_grad()
     def _write(self) -> None:
