@@ -140,8 +140,8 @@ class _Run:
         for layer in layers.values():
             layer.matrix.requires_grad_(True)
         self.parents, self.settings, self.chunks = steps.parents, settings, chunks
-        apart = len(chunks) // HELD_OUT
-        self.learnt, self.judged = chunks[: len(chunks) - apart], chunks[len(chunks) - apart :]
+        self.judged = chunks[HELD_OUT - 1 :: HELD_OUT]  # from all over, as loaders may go task by task
+        self.learnt = [c for k, c in enumerate(chunks, 1) if k % HELD_OUT]
         self.network = Network(steps.merged, steps.private, steps.dynamic, steps.is_private, unmerged, layers)
         self.layers, self.size = layers, batch_size(chunks[0])
         self.aims = [*output_aims(steps), *feature_aims(steps, layers, settings.features, bool(settings.views))]
