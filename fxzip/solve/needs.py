@@ -37,8 +37,8 @@ class FitNeed:
 @dataclass(frozen=True)
 class SolveNeeds:
     """fits: of all contractions with weights. activations: of all networks on all samples, at most; what has no room
-    is in files. value: the largest of one network on one chunk of samples. values: all of the
-    merged network's together, every model's where they are its own."""
+    is in files. value: the largest of one network on one chunk of samples. values: the merged network's together,
+    and every model's where they are its own."""
 
     fits: tuple[FitNeed, ...]
     activations: int
