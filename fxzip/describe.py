@@ -53,9 +53,7 @@ def describe(
         str(p.verification) if p.verification is not None else "",
         nodes=node_rows(zipped),
         layers=tuple(
-            LayerRow(r.node, r.kind, r.before, r.after, "" if r.model is None else p.names[r.model])
-            for r in records
-            if not (p.tails and r.model is not None and r.node in p.tails.foreign(r.model))
+            LayerRow(r.node, r.kind, r.before, r.after, "" if r.model is None else p.names[r.model]) for r in records
         ),
         settings=settings,
         versions={"fxzip": installed(), "torch": torch.__version__, "python": platform.python_version()},

@@ -191,7 +191,7 @@ def make_plan(
     if solver is not None and batches:
         graph, size = programs.lowered(0, batches[0])[0], max(batch_size(batches[0]), 1)
         held = processes.count(total) if processes.world > 1 else total
-        solving = solve_needs(graph, size, held, chunk_size(graph), count, solver.settings, p.cut.private)
+        solving = solve_needs(graph, size, held, chunk_size(graph), count, solver.settings, p.copies)
     plan = Plan(
         method, count, cap, models, sum(_size(x) for x in tree_leaves(list(batches)) if isinstance(x, Tensor)),
         models - (count - 1) * sum(_size(t) for t in shared),

@@ -79,6 +79,16 @@ class Prepared:
             return [t.graph_module for t in self.stems.own]
         return list(self.tails.own) if self.tails else [t.graph_module for t in self.unpadded or self.traced]
 
+    @property
+    def foreign(self) -> list[frozenset[str]]:
+        """Per model, the nodes of `graph_modules` that only others have."""
+        return [self.tails.foreign(k) if self.tails else frozenset() for k in range(len(self.names))]
+
+    @property
+    def copies(self) -> dict[str, int]:
+        """Of nodes that models keep, how many have one."""
+        return {n: sum(n not in of for of in self.foreign) for n in self.cut.private}
+
     def merged_spaces(self) -> list[FeatureSpace]:
         """Spaces that shared parameters lie on, with their parents; anchors in the shared part only."""
         return shared_spaces(self.spaces, self.cut, owned(self.graph_modules[0], self.cut.shared))
@@ -87,10 +97,9 @@ class Prepared:
         """A function of a space's name and its moments, of those given: these with what reads the features, in the
         shared part and in the heads (see `match.Read`)."""
         states = [dict(m.named_parameters()) for m in self.graph_modules]
-        if self.tails:
-            for i, state in enumerate(states):
-                for name in owned(self.graph_modules[i], self.tails.foreign(i)):
-                    state.pop(name, None)
+        for model, state, foreign in zip(self.graph_modules, states, self.foreign, strict=True):
+            for name in owned(model, foreign):
+                state.pop(name, None)
         known = {s.name: s for s in self.merged_spaces()}
         return lambda name, seen: reading(known[name], seen, states, self.real)
 

@@ -133,6 +133,24 @@ def test_a_trunk_once_and_every_head_once():
     assert len(found.layers) == 3 + 2 + 1  # convolutions of the trunk, of the masks, and the linear layer
 
 
+@pytest.mark.parametrize("tasks", ORDERS, ids="-".join)
+def test_distilling_goes_for_outputs_that_somebody_gets(tasks):
+    models, seen = networks(*tasks), IMAGES[:32]
+    zipped = fxzip.merge(models, [seen], until="head", method=fxzip.Distill(features=0), progress=False)
+    told = next(n for n in fxzip.report(zipped).notices if n.startswith("distill"))
+    with torch.no_grad():
+        out, wanted = zipped(seen), {t: m(seen) for t, m in models.items()}
+    errors = [(out[t] - y).square().mean() / (y - y.mean(0)).square().mean() for t, y in wanted.items()]
+    assert f"-> {sum(errors) / len(errors):.4f}, of features" in told
+    assert float(re.findall(r"outputs (\S+) ->", told)[0]) > 1.05 * float(sum(errors) / len(errors))
+
+
+def test_a_plan_counts_every_tail_once():
+    models = networks("name", "segment", "classify")
+    found = fxzip.plan(models, IMAGES.split(16), until="head").solving
+    assert [f.copies for f in found.fits] == [1] * (3 + 1 + 2 + 1)
+
+
 class Plain(Net):
     """Its head is a layer; and the name that this layer would get beside another network's is taken."""
 

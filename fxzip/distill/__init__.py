@@ -142,7 +142,8 @@ class _Run:
         self.parents, self.settings, self.chunks = steps.parents, settings, chunks
         self.judged = chunks[HELD_OUT - 1 :: HELD_OUT]  # from all over, as loaders may go task by task
         self.learnt = [c for k, c in enumerate(chunks, 1) if k % HELD_OUT]
-        self.network = Network(steps.merged, steps.private, steps.dynamic, steps.is_private, unmerged, layers)
+        owners = {name: steps.owners(name) for name in steps.dynamic}
+        self.network = Network(steps.merged, steps.private, steps.dynamic, owners, unmerged, layers)
         self.layers, self.size = layers, batch_size(chunks[0])
         self.aims = [*output_aims(steps), *feature_aims(steps, layers, settings.features, bool(settings.views))]
         self.scale: list[Tensor] = []  # of the variance of every aim

@@ -31,7 +31,7 @@ def output_aims(steps: Pass) -> list[Aim]:
     """Every model's own outputs; of shared ones nothing is known beyond the features."""
     nodes = steps.spaces.lowered.graph.output_node().all_input_nodes
     names = [n.name for n in nodes if n.name in steps.is_private and n.meta["dtype"].is_floating_point]
-    places = [(name, model) for name in names for model in range(len(steps.private))]
+    places = [(name, model) for name in names for model in steps.owners(name)]
     return [Aim(p, _own, 1 / len(places)) for p in places]
 
 
@@ -45,7 +45,7 @@ def feature_aims(steps: Pass, layers: Mapping[Place, Layer], share: float, views
     found = {place: mix for place, mix in aimed.items() if place[1] is None or place[0] not in made}
     lasts = {last for last, _ in found}
     return [
-        Aim(place, mix, share / len(lasts) / (1 if place[1] is None else len(steps.private)), feature=True)
+        Aim(place, mix, share / len(lasts) / len(steps.owners(place[0])), feature=True)
         for place, mix in found.items() if share
     ]  # fmt: skip
 

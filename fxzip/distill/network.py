@@ -77,12 +77,13 @@ class Layer:
 
 @dataclass
 class Network:
-    """layers: by name and model. dynamic: what is computed, in order; is_private: those names that models keep."""
+    """layers: by name and model. dynamic: what is computed, in order. owners: whose values those are, [None] where they
+    are shared."""
 
     merged: Lane
     private: Sequence[Lane]
     dynamic: Mapping[str, fx.Node]
-    is_private: frozenset[str]
+    owners: Mapping[str, Sequence[int | None]]
     unmerged: Unmerge
     layers: Mapping[Place, Layer]
     folded: Mapping[Place, str] = field(init=False)  # first result of a norm that a layer holds -> what it reads
@@ -99,7 +100,7 @@ class Network:
         values: dict[Place, Any] = {(name, None): t for name, t in inputs.items()}
         for name in self.dynamic:
             if name not in inputs:
-                for model in range(len(self.private)) if name in self.is_private else (None,):
+                for model in self.owners[name]:
                     values[name, model] = self._value(name, model, values, tape)
         return values
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, ClassVar
@@ -82,6 +82,7 @@ def solve_parameters(
     shares: Sequence[float] | None = None,
     memory: float | None = None,
     after: After | None = None,
+    foreign: Sequence[Collection[str]] = (),
 ) -> Solved:
     """Fit shared and private parameters to the parents, in topological order, in closed form.
 
@@ -91,7 +92,8 @@ def solve_parameters(
     has the right shapes. processes: every rank holds its share of the chunks, and all fit to the sums.
     shares: what every model counts where values that are no features are averaged (default: all alike). memory: bytes
     of activations that do not go to files, if other than `settings.memory`; the result does not depend on it.
-    after: goes on from the fitted pass, on the same chunks, and says what it did.
+    after: goes on from the fitted pass, on the same chunks, and says what it did. foreign: per model, the FX nodes of
+    `cut.private` that only others have, of graphs that were joined; what it has for them is left as it is.
     """
     chunks, notices = _chunks(batches, chunk_size(spaces.lowered)), ()
     together = max(1, TOGETHER // max(batch_size(chunks[0]), 1))
@@ -119,6 +121,7 @@ def solve_parameters(
     ]
     origin = {n.name: n.meta.get("origin") for n in spaces.lowered.graph.nodes}
     is_private = frozenset(n for n, o in origin.items() if o in cut.private)
+    absent = [frozenset(n for n, o in origin.items() if o in of) for of in foreign]
     unmerged = {v.name: ops for name, ops in heads.unmerge.items() for v in spaces.lowered.values[name]}
     for lane, part in zip(parents, shares or [1 / len(parents)] * len(parents), strict=True):
         lane.absorbed, lane.share = heads.absorbed, part
@@ -129,7 +132,7 @@ def solve_parameters(
         for lane in (*parents, merged):
             for node, value in zip(lane.lowered.inputs, tensors, strict=True):
                 lane.values.setdefault(lane.names[node], []).append(value)
-    steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, share)
+    steps = Pass(parents, merged, private, is_private, spaces, matchings, settings, share, absent)
     with torch.no_grad(), retained(memory is None):
         steps.run(progress)
         if after is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 
 from torch import fx
 
@@ -66,18 +67,18 @@ def chunk_size(lowered: Lowered) -> int:
 
 def solve_needs(
     lowered: Lowered, batch: int, samples: int, chunk: int, models: int, settings: Settings,
-    private: Collection[str] = (),
+    copies: Mapping[str, int] = MappingProxyType({}),
 ) -> SolveNeeds:  # fmt: skip
-    """lowered: of one model, at batches of `batch`. chunk: samples that run at once, of `samples` in all. private: FX
-    nodes that models keep."""
+    """lowered: of one model, at batches of `batch`. chunk: samples that run at once, of `samples` in all. copies: of FX
+    nodes that models keep, how many have one."""
     dynamic = dynamic_nodes(lowered)
     chunk = min(chunk, samples)
     lanes = models + 1
     live = peak(lowered, lambda node: node.name in dynamic) * samples // batch * lanes
     fits = [_fit(n, batch, samples, chunk, settings) for n in dynamic.values() if _contracts(n, dynamic)]
-    fits = [replace(f, copies=models) if f.node in private else f for f in fits]
+    fits = [replace(f, copies=copies.get(f.node, 1)) for f in fits]
     values = {n: size_of(n) * chunk // batch for n in dynamic.values() if n.op == "call_function"}
-    every = sum(size * (models if n.meta.get("origin") in private else 1) for n, size in values.items())
+    every = sum(size * copies.get(n.meta.get("origin") or n.name, 1) for n, size in values.items())
     return SolveNeeds(tuple(fits), live, max(values.values(), default=0), every)
 
 

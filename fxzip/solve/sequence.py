@@ -56,6 +56,7 @@ class Pass:
     matchings: Mapping[str, Matching]
     settings: Settings
     chunks: Chunks
+    foreign: Sequence[frozenset[str]] = ()  # per model, analysed nodes of what only others have; none: ()
     records: list[Record] = field(default_factory=list)
     fits: list[tuple[Point, Parts, int | None]] = field(default_factory=list)  # all that were made, and whose they are
 
@@ -137,10 +138,12 @@ class Pass:
 
     def _step(self, name: str, links: list[Link] | None) -> None:
         self.store.held = nbytes(self.lanes)
-        for parent in self.parents:
-            self._compute(parent, name)
-        node = self.dynamic[name]
-        for model, lane in enumerate(self.private) if name in self.is_private else [(None, self.merged)]:
+        node, owners = self.dynamic[name], self.owners(name)
+        for model, parent in enumerate(self.parents):
+            if None in owners or model in owners:
+                self._compute(parent, name)
+        for model in owners:
+            lane = self.merged if model is None else self.private[model]
             if links is not None:
                 self._fit(node, lane, links, model)
             elif packet(node) in NORMS and name not in self.folded:
@@ -155,6 +158,12 @@ class Pass:
         there = self.done | lane.values.keys() | {name}
         spent = [o for o in self._read_by(name) if self.readers[o] <= there]
         lane.compute(name, self.chunks.own, self.dynamic, spent)
+
+    def owners(self, name: str) -> Sequence[int | None]:
+        """Whose values a node has: [None] where it is shared, or else the models that have it."""
+        if name not in self.is_private:
+            return [None]
+        return [k for k in range(len(self.private)) if not self.foreign or name not in self.foreign[k]]
 
     def _parents(self, model: int | None) -> Sequence[Lane]:
         """Those that a fit aims at: all, or the model whose private layer it is."""
