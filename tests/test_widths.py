@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
+import fxzip
 from fxzip.infer.spaces import FeatureSpace, Segment
 from fxzip.measure.moments import Moments, SpaceMoments
 from fxzip.widths import Term, allocate, flops
@@ -43,3 +45,27 @@ def test_widths_start_from_the_models_and_all_fits_at_the_most():
     terms = [Term(100.0, ("a", "b"))]
     assert allocate(terms, spaces, seen, names, 1.0, round_to=2) == {"a": N, "b": N}
     assert allocate(terms, spaces, seen, names, 4.0, round_to=2) == {"a": 2 * N, "b": 2 * N}
+
+
+class Halves(nn.Module):
+    """What it makes of the stream's width stops where the stream is wider than the layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.pair, self.out = nn.Linear(6, 8), nn.Linear(8, 16), nn.Linear(8, 8)
+        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        n, width = x.shape
+        one, other = self.pair(x).view(n, 2, width).unbind(1)
+        x = x + self.out(one.sigmoid() * other)
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+def test_trying_a_width_prints_nothing_where_the_network_stops(capsys):
+    models = [Halves().eval(), Halves().eval()]
+    zipped = fxzip.merge(models, [torch.randn(64, 6)], method="zip", budget=2.5, progress=False)
+    widths = {s.name: s.width for s in fxzip.report(zipped).spaces}
+    assert sorted(widths.values()) == [8, 8, 24], "the hidden layer alone grows"
+    assert capsys.readouterr().err == ""

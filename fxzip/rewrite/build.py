@@ -302,7 +302,7 @@ def _check_runs(zipped: fx.GraphModule, args: tuple) -> None:
     """A leaf module that does not take its new width shows here, not at the user's first batch."""
     try:
         with torch.no_grad():
-            zipped(*args)
+            zipped.forward(*args)  # not by `__call__`: that of FX prints a traceback where it fails
     except Exception as error:
         raise SpaceError(
             f"the merged network does not run: {error}. If widths were changed, a module or a constant "
