@@ -12,7 +12,7 @@ from torch import nn
 from .errors import SpaceError
 from .infer import Spaces, analyse, annotate
 from .rewrite import partition
-from .trace import bind, on_meta, to_meta, trace
+from .trace import beside, bind, trace
 
 
 def inspect(model: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any] | None = None) -> Spaces:
@@ -29,8 +29,7 @@ def inspect(model: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any
     [8]
     """
     traced = trace(model, example_inputs, forward_fn=forward_fn)
-    args = bind(example_inputs, signature(traced.graph_module.forward))
-    args = to_meta(args) if on_meta(traced.graph_module) else args
+    args = beside(bind(example_inputs, signature(traced.graph_module.forward)), traced.graph_module)
     spaces = analyse(traced.graph_module, args)
     try:
         private = partition(traced.graph_module, spaces.opaque).private

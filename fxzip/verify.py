@@ -24,7 +24,7 @@ from .infer import FeatureSpace, Spaces, analyse
 from .infer.group import axis_indices, duplicated, moved, permuted
 from .infer.sampling import sample
 from .rewrite.norms import recompute_statistics
-from .trace import Traced, bind, duplicate, make_plain, rows, state_by_all_names, state_of, trace, unwrap
+from .trace import Traced, beside, bind, duplicate, make_plain, rows, state_by_all_names, state_of, trace, unwrap
 from .trace.guards import seeded
 from .trace.precision import double_by_default, in_double
 from .verification import TOLERANCE, Verification, fires
@@ -49,7 +49,7 @@ def verify(
     """
     _refuse_meta(model, "verify")
     traced = trace(model, example_inputs, forward_fn=forward_fn)
-    args = bind(example_inputs, signature(traced.graph_module.forward))
+    args = beside(bind(example_inputs, signature(traced.graph_module.forward)), traced.graph_module)
     return verify_spaces(traced, analyse(traced.graph_module, args), args, seed)
 
 
@@ -139,7 +139,7 @@ def scramble(
     """
     _refuse_meta(model, "scramble")
     traced = trace(model, example_inputs, forward_fn=forward_fn)
-    args = bind(example_inputs, signature(traced.graph_module.forward))
+    args = beside(bind(example_inputs, signature(traced.graph_module.forward)), traced.graph_module)
     spaces = analyse(traced.graph_module, args)
     other = duplicate(model)
     make_plain(other)

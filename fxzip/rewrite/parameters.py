@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +19,9 @@ from .blocks import in_blocks
 if TYPE_CHECKING:
     from ..infer.spaces import Segment, Spaces
     from ..match import Matching
+
+
+Entries = tuple[Tensor, Tensor, Tensor, bool]  # target, source, value; whether every output, in order, is of one input
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,13 @@ class AxisMap:
     length_in: int
     length: int
     scale: float = 1.0
+    _held: dict[torch.device, Entries | None] = field(default_factory=dict, repr=False, compare=False)
+
+    def entries(self, device: torch.device) -> Entries | None:
+        """What is not zero, on this device, found once; None if there is too much of it for going by index to pay."""
+        if device not in self._held:
+            self._held[device] = _entries(self, device)
+        return self._held[device]
 
 
 def merge_parameters(
@@ -83,15 +93,16 @@ def tied_names(spaces: Spaces) -> Mapping[str, str]:
 def apply(x: Tensor, axis: int, axis_map: AxisMap) -> Tensor:
     """`x` with `axis` mapped: [.., length_in, ..] -> [.., length, ..]. Sparse maps go by index, exactly."""
     axis %= x.dim()
-    entries = _entries(axis_map)
+    if axis > 1 and axis == x.dim() - 1:  # `index_select` takes several times as long over the last of three axes
+        return apply(x.flatten(0, -2), 1, axis_map).unflatten(0, x.shape[:-1])
+    entries = axis_map.entries(x.device)
     if entries is None:
         return _apply_dense(x, axis, axis_map)
-    target, source, value = entries
+    target, source, value, copies = entries
     column = value.to(x.dtype).view([-1] + [1] * (x.dim() - axis - 1))
-    if len(target) == axis_map.length == len(target.unique()):  # every output copies (and scales) one input
-        order = target.argsort()
-        out = x.index_select(axis, source[order])
-        return out if bool((value == 1).all()) else out.mul_(column[order])
+    if copies:
+        out = x.index_select(axis, source)
+        return out if bool((value == 1).all()) else out.mul_(column)
     out = x.new_zeros([*x.shape[:axis], axis_map.length, *x.shape[axis + 1 :]])
     return out.index_add_(axis, target, x.index_select(axis, source) * column)
 
@@ -244,8 +255,8 @@ def _pieces(
     return pieces
 
 
-def _entries(axis_map: AxisMap) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The map as (target, source, value) of its non-zero entries; None if it has too many for that to pay."""
+def _entries(axis_map: AxisMap, device: torch.device) -> Entries | None:
+    """The map by its non-zero entries; None if it has too many for that to pay."""
     target, source = [axis_map.rest_target], [axis_map.rest_source]
     value = [torch.full((len(axis_map.rest_target),), axis_map.scale, dtype=torch.float64)]
     known: dict[int, tuple[Tensor, Tensor]] = {}
@@ -259,7 +270,10 @@ def _entries(axis_map: AxisMap) -> tuple[Tensor, Tensor, Tensor] | None:
         target.append(run.target[rows])
         source.append(run.source[columns])
         value.append(run.matrix[rows, columns])
-    return torch.cat(target), torch.cat(source), torch.cat(value)
+    to, of, by = torch.cat(target), torch.cat(source), torch.cat(value)
+    copies = len(to) == axis_map.length == len(to.unique())
+    order = to.argsort() if copies else slice(None)
+    return to[order].to(device), of[order].to(device), by[order].to(device), copies
 
 
 def _apply_dense(x: Tensor, axis: int, axis_map: AxisMap) -> Tensor:
@@ -268,7 +282,7 @@ def _apply_dense(x: Tensor, axis: int, axis_map: AxisMap) -> Tensor:
     out = flat.new_zeros(axis_map.length, flat.shape[1])
     out[axis_map.rest_target] = flat[axis_map.rest_source] * axis_map.scale
     for run in axis_map.runs:
-        out[run.target] = product(run.matrix.to(flat.dtype), flat[run.source])
+        out[run.target] = product(run.matrix.to(flat), flat[run.source])
     return out.reshape(axis_map.length, *moved.shape[1:]).movedim(0, axis)
 
 

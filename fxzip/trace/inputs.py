@@ -60,6 +60,15 @@ def to_meta(args: tuple) -> tuple:
     return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args)
 
 
+def beside(args: tuple, module: nn.Module) -> tuple:
+    """Arguments on the device of a model's first tensor, as loaders give them on the CPU; of a model that has shapes
+    alone, shapes."""
+    if on_meta(module):
+        return to_meta(args)
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    return args if device is None else tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, args)
+
+
 def faking() -> AbstractContextManager:
     """Within, what such a model makes is fake, as under `torch.export`: code that looks at values unless tensors are
     fake (transformers' masks do) does not try to, which fails on the meta device."""

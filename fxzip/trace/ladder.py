@@ -23,7 +23,7 @@ from .exported import NOTICE as EVAL_ONLY
 from .exported import exported
 from .guards import kept_rng, untraceable, unwritten
 from .hooks import without_onlookers
-from .inputs import batch_size, bind, describe, faking, on_meta, rows, to_meta
+from .inputs import batch_size, beside, bind, describe, faking, on_meta, rows
 from .lengths import symbolic_lengths
 from .lines import FXZIP_ROOT, TORCH_ROOT, user_line
 from .plain import plain
@@ -57,8 +57,8 @@ def trace(
 ) -> Traced:
     """Trace an eval-mode deep copy of `model`; the model itself, global modes and RNG are left as they are.
 
-    example_inputs: a batch as a loader gives it (see `bind`). Optional arguments it does not give are fixed
-        at their defaults and leave the signature.
+    example_inputs: a batch as a loader gives it (see `bind`), on any device. Optional arguments it does not give are
+        fixed at their defaults and leave the signature.
     leaf_modules: names or classes to keep whole. concrete_args: name -> value of arguments to fix.
     forward_fn: called as forward_fn(model, x, ...) instead of model(x, ...), to choose what comes out.
 
@@ -81,8 +81,8 @@ def trace(
     signature = call_signature(model, forward_fn)
     concrete = _checked_concrete(signature, dict(concrete_args or {}))
     args, fixed = _arguments(example_inputs, signature, concrete)
-    if on_meta(model):
-        args, notices = to_meta(args), (*notices, SHAPES_ONLY)
+    args = beside(args, model)
+    notices = (*notices, SHAPES_ONLY) if on_meta(model) else notices
     with kept_rng([*model.parameters(), *model.buffers()]), torch.no_grad():
         reference = _copy(model)
         how = Call(signature, args, fixed, leaves, forward_fn=forward_fn)
