@@ -15,7 +15,7 @@ from .errors import InputError, VerificationError
 from .match import Matching
 from .measure import Moments
 from .rewrite import batch_norms, extract
-from .trace import batch_size, rows
+from .trace import batch_size, beside, rows
 from .verification import Verification
 
 FEW = 16  # samples below which correlations say little
@@ -109,7 +109,7 @@ def _other_data(name: str, module: fx.GraphModule, batches: Sequence[tuple]) -> 
     if not norms or not batches:
         return []
     first = batches[0]
-    found = _distances(module, norms, rows(first, min(batch_size(first), LOOK)))
+    found = _distances(module, norms, beside(rows(first, min(batch_size(first), LOOK)), module))
     if not found:
         return []
     shifts, spreads = (sorted(column) for column in zip(*found, strict=True))
