@@ -59,7 +59,7 @@ def test_models_on_the_cpu_are_merged_there(method, device):  # noqa: F811
 @pytest.mark.parametrize("options", [
     {}, {"until": "b"}, {"since": "b"}, {"budget": 1.5}, {"heads": "joint"}, {"heads": "concat"}, {"memory": "1GB"},
     {"model_weights": [1, 3]}, {"method": fxzip.Distill(views=[lambda x: x.flip(-1)], epochs=1), "until": "b"},
-], ids=str)  # fmt: skip
+], ids=lambda options: "-".join(options) or "plain")  # fmt: skip
 def test_models_there_take_batches_from_the_cpu(options, device):  # noqa: F811
     models = nets()
     wanted = fxzip.merge(models, IMAGES.split(32), progress=False, **options)(IMAGES)
