@@ -19,7 +19,8 @@ class Verification:
     error: output change under random group elements. controls: output change with one use left out, by use.
     roles: output change when weight moves between copies (nan: no unit can be copied); roles_control: when
     it is taken from one. sensitivity: output change between two inputs (0: the output tells nothing). rounding:
-    output change when parameters move by 1e-15 of themselves; measured when `error` or `roles` is not small.
+    output change when parameters move by 1e-15 of themselves, as they are or with copies, the larger; measured when
+    `error` or `roles` is not small.
     redrawn: the parameters were random, because the model's own showed nothing (silent units, zeros). What group
     elements do to the output is then the proof by itself: if no control fires there either, which feature is which
     makes no difference to the output (a branch that nobody reads, a mean), and no merge of them can either.

@@ -8,7 +8,9 @@ taken from one copy only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from inspect import signature
 from typing import Any
 
@@ -99,9 +101,10 @@ def _one_proof(
             use = candidates[i]
             with moved(state, indices, leave_out=[use]):
                 controls[f"{use[0]}[{use[1]}]"] = _distance(outputs(state), reference)
+        again = copy.deepcopy(rng)
         roles, roles_control = _roles(spaces, state, outputs, rng)
         small = error < TOLERANCE and not roles >= TOLERANCE
-        rounding = 0.0 if small else _distance(outputs(_nudged(state)), reference)
+        rounding = 0.0 if small else max(_roundings(spaces, state, outputs, again))
     return Verification(error, controls, roles, roles_control, sensitivity, len(spaces), rounding, redrawn)
 
 
@@ -112,12 +115,25 @@ def _uses(space: FeatureSpace) -> int:
 def _roles(spaces: Spaces, state, outputs, rng) -> tuple[float, float]:
     """Output change when weight moves between copies, and when it is taken from one; nan when no space has
     both a consumer and two exchangeable units to copy."""
-    above = {p.space for space in spaces for p in space.parents}
-    found = [outputs(state) for _ in duplicated(state, [s for s in spaces if s.name not in above], rng)]
+    found = [outputs(state) for _ in duplicated(state, _lowest(spaces), rng)]
     if not found:
         return float("nan"), float("nan")
     base, shifted, control = found
     return _distance(shifted, base), _distance(control, base)
+
+
+def _lowest(spaces: Spaces) -> list:
+    above = {p.space for space in spaces for p in space.parents}
+    return [s for s in spaces if s.name not in above]
+
+
+def _roundings(spaces: Spaces, state, outputs, rng) -> Iterator[float]:
+    """Output change by rounding alone, as the network is and where `_roles` begins: it may be chaotic in one only."""
+    yield _distance(outputs(_nudged(state)), outputs(state))
+    with closing(duplicated(state, _lowest(spaces), rng)) as steps:
+        for _ in steps:
+            yield _distance(outputs(_nudged(state)), outputs(state))
+            return
 
 
 def _nudged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -57,6 +57,8 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     if name == "copy_":
         func(*map(_inner, args))
         return args[0]
+    if there and func.namespace == "mkldnn":
+        raise RuntimeError(f"{func} is of the CPU alone")
     if there and name != "_to_copy" and name not in _READS:
         _refuse_mixed(name, args, given)
     mapped = tree_map(_inner, kwargs)

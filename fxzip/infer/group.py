@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -65,7 +65,7 @@ def _inverse(index: np.ndarray, length: int) -> np.ndarray:
     return (inside.argsort(1) + length * np.arange(len(inside))[:, None]).ravel()
 
 
-def duplicated(state: State, spaces: Iterable[FeatureSpace], rng: np.random.Generator) -> Iterator[None]:
+def duplicated(state: State, spaces: Iterable[FeatureSpace], rng: np.random.Generator) -> Generator[None]:
     """Edits `state` in place to three states that test roles, one a step: base, shifted, control; and undoes it.
     No step when no space has both two exchangeable units and a consumer.
 
