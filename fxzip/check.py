@@ -12,11 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
 
 from .errors import InputError, TraceError
 from .loaders import first_batches
-from .trace import bind, call_signature, compare_graphs, compare_shapes, describe, plain, plain_batch, rows, tensors_of
+from .trace import (
+    beside,
+    bind,
+    call_signature,
+    compare_graphs,
+    compare_shapes,
+    describe,
+    plain,
+    plain_batch,
+    rows,
+    tensors_of,
+)
 from .trace.guards import kept_rng, untraceable
 from .trace.hooks import without_onlookers
 
@@ -245,8 +255,7 @@ def _two_rows(model: nn.Module, batch: Any, forward_fn: Callable[..., Any] | Non
     signature = call_signature(model, forward_fn)
     args = bind(batch, signature)
     plain_batch(args)
-    device = next((p.device for p in model.parameters()), None)
-    return signature, tree_map(lambda x: x.to(device) if isinstance(x, Tensor) and device else x, rows(args, 2))
+    return signature, beside(rows(args, 2), model)
 
 
 def _run(model: nn.Module, args: tuple, forward_fn: Callable[..., Any] | None) -> list[Tensor]:

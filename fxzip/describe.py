@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .evaluate import cost
 from .heatmap import heat_maps
@@ -18,7 +18,7 @@ from .prepared import Prepared
 from .report import LayerRow, NodeRow, Report, Size, SpaceRow
 from .rewrite.zipped import KEY
 from .solve import Record
-from .trace import rows
+from .trace import on, rows
 from .trace.lines import user_line
 from .version import installed
 
@@ -35,8 +35,7 @@ def describe(
 ) -> Report:
     """The Report of `zipped`; without the seconds."""
     device = next((t.device for t in zipped.parameters()), torch.device("cpu"))
-    args = tuple(x.to(device) if isinstance(x, Tensor) else x for x in p.args)
-    one = rows(args, 1)
+    one = rows(on(device, p.args), 1)
     sizes = [Size(n, *_cost(m.to(device), one)) for n, m in zip(p.names, p.own, strict=True)]
     result = Size("merged", *_cost(zipped, one))
     owners = tuple(zipped.meta[KEY]["targets"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from . import markup
@@ -22,6 +22,7 @@ from .merge import collect, merge
 from .prepare import prepare
 from .prepared import Clock
 from .report import report, table
+from .trace import on
 
 __all__ = ["Frontier", "Point", "frontier"]
 
@@ -177,7 +178,7 @@ def _point(
     where = next((t.device for t in zipped.parameters()), torch.device("cpu"))
     wrong, total = [0.0] * len(parents), [0.0] * len(parents)
     for batch in held:
-        outputs = zipped(*tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, batch))
+        outputs = zipped(*on(where, batch))
         outputs = list(outputs.values()) if isinstance(outputs, Mapping) else list(outputs)
         for i, (parent, output) in enumerate(zip(parents, outputs, strict=True)):
             for y, y0 in zip(_floats(output), _floats(parent(*batch)), strict=True):

@@ -8,8 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch import fx, nn
 
 from .check import Checked, check_merge, compare_graphs, compare_shapes
 from .errors import InputError, SpaceError, TraceError
@@ -19,7 +18,7 @@ from .options import shares, wrong_weights
 from .padding import pad
 from .prepared import Clock, Prepared, shared_spaces
 from .rewrite import Partition, Stems, Tails, join, legal, owned, partition, same_outputs, selected, split, unreadable
-from .trace import Traced, bind, borrow, compare_sizes, first_rows, state_of, trace
+from .trace import Traced, bind, borrow, compare_sizes, first_rows, on, state_of, trace
 from .verify import verify_spaces
 
 
@@ -83,8 +82,7 @@ def begin(
         if not copies:
             borrow(t.graph_module, model)
         t.graph_module.to(where)
-    args = bind(few, signature(traced[0].graph_module.forward))
-    args = tree_map(lambda x: x.to(where) if isinstance(x, Tensor) else x, args)
+    args = on(where, bind(few, signature(traced[0].graph_module.forward)))
     if heads != "separate":
         same_outputs([t.graph_module for t in traced], checked.names, args, heads)
     traced, stems = starts(traced, checked.names, args, since, until)

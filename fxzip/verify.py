@@ -122,7 +122,7 @@ def _roles(spaces: Spaces, state, outputs, rng) -> tuple[float, float]:
     return _distance(shifted, base), _distance(control, base)
 
 
-def _lowest(spaces: Spaces) -> list:
+def _lowest(spaces: Spaces) -> list[FeatureSpace]:
     above = {p.space for space in spaces for p in space.parents}
     return [s for s in spaces if s.name not in above]
 

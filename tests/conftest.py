@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pretend import device  # noqa: F401  (a fixture)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from pretend import device  # noqa: F401
 from test_tails import IMAGES as SHOTS
 from test_tails import networks
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ def close(found, wanted) -> None:
 
 
 @pytest.mark.parametrize("method", dict.fromkeys(METHODS))
-def test_models_on_the_cpu_are_merged_there(method, device):  # noqa: F811
+def test_models_on_the_cpu_are_merged_there(method, device):
     """The default where there is a GPU. What comes back is on the CPU, as the models are."""
     models = nets()
     zipped = fxzip.merge(models, IMAGES.split(32), method=method, device=device, progress=False)
@@ -60,7 +59,7 @@ def test_models_on_the_cpu_are_merged_there(method, device):  # noqa: F811
     {}, {"until": "b"}, {"since": "b"}, {"budget": 1.5}, {"heads": "joint"}, {"heads": "concat"}, {"memory": "1GB"},
     {"model_weights": [1, 3]}, {"method": fxzip.Distill(views=[lambda x: x.flip(-1)], epochs=1), "until": "b"},
 ], ids=lambda options: "-".join(options) or "plain")  # fmt: skip
-def test_models_there_take_batches_from_the_cpu(options, device):  # noqa: F811
+def test_models_there_take_batches_from_the_cpu(options, device):
     models = nets()
     wanted = fxzip.merge(models, IMAGES.split(32), progress=False, **options)(IMAGES)
     there = [copy.deepcopy(m).to(device) for m in models]
@@ -70,21 +69,21 @@ def test_models_there_take_batches_from_the_cpu(options, device):  # noqa: F811
         close(zipped(IMAGES.to(device)), wanted)
 
 
-def test_some_there_and_some_here(device):  # noqa: F811
+def test_some_there_and_some_here(device):
     models = nets(3)
     wanted = fxzip.merge(models, IMAGES.split(32), progress=False)(IMAGES)
     models[1].to(device)
     close(fxzip.merge(models, IMAGES.split(32), device=device, progress=False)(IMAGES), wanted)
 
 
-def test_networks_that_end_differently(device):  # noqa: F811
+def test_networks_that_end_differently(device):
     models = networks("name", "segment", "classify")
     wanted = fxzip.merge(models, SHOTS.split(16), until="head", progress=False)(SHOTS)
     there = {t: m.to(device) for t, m in models.items()}
     close(fxzip.merge(there, SHOTS.split(16), until="head", progress=False)(SHOTS.to(device)), wanted)
 
 
-def test_all_else_that_takes_models(device, tmp_path):  # noqa: F811
+def test_all_else_that_takes_models(device, tmp_path):
     here, there = nets(), [m.to(device) for m in nets()]
     assert str(fxzip.inspect(there[0], IMAGES[:2])) == str(fxzip.inspect(here[0], IMAGES[:2]))
     assert fxzip.verify(there[0], IMAGES[:2]).ok
@@ -103,7 +102,7 @@ def test_all_else_that_takes_models(device, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if e.name in SOME], ids=str)
-def test_other_operators(example, device):  # noqa: F811
+def test_other_operators(example, device):
     model, inputs = example.make(), example.inputs()
     data = tuple(torch.cat([v + 0.1 * k if v.is_floating_point() else v for k in range(8)]) for v in inputs)
     merged = [
@@ -113,7 +112,7 @@ def test_other_operators(example, device):  # noqa: F811
     close(merged[1](*data), merged[0](*data))
 
 
-def test_the_pretended_device_refuses_what_a_gpu_would(device):  # noqa: F811
+def test_the_pretended_device_refuses_what_a_gpu_would(device):
     x = torch.ones(2, 3, device=device)
     with pytest.raises(RuntimeError, match=r"add: \(3,\) is on the CPU, others are on lazy"):
         x + torch.ones(3)

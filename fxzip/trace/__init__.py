@@ -7,7 +7,7 @@ from .call import call_signature, counted, tensors_of
 from .compare import alike, compare_graphs, compare_shapes, compare_sizes
 from .execute import kernel, overwriting, run
 from .guards import unwrap
-from .inputs import batch_size, beside, bind, describe, first_rows, plain_batch, rows, shapes_only, to_meta
+from .inputs import batch_size, beside, bind, describe, first_rows, on, plain_batch, rows, shapes_only, to_meta
 from .interpreter import watched
 from .ladder import Traced, trace
 from .lower import Lowered, corresponding, lower
@@ -34,6 +34,7 @@ __all__ = [
     "kernel",
     "lower",
     "make_plain",
+    "on",
     "overwriting",
     "own",
     "plain",

@@ -55,9 +55,14 @@ def on_meta(module: nn.Module) -> bool:
     return any(p.is_meta for p in module.parameters())
 
 
+def on(device: torch.device | str, args: tuple) -> tuple:
+    """Arguments, all their tensors on the device."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, args)
+
+
 def to_meta(args: tuple) -> tuple:
-    """Arguments for such a model."""
-    return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args)
+    """Arguments for a model that has shapes alone."""
+    return on("meta", args)
 
 
 def beside(args: tuple, module: nn.Module) -> tuple:
@@ -66,7 +71,7 @@ def beside(args: tuple, module: nn.Module) -> tuple:
     if on_meta(module):
         return to_meta(args)
     device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
-    return args if device is None else tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, args)
+    return args if device is None else on(device, args)
 
 
 def faking() -> AbstractContextManager:
