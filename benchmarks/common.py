@@ -70,7 +70,8 @@ class Row:
     """One network of a table; None where it does not apply.
 
     flops: times one parent's. seconds: to train or to merge.
-    forwards: the merge's seconds, in units of one forward of all parents over its calibration images.
+    forwards: the merge's seconds, in units of one forward of all parents over its calibration images: the mean of one
+        right before the merge and one right after.
     compared: joint, with heads made comparable on the calibration images, as heads="joint" does.
     """
 
@@ -137,6 +138,7 @@ class Bench:
         A refusal by fxzip becomes a row that says why; any other error is a bug and ends the run.
         """
         loader = self.calibration[:count].split(256)
+        forwards = [self.forward_seconds(count)]
         start = time.perf_counter()
         try:
             zipped = fxzip.merge(self.parents, loader, calibration=count, seed=self.seed,
@@ -145,21 +147,17 @@ class Bench:
             nothing = (None,) * len(self.parents)
             return Row(name, nothing, None, None, note=f"{type(error).__name__}: {error}", **more)
         seconds = time.perf_counter() - start
-        forwards = seconds / self.forward_seconds(count)
-        return self.row(name, zipped, seconds=seconds, forwards=forwards, **more)
+        forwards.append(self.forward_seconds(count))
+        return self.row(name, zipped, seconds=seconds, forwards=2 * seconds / sum(forwards), **more)
 
     @torch.no_grad()
-    def forward_seconds(self, count: int, sample: int = 512) -> float:
-        """Seconds that all parents need for `count` images, from the better of two runs over `sample`."""
-        images = self.calibration[:sample]
-        best = float("inf")
-        for _ in range(2):
-            start = time.perf_counter()
-            for model in self.parents:
-                for x in images.split(256):
-                    model(x)
-            best = min(best, time.perf_counter() - start)
-        return best * count / len(images)
+    def forward_seconds(self, count: int) -> float:
+        """Seconds that all parents need for the first `count` calibration images, in batches as merges get them."""
+        start = time.perf_counter()
+        for model in self.parents:
+            for x in self.calibration[:count].split(256):
+                model(x)
+        return time.perf_counter() - start
 
 
 @torch.no_grad()

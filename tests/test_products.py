@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,13 +16,16 @@ SHAPES = [(200, 300, 100), (64, 2048, 27), (2048, 512, 10), (3, 900, 900), (5, 7
 
 
 @pytest.fixture
-def by_onednn(monkeypatch) -> list[tuple[int, ...]]:
-    """The shapes that were given to it."""
+def by_onednn(monkeypatch) -> Iterator[list[tuple[int, ...]]]:
+    """The shapes that were given to it, on Intel's processors too."""
+    monkeypatch.setattr(products, "_intel", lambda: False)
+    products._built.cache_clear()
     if not products._there():
         pytest.skip("this torch has no oneDNN, or this is not an x86-64")
     seen, own = [], products._linear
     monkeypatch.setattr(products, "_linear", lambda x, w, b: (seen.append((*x.shape, len(w))), own(x, w, b))[1])
-    return seen
+    yield seen
+    products._built.cache_clear()
 
 
 def draw(*shape: int, lying: bool = False, **options) -> Tensor:
@@ -57,6 +62,14 @@ def test_large_ones_go_to_onednn_and_others_do_not(by_onednn):
     product(a.bfloat16(), b.bfloat16())
     product(a, draw(2, 300, 100))  # axes that broadcast
     product(a.to("meta"), b.to("meta"))
+    assert by_onednn == []
+
+
+def test_on_intel_s_processors_they_are_torch_s_own(by_onednn, monkeypatch):
+    monkeypatch.setattr(products, "_intel", lambda: True)
+    products._built.cache_clear()
+    a, b = draw(200, 300), draw(300, 100)
+    assert torch.equal(product(a, b), a @ b) and torch.equal(linear(a, b.mT), F.linear(a, b.mT))
     assert by_onednn == []
 
 

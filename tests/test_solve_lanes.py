@@ -15,7 +15,7 @@ from fxzip.memory import Store
 from fxzip.processes import Processes
 from fxzip.solve import CHUNK, _chunks, _through_unmerge
 from fxzip.solve.lanes import Chunks, Lane, dynamic_nodes, nbytes
-from fxzip.solve.mixing import mixer
+from fxzip.solve.mixing import NARROW, mixer
 from fxzip.trace import lower, state_of
 
 torch.set_num_threads(1)
@@ -249,3 +249,18 @@ def test_what_cannot_be_in_one_chunk_is_refused():
     for one, other in ((3, 4), (torch.ones(1, 2), torch.zeros(1, 2))):
         with pytest.raises(InputError, match="an argument without a row for each sample, differs between batches"):
             _chunks([(torch.ones(4, 2), one), (torch.ones(4, 2), other)])
+
+
+def test_few_features_along_the_last_axis_are_mixed_alike():
+    """By a product of matrices, or by index as wide ones are: exactly the same where every output is of one input, and
+    what is infinite stays where it is."""
+    wide = NARROW + 1
+    for width in (6, wide):
+        order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
+        matrix = torch.eye(width, dtype=torch.float64)[order]
+        found = Matching(torch.cat([matrix, matrix], 1) / 2, torch.cat([matrix.T, matrix.T]), (width, width))
+        mix = mixer([Layout((1,), (("s", np.arange(width)[:, None]),))], (4, width), {"s": found}, [0.5, 0.5], "%x")
+        value = random(4, width)
+        assert mix is not None and torch.equal(mix([value, value]), value[:, order])
+        value[1, 2] = float("inf")
+        assert torch.equal(mix([value, value]), value[:, order])

@@ -14,7 +14,7 @@ import fxzip
 from fxzip.processes import ALONE
 from fxzip.solve import Settings
 from fxzip.solve.fit import wanted_rows
-from fxzip.solve.refine import TOLD, _error, _retargeting
+from fxzip.solve.refine import CLOSE, TOLD, _error, _retargeting, refine
 from fxzip.solve.ridge import Gram, Ridge
 
 torch.set_num_threads(1)
@@ -37,6 +37,8 @@ def test_the_error_of_weights_is_that_of_their_residuals():
     "settings, groups, columns, rows",
     [
         (Settings(rows=8, least=1000), 1, 50, 1000),  # few columns
+        (Settings(rows=8, least=1000, plenty=20), 1, 30, 600),  # very few
+        (Settings(rows=8, least=1000, plenty=2), 1, 30, 240),
         (Settings(rows=8, least=1000), 1, 500, 4000),  # rows for each column
         (Settings(rows=8, least=1000, memory=4 * 10 * 600), 1, 10, 600),  # what has room
         (Settings(rows=8, least=1000, memory=4 * 10 * 600), 3, 10, 200),
@@ -65,6 +67,20 @@ def test_a_part_of_many_rows_tells_the_error_and_all_are_counted():
     assert told == pytest.approx(exact(kept), rel=0.05) and told != pytest.approx(exact(kept), rel=1e-6)
     few = [tuple(v[:100] for v in rows) for rows in kept]
     assert _error(weights, few, torch.relu, ALONE)[0] == pytest.approx(exact(few), rel=1e-5)
+
+
+@pytest.mark.parametrize("noise, sweeps", [(0.01, False), (0.5, True)])
+def test_a_fit_that_is_close_is_not_swept(noise, sweeps):
+    generator = torch.Generator().manual_seed(0)
+    x, t = (torch.randn(500, 1, n, generator=generator) for n in (5, 3))
+    t = x @ torch.randn(5, 3, generator=generator) + noise * t
+    gram, start = Gram(), torch.zeros(1, 3, 5, dtype=torch.float64)
+    gram.add(x, t)
+    fit = refine(gram, start, 1e-3, 3, [(x, t, t)], torch.relu)
+    plain = Ridge(gram, start, 1e-3).solve()
+    assert torch.equal(fit.weights, plain) != sweeps
+    assert fit.after == pytest.approx(_error(fit.weights, [(x, t, t)], torch.relu, ALONE)[0])
+    assert (fit.after < CLOSE) != sweeps and fit.after <= _error(plain, [(x, t, t)], torch.relu, ALONE)[0]
 
 
 def test_targets_move_by_the_slope_or_by_the_secant():
@@ -108,7 +124,7 @@ def test_retargeting_looks_at_every_row_that_the_fit_draws():
     nets = [randomise(Norms(), seed).eval() for seed in range(2)]
     images = torch.randn(512, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     few, many = (
-        fxzip.merge(nets, images.split(64), method=fxzip.Solve(settings=Settings(rows=rows)), progress=False)
+        fxzip.merge(nets, images.split(64), method=fxzip.Solve(settings=Settings(rows=rows, plenty=10**6)), progress=False)
         for rows in (1, 1000)
     )
     for name, value in few.state_dict().items():

@@ -31,8 +31,9 @@ def gram(x: Tensor) -> Tensor:
     return mirrored(found)
 
 
-def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
-    """total += weight * rows.T @ rows, in blocks on and below the diagonal; `mirrored` fills in the rest.
+def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
+    """total += weight * rows.T @ rows, in blocks on and below the diagonal; `mirrored` fills in the rest. Returns the
+    sum of the rows, float64 [p].
 
     total: float64 [p, p]; rows: [r, p]. Rows of float32 and less are centred, so that a mean far from zero costs no
     digits, and multiplied in float32: the error is about 1e-6 of the features' deviations. Float64 throughout for few
@@ -44,13 +45,15 @@ def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
         x = rows.to(total)
         for i, j in tiles(len(total)):
             total[i:j, :j].addmm_(x[:, i:j].T, x[:, :j], alpha=weight)
-        return
+        return x.sum(0)
     y, centre = centred  # y: [p, r]
     c = centre.double()
-    u = y.sum(1, dtype=torch.float64) + len(rows) / 2 * c  # sum x x' = sum y y' + c u' + u c'
+    half = len(rows) / 2 * c
+    u = y.sum(1, dtype=torch.float64) + half  # sum x x' = sum y y' + c u' + u c'
     left, right = weight * torch.stack([c, u], 1), torch.stack([u, c])  # [p, 2], [2, p]
     for i, j in tiles(len(total)):
         total[i:j, :j].add_(product(y[i:j], y[:j].T), alpha=weight).addmm_(left[i:j], right[:, :j])
+    return u + half
 
 
 def finite(rows: Tensor) -> bool:
@@ -89,7 +92,7 @@ def _centred(rows: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     rows = rows.float()
     centre = rows.mean(0)
-    y = torch.sub(rows.T, centre[:, None], out=rows.new_empty(rows.shape[::-1]))  # rows of tiles are dense then
+    y = (rows - centre).T.contiguous()  # rows of tiles are dense then
     peak = y.abs().amax(1)
     fits = ((peak == 0) | (peak > _SMALLEST)) & (peak < _LARGEST) & (centre.abs() < _LARGEST)
     return (y, centre) if bool(fits.all()) else None

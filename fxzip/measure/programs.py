@@ -108,8 +108,12 @@ def rows_of(anchor: Anchor, value: Tensor, chosen: Tensor | None = None) -> Tens
         flat = flat.reshape(*flat.shape[: len(rest)], -1, flat.shape[-1])
         value, rest = flat.sort(-2).values, [*rest, -1]
     n, t = anchor.positions.shape  # t samples lie side by side along the features
-    place = torch.unravel_index(chosen // t, value.shape[: len(rest)]) if rest else ()
-    flat = (value[place] if rest else value.unsqueeze(0).expand(len(chosen), *value.shape)).flatten(1)
+    if not rest:
+        flat = value.unsqueeze(0).expand(len(chosen), *value.shape).flatten(1)
+    elif value.is_contiguous():  # rows side by side are found faster than places
+        flat = value.flatten(0, len(rest) - 1).index_select(0, chosen // t).flatten(1)
+    else:
+        flat = value[torch.unravel_index(chosen // t, value.shape[: len(rest)])].flatten(1)
     if t == 1 and np.array_equal(anchor.positions[:, 0], np.arange(flat.shape[1])):
         return flat
     index = torch.from_numpy(anchor.positions.T.copy()).to(flat.device)  # [t, n]

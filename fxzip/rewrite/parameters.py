@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -44,13 +44,24 @@ class AxisMap:
     length_in: int
     length: int
     scale: float = 1.0
-    _held: dict[torch.device, Entries | None] = field(default_factory=dict, repr=False, compare=False)
+    _held: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def entries(self, device: torch.device) -> Entries | None:
         """What is not zero, on this device, found once; None if there is too much of it for going by index to pay."""
         if device not in self._held:
             self._held[device] = _entries(self, device)
         return self._held[device]
+
+    def matrix(self, like: Tensor) -> Tensor:
+        """As a matrix [length, length_in] of the dtype and on the device of `like`, made once."""
+        key = like.device, like.dtype
+        if key not in self._held:
+            found = torch.zeros(self.length, self.length_in, dtype=torch.float64)
+            found[self.rest_target, self.rest_source] = self.scale
+            for run in self.runs:
+                found[run.target.unsqueeze(1), run.source] = run.matrix
+            self._held[key] = found.to(like)
+        return self._held[key]
 
 
 def merge_parameters(

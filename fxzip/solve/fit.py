@@ -27,21 +27,22 @@ BLOCK = 2_048  # design rows that are multiplied at once, where there are so man
 
 @dataclass(frozen=True)
 class Settings:
-    """lam: ridge, relative to each input's energy. rows: design rows per column, at least `least` in all.
-    sweeps: re-targetings through the next non-linearity (0: plain least squares). memory: bytes of activations held
-    at once; more goes to temporary files (where TMPDIR says). feedback: aim behind additions, and repair there what
-    the other branch has lost."""
+    """lam: ridge, relative to each input's energy. rows: design rows per column, and `least` in all unless that is more
+    than `plenty` per column. sweeps: re-targetings through the next non-linearity (0: plain least squares). memory:
+    bytes of activations held at once; more goes to temporary files (where TMPDIR says). feedback: aim behind additions,
+    and repair there what the other branch has lost."""
 
     lam: float = 1e-3
     rows: int = 10
     least: int = 32_768
+    plenty: int = 100
     sweeps: int = 3
     memory: float = 1e9
     seed: int = 0
     feedback: bool = True
 
     def __post_init__(self) -> None:
-        least = {"lam": 0, "rows": 1, "least": 1, "sweeps": 0, "memory": 0}
+        least = {"lam": 0, "rows": 1, "least": 1, "plenty": 1, "sweeps": 0, "memory": 0}
         wrong = [n for n, low in least.items() if not getattr(self, n) >= low]
         if wrong:
             raise InputError.listing(
@@ -91,7 +92,7 @@ def solve_point(
     assert design is not None
     intercept = bias is not None or point.normed
     groups, each = int(argument(node, "groups") or 1), 0
-    bend = _nonlinearity(point, dynamic) if settings.sweeps else None
+    bend = nonlinearity(point.last, point.links, dynamic) if settings.sweeps else None
 
     def values(j: int) -> dict[str, Any]:
         return {n: _value(v, point.lane, j, dynamic) for n, v in arguments(node).items()}
@@ -109,9 +110,9 @@ def solve_point(
             rows = design.rows(values(j), count, generator)
             each = len(rows.x)  # of every chunk
             wanted, full = _target(point, mix, j, dynamic, rows.y)
-            x, target = _single(rows.x), _single(wanted)
+            x, target = single(rows.x), single(wanted)
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], -1) if intercept else x
-            yield (x, target, target if bend is None else _single(full)), chunks.ends(k)
+            yield (x, target, target if bend is None else single(full)), chunks.ends(k)
 
     gram, kept = Gram(), []
     for x, target, full in _joined(drawn()):
@@ -140,7 +141,7 @@ def _joined(rows: Iterable[tuple[Kept, bool]]) -> Iterator[Kept]:
             block.clear()
 
 
-def _single(x: Tensor) -> Tensor:
+def single(x: Tensor) -> Tensor:
     """At least float32: sums of products overflow in half precision, and tolerances vanish."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -152,7 +153,7 @@ def _value(given: Any, lane: Lane, chunk: int, dynamic: Mapping[str, fx.Node]) -
 def wanted_rows(settings: Settings, groups: int, columns: int) -> int:
     """Design rows of one fit, of all chunks together; their float32 take `settings.memory` at most."""
     most = max(int(settings.memory / 4 / (groups * columns)), columns)
-    return min(max(settings.rows * columns, settings.least), most)
+    return min(max(settings.rows * columns, min(settings.least, settings.plenty * columns)), most)
 
 
 # -- targets ----------------------------------------------------------------------------------------
@@ -208,11 +209,13 @@ def _target(
     return drawn(target), drawn(full)
 
 
-def _nonlinearity(point: Point, dynamic: Mapping[str, fx.Node]) -> Callable[[Tensor], Tensor] | None:
+def nonlinearity(
+    last: str, links: Sequence[Link], dynamic: Mapping[str, fx.Node]
+) -> Callable[[Tensor], Tensor] | None:
     """The element-wise op of one tensor that alone reads the value at `last`, if there is one and it gives numbers. Who
     gets an output reads it, too."""
-    readers = [u for u in dynamic[point.last].users if u.name in dynamic or u.op == "output"]
-    if len(readers) != 1 or any(k.kind == "scalar" for k in point.links):
+    readers = [u for u in dynamic[last].users if u.name in dynamic or u.op == "output"]
+    if len(readers) != 1 or any(k.kind == "scalar" for k in links):
         return None
     node = readers[0]
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
@@ -221,7 +224,7 @@ def _nonlinearity(point: Point, dynamic: Mapping[str, fx.Node]) -> Callable[[Ten
         or not node.meta["dtype"].is_floating_point  # a comparison
         or packet(node) in MOVES
         or len(node.all_input_nodes) != 1
-        or node.args[0] is not dynamic[point.last]
+        or node.args[0] is not dynamic[last]
     ):
         return None
     return lambda x: node.target(x, *node.args[1:], **node.kwargs)  # type: ignore[operator]

@@ -108,7 +108,7 @@ class Lane:
         """Run one op, or `target` instead of it, with operands from `read`."""
         args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
         kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
-        return kernel(target or node.target)(*args, **kwargs)
+        return kernel(node, target)(*args, **kwargs)
 
     def value(self, name: str, chunk: int) -> Any:
         if name in self.values:
@@ -191,6 +191,6 @@ def nbytes(lanes: list[Lane]) -> int:
 
 def _size(value: Any) -> int:
     if isinstance(value, Tensor):
-        mapped = value.device.type == "cpu" and value.is_shared()
+        mapped = value.is_cpu and value.untyped_storage().is_shared()
         return 0 if mapped else value.numel() * value.element_size()
     return sum(_size(v) for v in value) if isinstance(value, (tuple, list)) else 0

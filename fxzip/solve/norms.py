@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor, fx
 from ..infer import Spaces
 from ..match import Matching
 from .affine import BATCH_NORMS, packet
-from .fit import Outcome, Settings, mixer_at
+from .design import pick, rows_at
+from .fit import Mix, Outcome, Settings, mixer_at, single
 from .lanes import Chunks, Lane
+from .mixing import Mixer
 from .slots import Slot, argument, arguments
 
 NORMS = BATCH_NORMS | {"native_layer_norm", "native_group_norm"}
@@ -29,8 +33,10 @@ def solve_norm(
     settings: Settings,
     chunks: Chunks,
     dynamic: Mapping[str, fx.Node],
+    generator: torch.Generator,
 ) -> Outcome | None:
-    """Scale and shift of a norm, per feature, towards the parents' outputs; batch statistics are set first."""
+    """Scale and shift of a norm, per feature, towards the parents' outputs, on `settings.least` rows; batch statistics
+    are set first, on all."""
     op = lane.nodes[node.name]
     scale, shift = (Slot.of(lane, argument(op, n)) for n in ("weight", "bias"))
     mix = mixer_at(first, parents, shared, spaces, matchings)
@@ -38,17 +44,19 @@ def solve_norm(
         return None
     if packet(op) in BATCH_NORMS:
         _set_statistics(op, lane, chunks, dynamic)
-    size = lane.state[scale.name].shape[0]
-    sums = torch.zeros(5, size, dtype=torch.float64, device=lane.state[scale.name].device)
-    count = 0
+    size, device = lane.state[scale.name].shape[0], lane.state[scale.name].device
+    sums = torch.zeros(5, size, dtype=torch.float64, device=device)
+    shape, count = lane.nodes[first].meta["shape"], 0
+    axis = len(shape) - 1 if packet(op) == "native_layer_norm" else 1
     given = {scale.name: torch.ones_like(lane.state[scale.name]), shift.name: torch.zeros_like(lane.state[shift.name])}
-    for j in range(chunks.own):
+    for j in chunks:
+        index = pick(prod(shape) // size, settings.least // chunks.total + 1, generator, device)
+        if j is None:  # drawn as by the rank that has it
+            continue
         plain = lane.apply(op, lambda n, j=j: _plain(lane, n, j, dynamic, given))[0]
-        target = mix([p.value(first, j) for p in parents])
-        axis = -1 if packet(op) == "native_layer_norm" else 1
-        x, t = (v.movedim(axis, 0).reshape(size, -1).double() for v in (plain, target))
-        sums += torch.stack([x.sum(1), t.sum(1), (x * x).sum(1), (x * t).sum(1), (t * t).sum(1)])
-        count += x.shape[1]
+        x, t = single(rows_at(plain.movedim(axis, -1), index)), single(_rows(mix, parents, first, j, axis, index))
+        sums += torch.stack([v.sum(0, dtype=torch.float64) for v in (x, t, x * x, x * t, t * t)])
+        count += len(x)
     counted = torch.tensor([count], dtype=torch.float64, device=sums.device)
     chunks.processes.sum(sums, counted)
     count = int(counted)
@@ -67,6 +75,14 @@ def solve_norm(
     lane.write(scale.name, gamma)
     lane.write(shift.name, beta)
     return before, after
+
+
+def _rows(mix: Mix, parents: Sequence[Lane], name: str, chunk: int, axis: int, index: Tensor) -> Tensor:
+    """Rows of what the parents have there in merged coordinates; mixed is what was drawn, not all there is. [r, n]"""
+    values = [p.value(name, chunk) for p in parents]
+    if isinstance(mix, Mixer) and mix.axes == (axis,):
+        return replace(mix, axes=(1,))([rows_at(v.movedim(axis, -1), index) for v in values])
+    return rows_at(mix(values).movedim(axis, -1), index)
 
 
 def _plain(lane: Lane, node: fx.Node, chunk: int, dynamic: Mapping[str, fx.Node], given: Mapping[str, Tensor]) -> Any:

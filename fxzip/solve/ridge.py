@@ -38,7 +38,7 @@ class Gram:
         columns = x.mT.contiguous()  # rows of tiles are dense then
         for i, j in tiles(x.shape[-1]):  # `mirrored` fills in the rest
             self.second[:, i:j, :j] += product(columns[:, i:j], columns[:, :j].mT)
-        self.cross += product(t.mT, x)
+        self.cross += product(t.mT, columns.mT)
         self.energy += (t.double() ** 2).sum(1)
         self.rows += x.shape[1]
 

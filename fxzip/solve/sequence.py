@@ -23,7 +23,7 @@ from ..infer import Spaces
 from ..match import Matching
 from .affine import BATCH_NORMS, Link, chain, first_result, packet, plain_norm
 from .design import design_of
-from .fit import Parts, Settings, mixable, parts_of, solve_point
+from .fit import Parts, Settings, mixable, mixer_at, nonlinearity, parts_of, solve_point
 from .folding import Point
 from .lanes import Chunks, Lane, dynamic_nodes, nbytes
 from .norms import NORMS, solve_norm
@@ -112,7 +112,16 @@ class Pass:
         links = links[: ends[0]] if ends and not self.settings.feedback else links
         while links and name in self.shared_names and not mixable(links[-1].node.name, self.parents[0], self.spaces):
             links.pop()
-        return links
+        return self._bare(name, links) if name in self.shared_names else links
+
+    def _bare(self, name: str, links: list[Link]) -> list[Link]:
+        """Without moves at the end, across which all values would be mixed, not only the rows that are drawn; a
+        non-linearity has to be seen, though."""
+        bare = [k for i, k in enumerate(links) if any(later.kind != "move" for later in links[i:])]
+        last = bare[-1].node.name if bare else name
+        if len(bare) == len(links) or nonlinearity(links[-1].node.name, links, self.dynamic) is not None:
+            return links
+        return links if mixer_at(last, self.parents, True, self.spaces, self.matchings) is None else bare
 
     def _there(self, link: Link) -> bool:
         """Whether the other branch of an addition is computed."""
@@ -203,6 +212,7 @@ class Pass:
             self.settings,
             self.chunks,
             self.dynamic,
+            self.generator,
         )
         if record is not None:
             self.records.append(Record(node.meta["origin"], packet(node), *record, model))

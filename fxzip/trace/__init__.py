@@ -5,10 +5,11 @@ from __future__ import annotations
 from .borrow import borrow, own
 from .call import call_signature, counted, tensors_of
 from .compare import alike, compare_graphs, compare_shapes, compare_sizes
-from .execute import kernel, overwriting, run
+from .execute import overwriting, run
 from .guards import unwrap
 from .inputs import batch_size, beside, bind, describe, first_rows, on, plain_batch, rows, shapes_only, to_meta
 from .interpreter import watched
+from .kernels import kernel
 from .ladder import Traced, trace
 from .lower import Lowered, corresponding, lower
 from .plain import duplicate, make_plain, plain

@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import InputError
-from ..products import addmm, linear, product
+from .kernels import kernel
 from .lower import Lowered
 
 Sink = Callable[[fx.Node, Tensor], None]
@@ -24,14 +24,6 @@ _IN_PLACE: dict[Any, Any] = {aten.relu.default: aten.relu_.default, aten.add.Ten
 _OWN = frozenset(
     {aten.convolution.default, aten.native_batch_norm.default, aten.linear.default, aten.addmm.default, *_IN_PLACE}
 )
-
-# Operators that we have a faster kernel for; what they compute is the same but for the order of sums.
-_KERNELS: dict[Any, Any] = {
-    aten.linear.default: linear,
-    aten.addmm.default: addmm,
-    aten.mm.default: product,
-    aten.bmm.default: product,
-}
 
 
 @torch.no_grad()
@@ -111,12 +103,7 @@ def _call(
     target = overwriting(node, values.__getitem__)
     if target is not node.target and node.args[0] in kept:
         target = node.target
-    return kernel(target)(*map_aggregate(node.args, argument), **map_aggregate(node.kwargs, argument))
-
-
-def kernel(target: Any) -> Callable[..., Any]:
-    """What computes an operator of a lowered graph (an OpOverload, or `operator.getitem`)."""
-    return _KERNELS.get(target, target)
+    return kernel(node, target)(*map_aggregate(node.args, argument), **map_aggregate(node.kwargs, argument))
 
 
 def overwriting(node: fx.Node, read: Callable[[fx.Node], Any]) -> Any:
