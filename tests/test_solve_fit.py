@@ -12,7 +12,7 @@ from toys import randomise
 
 import fxzip
 from fxzip.solve import CHUNK, Settings
-from fxzip.solve.fit import _single
+from fxzip.solve.fit import single
 from fxzip.solve.refine import refine
 from fxzip.solve.ridge import Fit, Gram
 
@@ -188,7 +188,7 @@ def targets_of(layer: nn.Module, t: Tensor) -> Tensor:
 
 def merged(make: Callable[[], Net], **settings: float) -> tuple[list[Net], nn.Module]:
     nets = [randomise(make(), seed).eval() for seed in range(2)]
-    method = fxzip.Solve(fxzip.Average(), Settings(lam=LAM, **settings))  # features stay in place
+    method = fxzip.Solve(fxzip.Average(), Settings(lam=LAM, plenty=10**6, **settings))  # features stay in place
     return nets, fxzip.merge(nets, IMAGES.split(128), method=method, progress=False, verify=False)
 
 
@@ -283,7 +283,7 @@ def test_rows_are_dealt_over_the_chunks(settings, rows, monkeypatch):
 
 @pytest.mark.parametrize(("given", "made"), [("float16", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
 def test_products_are_not_summed_in_half_precision(given, made):
-    assert _single(torch.ones(2, dtype=getattr(torch, given))).dtype == getattr(torch, made)
+    assert single(torch.ones(2, dtype=getattr(torch, given))).dtype == getattr(torch, made)
 
 
 def test_a_folded_scale_is_one():

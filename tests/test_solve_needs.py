@@ -58,7 +58,8 @@ def test_a_fit_holds_its_gram_matrices_and_its_rows(layer, shape, groups, column
 
 def test_rows_that_are_added_together_are_few():
     """Chunks of one sample each, 64 in all, with 1,000 rows and one more each: of two, and what 2,048 rows more are."""
-    found = solve_needs(lowered(nn.Conv2d(6, 4, 3), 6, 42, 42, batch=1), 1, 64, 1, 2, Settings(rows=1, least=64_000))
+    settings = Settings(rows=1, least=64_000, plenty=10_000)
+    found = solve_needs(lowered(nn.Conv2d(6, 4, 3), 6, 42, 42, batch=1), 1, 64, 1, 2, settings)
     grams = int(8 * (3.5 * 54**2 + 9 * 4 * 54))
     assert found.fits[0].size == grams + 4 * (1_001 + 2_048) * (4 * 54 + 5 * 4)
 

@@ -123,10 +123,8 @@ def test_retargeting_looks_at_every_row_that_the_fit_draws():
     """Enough rows for all there are: then it is all one how many a column would have."""
     nets = [randomise(Norms(), seed).eval() for seed in range(2)]
     images = torch.randn(512, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    few, many = (
-        fxzip.merge(nets, images.split(64), method=fxzip.Solve(settings=Settings(rows=rows, plenty=10**6)), progress=False)
-        for rows in (1, 1000)
-    )
+    methods = (fxzip.Solve(settings=Settings(rows=rows, plenty=10**6)) for rows in (1, 1000))
+    few, many = (fxzip.merge(nets, images.split(64), method=m, progress=False) for m in methods)
     for name, value in few.state_dict().items():
         assert torch.equal(value, many.state_dict()[name]), name
 

@@ -31,9 +31,8 @@ def gram(x: Tensor) -> Tensor:
     return mirrored(found)
 
 
-def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
-    """total += weight * rows.T @ rows, in blocks on and below the diagonal; `mirrored` fills in the rest. Returns the
-    sum of the rows, float64 [p].
+def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
+    """total += weight * rows.T @ rows, in blocks on and below the diagonal; `mirrored` fills in the rest.
 
     total: float64 [p, p]; rows: [r, p]. Rows of float32 and less are centred, so that a mean far from zero costs no
     digits, and multiplied in float32: the error is about 1e-6 of the features' deviations. Float64 throughout for few
@@ -45,15 +44,13 @@ def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> Tensor:
         x = rows.to(total)
         for i, j in tiles(len(total)):
             total[i:j, :j].addmm_(x[:, i:j].T, x[:, :j], alpha=weight)
-        return x.sum(0)
+        return
     y, centre = centred  # y: [p, r]
     c = centre.double()
-    half = len(rows) / 2 * c
-    u = y.sum(1, dtype=torch.float64) + half  # sum x x' = sum y y' + c u' + u c'
+    u = y.sum(1, dtype=torch.float64) + len(rows) / 2 * c  # sum x x' = sum y y' + c u' + u c'
     left, right = weight * torch.stack([c, u], 1), torch.stack([u, c])  # [p, 2], [2, p]
     for i, j in tiles(len(total)):
         total[i:j, :j].add_(product(y[i:j], y[:j].T), alpha=weight).addmm_(left[i:j], right[:, :j])
-    return u + half
 
 
 def finite(rows: Tensor) -> bool:

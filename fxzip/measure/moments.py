@@ -144,7 +144,8 @@ class Accumulator:
                 "check the model and the loader (dtype, normalisation)"
             )
         for part in rows.to(self.total.device).split(ROWS):
-            self.total.add_(add_gram(self.gram, part, weight), alpha=weight)
+            self.total.add_(part.sum(0, dtype=torch.float64), alpha=weight)
+            add_gram(self.gram, part, weight)
         self.count += weight * len(rows)
 
     def moments(self, spent: bool = False) -> SpaceMoments:

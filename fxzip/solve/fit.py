@@ -28,9 +28,9 @@ BLOCK = 2_048  # design rows that are multiplied at once, where there are so man
 @dataclass(frozen=True)
 class Settings:
     """lam: ridge, relative to each input's energy. rows: design rows per column, and `least` in all unless that is more
-    than `plenty` per column. sweeps: re-targetings through the next non-linearity (0: plain least squares). memory:
-    bytes of activations held at once; more goes to temporary files (where TMPDIR says). feedback: aim behind additions,
-    and repair there what the other branch has lost."""
+    than `plenty` per column. sweeps: re-targetings through the next non-linearity (0: plain least squares), fewer where
+    rows are few or a fit is close without. memory: bytes of activations held at once; more goes to temporary files
+    (where TMPDIR says). feedback: aim behind additions, and repair there what the other branch has lost."""
 
     lam: float = 1e-3
     rows: int = 10
