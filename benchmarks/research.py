@@ -112,12 +112,14 @@ def setting(args: argparse.Namespace, dataset: str) -> tuple[Bench, Tensor]:
 def row(bench: Bench, variant: Variant, other: Tensor, count: int) -> Row:
     """Merge and score one variant."""
     images = other if variant.other else bench.calibration[: variant.count or count]
+    before = bench.forward_seconds(len(images))
     start = time.perf_counter()
     zipped = fxzip.merge(bench.parents, images.split(256), method=variant.method, calibration=len(images),
                          seed=bench.seed, verify=False, progress=False, **variant.options)  # fmt: skip
     seconds = time.perf_counter() - start
     name = variant.name if variant.family == "default" else f"{variant.family}: {variant.name}"
-    return bench.row(name, zipped, seconds=seconds, forwards=seconds / bench.forward_seconds(len(images)))
+    forward = (before + bench.forward_seconds(len(images))) / 2
+    return bench.row(name, zipped, seconds=seconds, forwards=seconds / forward)
 
 
 def _wanted(variant: Variant, patterns: Sequence[str]) -> bool:

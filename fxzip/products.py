@@ -51,6 +51,14 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Tensor:
     return linear(mat1, mat2.mT, input) if plain else torch.addmm(input, mat1, mat2, **scales)
 
 
+def exact() -> bool:
+    """Whether torch multiplies float32 as float32."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # asked so since a backend has its own setting (fp32_precision), which is not "highest"
+        return False
+
+
 def _onednn(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether oneDNN is to multiply a and b, three axes of `shape` in all."""
     if len(shape) != 3 or min(shape) < THIN or shape[0] * shape[1] * shape[2] < LEAST:
@@ -76,8 +84,8 @@ def _built() -> bool:
 
 
 def _intel() -> bool:
-    """Whether this is one of the processors that MKL is written for."""
-    told = Path("/proc/cpuinfo")  # Linux; Windows says it in `processor`
+    """Whether this is one of the processors that MKL is written for, as Linux and Windows tell."""
+    told = Path("/proc/cpuinfo")
     return "GenuineIntel" in (told.read_text() if told.exists() else platform.processor())
 
 

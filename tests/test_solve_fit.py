@@ -12,7 +12,7 @@ from toys import randomise
 
 import fxzip
 from fxzip.solve import CHUNK, Settings
-from fxzip.solve.fit import single
+from fxzip.solve.fit import _single
 from fxzip.solve.refine import refine
 from fxzip.solve.ridge import Fit, Gram
 
@@ -283,7 +283,7 @@ def test_rows_are_dealt_over_the_chunks(settings, rows, monkeypatch):
 
 @pytest.mark.parametrize(("given", "made"), [("float16", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
 def test_products_are_not_summed_in_half_precision(given, made):
-    assert single(torch.ones(2, dtype=getattr(torch, given))).dtype == getattr(torch, made)
+    assert _single(torch.ones(2, dtype=getattr(torch, given))).dtype == getattr(torch, made)
 
 
 def test_a_folded_scale_is_one():

@@ -264,3 +264,29 @@ def test_few_features_along_the_last_axis_are_mixed_alike():
         assert mix is not None and torch.equal(mix([value, value]), value[:, order])
         value[1, 2] = float("inf")
         assert torch.equal(mix([value, value]), value[:, order])
+
+
+def test_a_value_that_is_features_alone():
+    found, layout = matching(5, 3, 3), Layout((0,), (("s", np.arange(3)[:, None]),))
+    mix = mixer([layout], (3,), {"s": found}, [0.5, 0.5], "%x")
+    a, b = random(3), random(3, seed=1)
+    assert mix is not None
+    torch.testing.assert_close(mix([a, b]), found.merge @ torch.cat([a, b]))
+    found, layout = matching(6, 6, 6), Layout((0, 1), (("s", np.arange(6)[:, None]),))
+    mix = mixer([layout], (2, 3), {"s": found}, [0.5, 0.5], "%x")
+    a, b = random(2, 3), random(2, 3, seed=1)
+    assert mix is not None
+    torch.testing.assert_close(mix([a, b]).flatten(), found.merge @ torch.cat([a.flatten(), b.flatten()]))
+
+
+def test_products_that_may_be_rounded_are_not_taken_to_mix():
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
+    matrix = torch.eye(128, dtype=torch.float64)[order]
+    found = Matching(torch.cat([matrix, matrix], 1) / 2, torch.cat([matrix.T, matrix.T]), (128, 128))
+    mix = mixer([Layout((1,), (("s", np.arange(128)[:, None]),))], (512, 128), {"s": found}, [0.5, 0.5], "%x")
+    value, before = random(512, 128).float(), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert mix is not None and torch.equal(mix([value, value]), value[:, order])
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -114,3 +114,28 @@ def test_norms_that_are_left_as_matched(change):
     expected = (net(0).norm.weight + net(1).norm.weight) / 2
     torch.testing.assert_close(zipped.get_submodule("norm").weight, expected)
     assert "norm" not in {r.node for r in fxzip.report(zipped).layers}
+
+
+class Conditioned(nn.Module):
+    """A layer norm of what is the same in every calibration sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.t, self.u, self.norm = nn.Linear(6, 8), nn.Linear(3, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.head((self.a(x) + self.u(self.norm(self.t(condition)).relu())).relu())
+
+
+def test_scales_of_what_does_not_vary_stay_small():
+    """As small as the models', and not what rounding makes of a variance of nothing."""
+    nets = [randomise(Conditioned(), seed).eval() for seed in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    x, condition = torch.randn(512, 6, generator=generator), torch.randn(1, 3, generator=generator).expand(512, 3)
+    batches = list(zip(x.split(128), condition.split(128), strict=True))
+    zipped = fxzip.merge(nets, batches, progress=False)
+    largest = max(float(n.norm.weight.detach().abs().max()) for n in nets)
+    assert float(zipped.get_submodule("norm").weight.detach().abs().max()) <= 1.5 * largest
+    near = [zipped(x, condition + shift)[0] for shift in (0, 0.01)]
+    assert (near[0] - near[1]).square().mean() < 0.01 * near[0].square().mean()

@@ -121,7 +121,7 @@ class Network:
             return self.unmerged[own][model](shared) if own in self.unmerged and model is not None else shared
 
         layer = self.layers.get((name, model))
-        if layer is None:  # not by `Lane.apply`: our own kernels have no derivatives
+        if layer is None:  # not by `Lane.apply`, whose kernels are for what has no derivatives
             args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
             kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
             return node.target(*args, **kwargs)  # type: ignore[operator]

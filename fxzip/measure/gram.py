@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..products import product
+from ..products import exact, product
 
 TILE = 512  # columns of a block: of a matrix of k blocks (k + 1) / 2k is computed
 WIDE = 2048  # columns, from which on float64 is dear even for few rows
@@ -74,18 +74,10 @@ def mirrored(matrix: Tensor) -> Tensor:
     return matrix
 
 
-def _exact() -> bool:
-    """Whether torch multiplies float32 as float32."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # asked so since a backend has its own setting (fp32_precision), which is not "highest"
-        return False
-
-
 def _centred(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     """((rows - centre).T, centre) in float32; None where float64 is needed."""
     few = len(rows) < FEW and rows.numel() < FEW * WIDE
-    if rows.dtype not in _SINGLE or few or not _exact():
+    if rows.dtype not in _SINGLE or few or not exact():
         return None
     rows = rows.float()
     centre = rows.mean(0)

@@ -53,7 +53,7 @@ def pick(rows: int, count: int, generator: torch.Generator, device: torch.device
 
 def rows_at(value: Tensor, index: Tensor) -> Tensor:
     """Some of the rows of a value whose last axis are features; the others are not copied. [..., n] -> [r, n]"""
-    if value.is_contiguous():
+    if value.is_contiguous() or value.dim() < 2:
         return value.reshape(-1, value.shape[-1]).index_select(0, index)
     return value[torch.unravel_index(index, value.shape[:-1])]
 

@@ -110,9 +110,9 @@ def solve_point(
             rows = design.rows(values(j), count, generator)
             each = len(rows.x)  # of every chunk
             wanted, full = _target(point, mix, j, dynamic, rows.y)
-            x, target = single(rows.x), single(wanted)
+            x, target = _single(rows.x), _single(wanted)
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], -1) if intercept else x
-            yield (x, target, target if bend is None else single(full)), chunks.ends(k)
+            yield (x, target, target if bend is None else _single(full)), chunks.ends(k)
 
     gram, kept = Gram(), []
     for x, target, full in _joined(drawn()):
@@ -141,7 +141,7 @@ def _joined(rows: Iterable[tuple[Kept, bool]]) -> Iterator[Kept]:
             block.clear()
 
 
-def single(x: Tensor) -> Tensor:
+def _single(x: Tensor) -> Tensor:
     """At least float32: sums of products overflow in half precision, and tolerances vanish."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 

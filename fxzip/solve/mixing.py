@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..infer import Layout
 from ..match import Matching
-from ..products import product
+from ..products import exact, product
 from ..rewrite.parameters import AxisMap, apply, axis_map
 
 NARROW = 192  # features
@@ -72,10 +72,11 @@ def _along(value: Tensor, axes: tuple[int, ...], step: AxisMap) -> Tensor:
 
 def _last(value: Tensor, step: AxisMap) -> Tensor:
     """Along the last axis: of few features a product of matrices, zeros and all, goes several times as fast as indices
-    do. [..., length_in] -> [..., length]"""
-    if value.shape[-1] <= NARROW and value.dtype in (torch.float32, torch.float64):
+    do, on a CPU. [..., length_in] -> [..., length]"""
+    precise = value.dtype is torch.float64 or (value.dtype is torch.float32 and exact())
+    if value.is_cpu and precise and value.shape[-1] <= NARROW:
         rows = value.reshape(-1, value.shape[-1])
         found = product(rows, step.matrix(value).mT)
         if bool(found.sum().isfinite()):  # or else 0 * inf might have come in
-            return found.unflatten(0, value.shape[:-1])
+            return found.view(*value.shape[:-1], step.length)
     return apply(value, -1, step)

@@ -14,7 +14,7 @@ from ..infer import Spaces
 from ..match import Matching
 from .affine import BATCH_NORMS, packet
 from .design import pick, rows_at
-from .fit import Mix, Outcome, Settings, mixer_at, single
+from .fit import Mix, Outcome, Settings, mixer_at
 from .lanes import Chunks, Lane
 from .mixing import Mixer
 from .slots import Slot, argument, arguments
@@ -54,8 +54,9 @@ def solve_norm(
         if j is None:  # drawn as by the rank that has it
             continue
         plain = lane.apply(op, lambda n, j=j: _plain(lane, n, j, dynamic, given))[0]
-        x, t = single(rows_at(plain.movedim(axis, -1), index)), single(_rows(mix, parents, first, j, axis, index))
-        sums += torch.stack([v.sum(0, dtype=torch.float64) for v in (x, t, x * x, x * t, t * t)])
+        rows = rows_at(plain.movedim(axis, -1), index), _rows(mix, parents, first, j, axis, index)
+        x, t = (v.double() for v in rows)  # squares too: a small variance is a difference of them
+        sums += torch.stack([v.sum(0) for v in (x, t, x * x, x * t, t * t)])
         count += len(x)
     counted = torch.tensor([count], dtype=torch.float64, device=sums.device)
     chunks.processes.sum(sums, counted)

@@ -29,7 +29,7 @@ TOLD = 4_096  # rows that an error is told from, at least
 RELAX = 1.7  # alternating projections converge for any factor in (0, 2)
 PARTS = (1, 3, 5)  # the last sweep takes every row, the one before every third; odd, as rows of images have even widths
 CLOSE = 0.002  # relative squared error of a fit that needs no sweep: what is left is not where f does not see it
-TWO = 2  # sweeps at most where no part of the rows is enough: a third of all rows would gain less than 1 %
+TWO = 2  # sweeps at most where no part of the rows is enough: a third one, of all rows, would gain less than 1 %
 ENOUGH = 10  # rows per column, below which no sweep looks at a part of the rows: noise stays where f does not see it
 
 Kept = tuple[Tensor, Tensor, Tensor]  # design rows [r, g, p]; targets [r, g, o]; targets where f is applied [r, g, o]
@@ -45,8 +45,8 @@ def refine(
     processes: Processes = ALONE,
     each: int = 0,
 ) -> Fit:
-    """The fit after `sweeps` re-targetings, or none where it is close without; errors are of f(t) against f(W x),
-    relative to E f(t)^2.
+    """The fit after `sweeps` re-targetings, two at most where rows are few, none where it is close without; errors are
+    of f(t) against f(W x), relative to E f(t)^2.
 
     gram: of all rows of all ranks; kept: rows of this one. each: how many of them in a row are of one chunk (0: all
     of a tensor), so that a part has the same ones however chunks are joined and dealt."""
