@@ -13,7 +13,7 @@ from toys import randomise
 import fxzip
 from fxzip.infer import infer
 from fxzip.memory import Store
-from fxzip.solve import Settings
+from fxzip.solve import Settings, sequence
 from fxzip.solve.affine import Link
 from fxzip.solve.lanes import Chunks, Lane
 from fxzip.solve.sequence import Pass
@@ -247,3 +247,30 @@ def test_private_layers_are_fitted_to_their_own_model(until):
         best = (rows @ torch.linalg.lstsq(rows, wanted).solution - wanted).square().sum()
         # a feature that is all but constant tells little beside the intercept, more than float32 sums know
         assert (made[task][:384] - wanted).square().sum() < 1.35 * best
+
+
+class Moved(nn.Module):
+    """Layers whose outputs are only moved behind them; one is seen through a function, one through an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).transpose(0, 1).tanh().transpose(0, 1)
+        x = x + self.b(x).transpose(0, 1).transpose(0, 1)
+        return self.head(self.norm(self.c(x).unsqueeze(1).transpose(1, 0)).squeeze(0))
+
+
+def test_layers_aim_in_front_of_moves_that_nothing_is_behind(monkeypatch):
+    """What moves is mixed whole, what is drawn from is not; a function behind the moves has to be seen."""
+    own, seen = sequence.solve_point, {}
+
+    def watched(point, *rest):
+        seen[point.name] = [k.kind for k in point.links]
+        return own(point, *rest)
+
+    monkeypatch.setattr(sequence, "solve_point", watched)
+    fxzip.merge([randomise(Moved(), s).eval() for s in range(2)], [X], progress=False, verify=False)
+    assert list(seen.values())[:3] == [["move"], ["move", "move", "add"], []]

@@ -95,6 +95,16 @@ def rows_in(anchor: Anchor, shape: tuple[int, ...]) -> int:
     return prod(shape) // features * (t if n else 1) if features else 0
 
 
+def rows_at(value: Tensor, index: Tensor, samples: int) -> Tensor:
+    """Rows of a value whose first `samples` axes are samples, all others features; what is not chosen is not copied.
+    [..., *features] -> [r, features]"""
+    if not samples:
+        return value.unsqueeze(0).expand(len(index), *value.shape).flatten(1)
+    if value.is_contiguous():  # rows side by side are found faster than places
+        return value.flatten(0, samples - 1).index_select(0, index).flatten(1)
+    return value[torch.unravel_index(index, value.shape[:samples])].flatten(1)
+
+
 def rows_of(anchor: Anchor, value: Tensor, chosen: Tensor | None = None) -> Tensor:
     """[samples, n]: the features of `anchor` in `value`, one row per sample (batch item, pixel or token; along axes
     in an order of the model's own, per rank). chosen: int64, only these rows; the others are not even copied."""
@@ -108,12 +118,7 @@ def rows_of(anchor: Anchor, value: Tensor, chosen: Tensor | None = None) -> Tens
         flat = flat.reshape(*flat.shape[: len(rest)], -1, flat.shape[-1])
         value, rest = flat.sort(-2).values, [*rest, -1]
     n, t = anchor.positions.shape  # t samples lie side by side along the features
-    if not rest:
-        flat = value.unsqueeze(0).expand(len(chosen), *value.shape).flatten(1)
-    elif value.is_contiguous():  # rows side by side are found faster than places
-        flat = value.flatten(0, len(rest) - 1).index_select(0, chosen // t).flatten(1)
-    else:
-        flat = value[torch.unravel_index(chosen // t, value.shape[: len(rest)])].flatten(1)
+    flat = rows_at(value, chosen // t, len(rest))
     if t == 1 and np.array_equal(anchor.positions[:, 0], np.arange(flat.shape[1])):
         return flat
     index = torch.from_numpy(anchor.positions.T.copy()).to(flat.device)  # [t, n]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..measure.programs import rows_at
 from .affine import packet
 from .slots import argument
 
@@ -51,18 +52,12 @@ def pick(rows: int, count: int, generator: torch.Generator, device: torch.device
     return torch.randint(rows, (count,), generator=generator).to(device)
 
 
-def rows_at(value: Tensor, index: Tensor) -> Tensor:
-    """Some of the rows of a value whose last axis are features; the others are not copied. [..., n] -> [r, n]"""
-    if value.is_contiguous() or value.dim() < 2:
-        return value.reshape(-1, value.shape[-1]).index_select(0, index)
-    return value[torch.unravel_index(index, value.shape[:-1])]
-
-
 def _matmul_rows(data: Tensor, count: int, generator: torch.Generator) -> Rows:
     """Rows of a matrix product: every axis of the data but the last is a sample."""
     flat = data.reshape(-1, data.shape[-1])
     index = pick(len(flat), count, generator, data.device)
-    return Rows(rows_at(flat, index).unsqueeze(1), lambda t: rows_at(t, index).unsqueeze(1), len(flat))
+    take = lambda t: rows_at(t, index, t.dim() - 1).unsqueeze(1)  # noqa: E731
+    return Rows(take(flat), take, len(flat))
 
 
 def _transposed(operand: Tensor, groups: int) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor, fx
 
 from ..infer import Spaces
 from ..match import Matching
+from ..measure.programs import rows_at
 from .affine import BATCH_NORMS, packet
-from .design import pick, rows_at
+from .design import pick
 from .fit import Mix, Outcome, Settings, mixer_at
 from .lanes import Chunks, Lane
 from .mixing import Mixer
@@ -54,7 +55,7 @@ def solve_norm(
         if j is None:  # drawn as by the rank that has it
             continue
         plain = lane.apply(op, lambda n, j=j: _plain(lane, n, j, dynamic, given))[0]
-        rows = rows_at(plain.movedim(axis, -1), index), _rows(mix, parents, first, j, axis, index)
+        rows = _rows(plain, axis, index), _mixed(mix, [p.value(first, j) for p in parents], axis, index)
         x, t = (v.double() for v in rows)  # squares too: a small variance is a difference of them
         sums += torch.stack([v.sum(0) for v in (x, t, x * x, x * t, t * t)])
         count += len(x)
@@ -78,12 +79,16 @@ def solve_norm(
     return before, after
 
 
-def _rows(mix: Mix, parents: Sequence[Lane], name: str, chunk: int, axis: int, index: Tensor) -> Tensor:
-    """Rows of what the parents have there in merged coordinates; mixed is what was drawn, not all there is. [r, n]"""
-    values = [p.value(name, chunk) for p in parents]
+def _rows(value: Tensor, axis: int, index: Tensor) -> Tensor:
+    """[r, features], these along `axis`."""
+    return rows_at(value.movedim(axis, -1), index, value.dim() - 1)
+
+
+def _mixed(mix: Mix, values: Sequence[Tensor], axis: int, index: Tensor) -> Tensor:
+    """Rows of the parents' values in merged coordinates; mixed is what was drawn, not all there is. [r, features]"""
     if isinstance(mix, Mixer) and mix.axes == (axis,):
-        return replace(mix, axes=(1,))([rows_at(v.movedim(axis, -1), index) for v in values])
-    return rows_at(mix(values).movedim(axis, -1), index)
+        return replace(mix, axes=(1,))([_rows(v, axis, index) for v in values])
+    return _rows(mix(values), axis, index)
 
 
 def _plain(lane: Lane, node: fx.Node, chunk: int, dynamic: Mapping[str, fx.Node], given: Mapping[str, Tensor]) -> Any:

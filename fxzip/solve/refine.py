@@ -29,7 +29,7 @@ TOLD = 4_096  # rows that an error is told from, at least
 RELAX = 1.7  # alternating projections converge for any factor in (0, 2)
 PARTS = (1, 3, 5)  # the last sweep takes every row, the one before every third; odd, as rows of images have even widths
 CLOSE = 0.002  # relative squared error of a fit that needs no sweep: what is left is not where f does not see it
-TWO = 2  # sweeps at most where no part of the rows is enough: a third one, of all rows, would gain less than 1 %
+WHOLE = 2  # sweeps of all rows, at most, where no part of them is enough: a third would gain less than 1 %
 ENOUGH = 10  # rows per column, below which no sweep looks at a part of the rows: noise stays where f does not see it
 
 Kept = tuple[Tensor, Tensor, Tensor]  # design rows [r, g, p]; targets [r, g, o]; targets where f is applied [r, g, o]
@@ -57,7 +57,7 @@ def refine(
     if after < CLOSE:
         return Fit(weights, before, after)
     step = _step(kept, processes)
-    for left in reversed(range(sweeps if spare >= PARTS[1] else min(sweeps, TWO))):
+    for left in reversed(range(sweeps if spare >= PARTS[1] else min(sweeps, WHOLE))):
         every = max(n for n in PARTS[: left + 1] if n <= max(spare, 1))
         moved, single = torch.zeros_like(problem.c), _like_rows(weights, kept)
         rows = moved.new_zeros(1)
