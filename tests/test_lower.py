@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
+from fxzip.errors import TraceError
 from fxzip.trace import corresponding, lower, run, state_of, trace
 from fxzip.trace.recorder import _overlap
 
@@ -252,6 +253,30 @@ class Cell(nn.Module):
 
     def forward(self, x):
         return self.rnn(x)[0]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_convolutions_run_by_onednn_where_it_is_on_and_are_recorded_as_they_are(on, monkeypatch):
+    """Without it a depthwise one takes ten times as long; it stays off for whoever has switched it off."""
+
+    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append((func, torch._C._get_mkldnn_enabled()))
+            return func(*args, **(kwargs or {}))
+
+    seen: list = []
+    conv = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    gm, x = fx.symbolic_trace(nn.Sequential(conv, nn.ReLU()).eval()), torch.randn(2, 4, 5, 5)
+    narrow = x[:, :3]
+    with torch.backends.mkldnn.flags(enabled=on), unchanged(gm), Watched():
+        lowered = lower(gm, (x,))
+    made = [n.target for n in lowered.graph.nodes if n.op == "call_function"]
+    assert made == [torch.ops.aten.convolution.default, torch.ops.aten.relu.default]
+    ran = dict(seen)
+    assert (ran[made[0]], ran[made[1]]) == (on, False)
+
+    with unchanged(gm), pytest.raises(TraceError, match="lowering stopped at %_0"):
+        lower(gm, (narrow,))  # a convolution that fails
 
 
 def test_writes_inside_composite_operators_become_pure():

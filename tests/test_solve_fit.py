@@ -52,6 +52,18 @@ class Grouped(Net):
         self.layer = nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2)
 
 
+class Wide(Net):
+    """The data are narrower than the kernel: its outermost taps meet nothing but padding."""
+
+    def parts(self) -> None:
+        self.layer = nn.Conv2d(6, 8, (3, 9), padding=(1, 4))
+
+
+class WideAndGrouped(Net):
+    def parts(self) -> None:
+        self.layer = nn.Conv2d(6, 8, 3, stride=(2, 1), padding=(1, 5), dilation=(1, 5), groups=2)
+
+
 class WithoutBias(Net):
     def parts(self) -> None:
         self.layer = nn.Conv2d(6, 8, 3, bias=False)
@@ -229,6 +241,7 @@ def test_a_layer_is_the_ridge_solution_on_what_the_merged_network_has(make):
         both = torch.cat([a, pull]), torch.cat([b, pull @ start[g].T])
         wanted.append(torch.linalg.lstsq(*both).solution.T)
     solution = torch.stack(wanted)  # [g, o, p (+ 1)]
+    solution = torch.where(x.any(0).unsqueeze(1), solution, start)  # what the data does not determine stays
     got = found(nets[0], zipped)[:, : x.shape[-1]]
     torch.testing.assert_close(got, solution.flatten(0, 1), atol=2e-4, rtol=2e-4)
     row = next(r for r in fxzip.report(zipped).layers if r.node == "layer")
@@ -237,7 +250,7 @@ def test_a_layer_is_the_ridge_solution_on_what_the_merged_network_has(make):
         assert error == pytest.approx(float(residual.square().sum() / t.double().square().sum()), rel=1e-3)
 
 
-@pytest.mark.parametrize("make", [Net, Normed, Added, Subtracted, Linear, Unread])
+@pytest.mark.parametrize("make", [Net, Normed, Added, Subtracted, Linear, Unread, Wide, WideAndGrouped])
 def test_the_function_behind_a_layer_is_looked_through(make):
     nets, zipped = merged(make, sweeps=3)
     x, t, full, start = problem(nets, zipped)
@@ -279,6 +292,20 @@ def test_rows_are_dealt_over_the_chunks(settings, rows, monkeypatch):
     method = fxzip.Solve(fxzip.Average(), settings)
     fxzip.merge(nets, IMAGES.split(128), method=method, progress=False, verify=False)
     assert fits[1] == (rows, rows)  # behind the stem
+
+
+@pytest.mark.parametrize(("make", "columns"), [(Net, 54), (Grouped, 18), (Wide, 6 * 3 * 7), (WideAndGrouped, 3 * 3)])
+def test_taps_that_meet_padding_alone_are_not_fitted(make, columns, monkeypatch):
+    """Of a kernel of 9 on 4 pixels 7 taps meet data; of one of 3, five apart, one."""
+    fits: list[int] = []
+
+    def spied(gram: Gram, start: Tensor, *rest: object) -> Fit:
+        fits.append(gram.second.shape[-1] - 1)
+        return refine(gram, start, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fxzip.solve.fit.refine", spied)
+    merged(make, sweeps=1)
+    assert fits[1] == columns
 
 
 @pytest.mark.parametrize(("given", "made"), [("float16", "float32"), ("bfloat16", "float32"), ("float64", "float64")])

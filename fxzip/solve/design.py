@@ -35,6 +35,8 @@ class Design:
 
     rows(arguments by name, count, generator) samples design rows; matrix(operand) -> [g, o, p] and
     operand(matrix, like) -> the operand are inverse to each other, in the layout of the op's weight argument.
+    seen(arguments, nodes where they are values): which of the p columns ever meet anything but padding, int64; None:
+    all. The rest has no say in the outputs, and keeps the weights it had.
     """
 
     data: str
@@ -43,6 +45,7 @@ class Design:
     rows: Callable[[Mapping[str, Any], int, torch.Generator], Rows]
     matrix: Callable[[Tensor, int], Tensor]
     operand: Callable[[Tensor, Sequence[int]], Tensor]
+    seen: Callable[[Mapping[str, Any]], Tensor | None] = lambda given: None
 
 
 def pick(rows: int, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -74,6 +77,20 @@ def _conv_rows(args: Mapping[str, Any], count: int, generator: torch.Generator) 
     stride, padding, dilation = (_spread(args[k], len(kernel)) for k in ("stride", "padding", "dilation"))
     padded = F.pad(args["input"], [p for q in reversed(padding) for p in (q, q)])
     return _patches(padded, kernel, stride, dilation, args["groups"], count, generator)
+
+
+def _conv_seen(given: Mapping[str, Any]) -> Tensor | None:
+    """Not all taps of a kernel are, where the data is as small as it: of 3 x 3 on a single pixel one."""
+    data, weight = given["input"].meta["shape"], given["weight"].meta["shape"]
+    d = len(weight) - 2
+    stride, padding, dilation = (_spread(given[k], d) for k in ("stride", "padding", "dilation"))
+    taps = torch.ones(1, dtype=torch.bool)
+    for i in range(d):
+        at = torch.arange(weight[2 + i])[:, None] * dilation[i] - padding[i]  # [k_i, outputs]
+        last = data[2 + i] + 2 * padding[i] - dilation[i] * (weight[2 + i] - 1) - 1
+        at = at + torch.arange(0, last + 1, stride[i])
+        taps = (taps[:, None] & ((at >= 0) & (at < data[2 + i])).any(1)).flatten()
+    return None if bool(taps.all()) else taps.repeat(weight[1]).nonzero().flatten()
 
 
 def _transposed_rows(args: Mapping[str, Any], count: int, generator: torch.Generator) -> Rows:
@@ -158,7 +175,7 @@ _DESIGNS: Mapping[str, Design] = {
     "linear": Design("input", "weight", "bias", lambda a, c, g: _matmul_rows(a["input"], c, g), _plain, _unplain),
     "addmm": Design("mat1", "mat2", "self", lambda a, c, g: _matmul_rows(a["mat1"], c, g), _transposed, _untransposed),
     "mm": Design("self", "mat2", None, lambda a, c, g: _matmul_rows(a["self"], c, g), _transposed, _untransposed),
-    "convolution": Design("input", "weight", "bias", _conv_rows, _conv_matrix, _conv_operand),
+    "convolution": Design("input", "weight", "bias", _conv_rows, _conv_matrix, _conv_operand, _conv_seen),
 }
 _CONV_TRANSPOSED = Design("input", "weight", "bias", _transposed_rows, _turned, _unturned)
 

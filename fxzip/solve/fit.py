@@ -97,8 +97,8 @@ def solve_point(
     def values(j: int) -> dict[str, Any]:
         return {n: _value(v, point.lane, j, dynamic) for n, v in arguments(node).items()}
 
-    matrix = design.matrix(point.lane.static(argument(node, design.weight)), groups)
-    count = wanted_rows(settings, len(matrix), matrix.shape[-1]) // chunks.total + 1
+    matrix, seen = design.matrix(point.lane.static(argument(node, design.weight)), groups), design.seen(arguments(node))
+    count = wanted_rows(settings, len(matrix), matrix.shape[-1] if seen is None else len(seen)) // chunks.total + 1
     others = design.rows(values(0), 1, torch.Generator()).of if chunks.own < chunks.total else 0
 
     def drawn() -> Iterator[tuple[Kept, bool]]:
@@ -110,7 +110,7 @@ def solve_point(
             rows = design.rows(values(j), count, generator)
             each = len(rows.x)  # of every chunk
             wanted, full = _target(point, mix, j, dynamic, rows.y)
-            x, target = _single(rows.x), _single(wanted)
+            x, target = _single(rows.x if seen is None else rows.x[..., seen]), _single(wanted)
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], -1) if intercept else x
             yield (x, target, target if bend is None else _single(full)), chunks.ends(k)
 
@@ -120,14 +120,17 @@ def solve_point(
         if bend is not None:
             kept.append(point.lane.store.keep((x, target, full)))
     gram.reduce(chunks.processes)
-    start = folded(point, design, weight, bias, groups, intercept)
+    whole = folded(point, design, weight, bias, groups, intercept)
+    fitted = slice(None) if seen is None else torch.cat([seen, torch.arange(matrix.shape[-1], whole.shape[-1])])
+    start = whole[..., fitted]
     relieve()  # rows and values that went make room for what takes most
     if bend is None:
         fit = ridge(gram, start, settings.lam)
     else:
         fit = refine(gram, start, settings.lam, settings.sweeps, kept, bend, chunks.processes, each)
     statistics = _statistics(fit.weights, gram) if point.normed else None
-    write_back(point, design, weight, bias, fit.weights, statistics, intercept)
+    whole[..., fitted] = fit.weights
+    write_back(point, design, weight, bias, whole, statistics, intercept)
     return fit.before, fit.after
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from ..errors import TraceError
+from .guards import recorded
 from .linear import WHOLE
 from .lines import user_line, where
 
@@ -56,6 +57,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.graph = fx.Graph()
+        self.onednn = torch._C._get_mkldnn_enabled()
         self.origin: fx.Node | None = None
         self.origins: dict[fx.Node, fx.Node | None] = {}
         self.closed = False  # after the forward, functionalize writes changed arguments back: not ours
@@ -136,7 +138,7 @@ class Recorder(TorchDispatchMode):
         constant = func.overloadpacket in SHAPE_ONLY or all("const" in x.meta for x in operands)
         if writes:
             return self._write(func, args, kwargs, node_args, node_kwargs, constant)
-        result = func(*args, **kwargs)
+        result = recorded(func, args, kwargs, self.onednn)
         if not any(isinstance(x, Tensor) for x in tree_flatten(result)[0]):
             self._refuse_reading(func, operands)
             return result
