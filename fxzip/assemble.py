@@ -38,23 +38,52 @@ def assemble(
     )  # fmt: skip
 
 
-def choose_widths(p: Prepared, moments: Moments, budget: float, models: Sequence[nn.Module]) -> dict[str, int]:
+def choose_widths(
+    p: Prepared, moments: Moments, budget: float, models: Sequence[nn.Module], round_to: int = 8
+) -> dict[str, int]:
     """Widths within the budget. Spaces that turn out not to take a new width keep theirs, and we allocate again."""
     merged = p.merged_spaces()
     terms = [*cost_terms(p.spaces, p.cut, len(p.names)), *_stem_terms(p)]
-    free = resizable(p.spaces, merged, 8)
+    free = resizable(p.spaces, merged, round_to)
+    while free:
+        widths = allocate(terms, merged, moments, free, budget, round_to)
+        wrong = _not_taken(p, widths, models)
+        if not wrong:
+            return widths
+        free -= wrong
+    raise InputError(f"budget={budget}: no space of this network can change its width; use until= to spend more")
+
+
+def check_widths(p: Prepared, wanted: Mapping[str, int], models: Sequence[nn.Module]) -> None:
+    """Raises InputError, with every problem, for widths that the user gives and the network does not take."""
+    merged = {s.name: s for s in p.merged_spaces()}
+    changed = {s: m for s, m in wanted.items() if s in merged and m != merged[s].size}
+    free = resizable(p.spaces, list(merged.values()), 1)
+    most = {s: sum(map(len, p.real[s])) if s in p.real else len(p.names) * merged[s].size for s in changed}
+    found = [f"{s} is no shared space" for s in wanted if s not in merged]
+    found += [f"{s} keeps its width ({merged[s].structure})" for s in changed if s not in free]
+    found += [f"{s} cannot have {m} features: all models together have {most[s]}"
+              for s, m in changed.items() if m > most[s]]  # fmt: skip
+    if not found and changed:
+        wrong = _not_taken(p, changed, models)
+        found = [f"{s} does not take {m} features: the network stops, or gives other shapes"
+                 for s, m in changed.items() if s in wrong]  # fmt: skip
+    if found:
+        spaces = ", ".join(f"{s} ({merged[s].structure})" for s in merged if s in free) or "none"
+        told = InputError.listing(f"{p.call}: budget as widths", found)
+        hint = "print(fxzip.inspect(model)) says which layers they are"
+        raise InputError(f"{told}\nspaces that can change: {spaces}; {hint}")
+
+
+def _not_taken(p: Prepared, widths: Mapping[str, int], models: Sequence[nn.Module]) -> set[str]:
+    """See `probe`."""
+    merged = p.merged_spaces()
 
     def build_at(widths: Mapping[str, int]) -> fx.GraphModule:
         matchings = {s.name: plain_matching(s.size, widths.get(s.name, s.size), len(p.names)) for s in merged}
         return assemble(p, *merged_parameters(p, matchings), models, "separate")
 
-    while free:
-        widths = allocate(terms, merged, moments, free, budget)
-        wrong = probe(build_at, p.spaces, p.graph_modules[0], p.args, widths)
-        if not wrong:
-            return widths
-        free -= wrong
-    raise InputError(f"budget={budget}: no space of this network can change its width; use until= to spend more")
+    return probe(build_at, p.spaces, p.graph_modules[0], p.args, widths)
 
 
 def _stem_terms(p: Prepared) -> list[Term]:

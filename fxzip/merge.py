@@ -38,7 +38,8 @@ def merge(
     method: str | Matcher | Solve | Distill | Repair = "solve",
     until: str | None = None,
     since: str | None = None,
-    budget: float | None = None,
+    budget: float | Mapping[str, int] | None = None,
+    round_to: int = 8,
     heads: str = "separate",
     model_weights: Sequence[float] | Mapping[str, float] | None = None,
     example_inputs: Any = None,
@@ -70,7 +71,8 @@ def merge(
         there on the models may differ (one segments, one classifies).
     since: path of the first module that is shared: every model keeps its own layers before it (stems), all of them run,
         and what is shared reads their merged features. A task's network, as `extract` gives it, has all stems.
-    budget: FLOPs of the result, times those of one model: widths are chosen to fit. Default: the models' widths.
+    budget: FLOPs of the result, times those of one model: widths are chosen to fit, in steps of `round_to`. Or widths
+        themselves, {name of a space, as `inspect` prints it: features}. Default: the models' widths.
     heads: "separate"; "concat", all outputs side by side along axis 1, as logits over all classes; "joint", so and made
         comparable (`rewrite.Comparable`; reads the loader), for one answer out of all classes; or "average".
     model_weights: what each model counts wherever a mean over models is taken, by position or name (default: all
@@ -104,9 +106,9 @@ def merge(
     clock = Clock()
     models, loader, model_weights = apart(models, loader, model_weights)
     wrong = wrong_options(
-        {"until": until, "since": since, "budget": budget, "heads": heads, "seed": seed, "device": device,
-         "verify": verify, "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments, "resume": resume,
-         "memory": memory, "distributed": distributed}
+        {"until": until, "since": since, "budget": budget, "round_to": round_to, "heads": heads, "seed": seed,
+         "device": device, "verify": verify, "forward_fn": forward_fn, "evaluate": evaluate, "moments": moments,
+         "resume": resume, "memory": memory, "distributed": distributed}
     ) + wrong_weights(model_weights, models)  # fmt: skip
     repair, solver, matcher = choose(method, budget, models, wrong)
     wrong += solver.refused(memory, distributed, since) if isinstance(solver, Distill) else []
@@ -122,11 +124,14 @@ def merge(
         distributed=distributed, model_weights=model_weights, until=until, since=since, heads=heads, copies=False,
     )  # fmt: skip
     stages: list[passes.Stage] = [passes.Infer(strict), passes.Cut(until)]
+    widths = [passes.Widths(budget, round_to)] if budget is not None else []
+    stages += widths if isinstance(budget, Mapping) else []  # what is wrong with them comes out before the work
     stages += [passes.Prove(seed, strict=verify != "report")] if verify else []
     stages += [passes.Read(calibration, seed)]
     stages += [passes.Cap(memory, matcher, solver, needs_data and moments is None, resume is not None)]
     stages += [passes.Measure(seed, moments, resume)] if needs_data or moments is not None else []
-    stages += [passes.Match(matcher, budget, seed), passes.Average()]
+    stages += [] if isinstance(budget, Mapping) else widths
+    stages += [passes.Match(matcher, seed), passes.Average()]
     stages += [passes.Respread(repair)] if repair else []
     stages += [passes.Solve(solver, heads, seed)] if solver else []
     stages += [passes.Build(heads), passes.Calibrate(), passes.Prepend(), passes.Describe(evaluate)]
@@ -136,7 +141,7 @@ def merge(
 
 
 def choose(
-    method: Any, budget: float | None, models: Any, wrong: list[str]
+    method: Any, budget: float | Mapping[str, int] | None, models: Any, wrong: list[str]
 ) -> tuple[Repair | None, Solve | Distill | None, Matcher]:
     """What repairs, what solves and what matches, of a `method` as `merge` takes it. What is wrong with it goes to
     `wrong`; the choice then means nothing."""
@@ -144,7 +149,11 @@ def choose(
         repair, method = split(method, budget)
         solver = Solve() if method == "solve" else method if isinstance(method, (Solve, Distill)) else None
         count = len(models) if isinstance(models, Sized) else 2
-        return repair, solver, solver.matcher_for(count) if solver else resolve(method, [Solve.name])  # type: ignore[arg-type]
+        matcher = solver.matcher_for(count) if solver else resolve(method, [Solve.name])  # type: ignore[arg-type]
+        if budget not in (None, 1) and matcher.correspondence != "free":
+            raise InputError(f"{matcher.name} pairs features one to one, so that widths stay the models': leave out"
+                             " budget=, or match by 'suited', 'zip' or 'select'")  # fmt: skip
+        return repair, solver, matcher
     except InputError as error:
         wrong.append(str(error))
         return None, None, resolve("average")

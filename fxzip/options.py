@@ -71,8 +71,19 @@ def _path(name: str) -> Callable[[Any], str]:
 
 
 def _budget(value: Any) -> str:
+    if isinstance(value, Mapping):
+        fits = value and all(isinstance(s, str) and _whole(n) for s, n in value.items())
+        return "" if fits else f"budget as widths must be {{name of a space: a positive integer}}, got {dict(value)!r}"
     fits = value is None or _positive(value)
     return "" if fits else f"budget must be a positive number (FLOPs of the result, times one model), got {value!r}"
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _round_to(value: Any) -> str:
+    return "" if _whole(value) else f"round_to must be a positive integer (features), got {value!r}"
 
 
 def _heads(value: Any) -> str:
@@ -129,6 +140,7 @@ _RULES: dict[str, Callable[[Any], str]] = {
     "until": _path("until"),
     "since": _path("since"),
     "budget": _budget,
+    "round_to": _round_to,
     "heads": _heads,
     "seed": _seed,
     "device": _device,

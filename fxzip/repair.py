@@ -58,7 +58,7 @@ class Repair:
         return f"{self.matcher.name}+{'repair' if self.shift else 'rescale'}"
 
 
-def split(method: Any, budget: float | None = None) -> tuple[Repair | None, Any]:
+def split(method: Any, budget: Any = None) -> tuple[Repair | None, Any]:
     """(Repair or None, the method without it), of "zip+repair", a Repair, or any other method; of "solve+distill", the
     `Distill` it stands for.
 

@@ -123,6 +123,26 @@ def test_merge_in_another_dtype_without_data(capsys, place):
     assert run(capsys, "eval", "out", "--data", "x.npz", *classes, "--trust-code")[0] == 0
 
 
+def test_budgets_and_widths_by_option_and_by_recipe(capsys, place):
+    """A number, widths by space, and the step; the recipe that is written holds them."""
+    argv = ["merge", *FLAGS, "--data", "x.npz", "-q", "--out"]
+    assert run(capsys, *argv, "out", "--budget", "s0=12")[0] == 0
+    assert load_file(place / "out" / "model.safetensors")["0.weight"].shape[0] == 12
+    assert run(capsys, "merge", "out/recipe.yaml", "out2", "--trust-code", "-q")[0] == 0
+    assert (place / "out2/model.safetensors").read_bytes() == (place / "out/model.safetensors").read_bytes()
+    assert run(capsys, *argv, "wide", "--budget", "1.6", "--round-to", "3")[0] == 0
+    assert "budget: 1.6" in (place / "wide/recipe.yaml").read_text()
+    assert "round_to: 3" in (place / "wide/recipe.yaml").read_text()
+    for given, said in (
+        ("much", "--budget much: a number, such as 1.33, or widths, such as s0=48,s4=96"),
+        ("s0=wide", "--budget s0=wide: a number"),
+        ("-1", "budget must be a positive number"),
+        ("s9=4", "s9 is no shared space"),
+    ):
+        code, _, err = run(capsys, *argv, "bad", f"--budget={given}")
+        assert code and said in " ".join(err.replace("│", " ").split())
+
+
 def test_private_stems_by_option_and_by_recipe(capsys, place):
     argv = ["merge", *FLAGS, "--data", "x.npz", "--since", "2", "-q", "--out"]
     assert run(capsys, *argv, "out")[0] == 0

@@ -69,3 +69,96 @@ def test_trying_a_width_prints_nothing_where_the_network_stops(capsys):
     widths = {s.name: s.width for s in fxzip.report(zipped).spaces}
     assert sorted(widths.values()) == [8, 8, 24], "the hidden layer alone grows"
     assert capsys.readouterr().err == ""
+
+
+class Block(nn.Module):
+    """stem, stream of 16 -> hidden layer of 24 and back -> head."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+ROWS = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
+MODELS = [Block(0).eval(), Block(1).eval()]
+
+
+def widths_of(zipped: nn.Module) -> dict[str, int]:
+    return {s.name: s.width for s in fxzip.report(zipped).spaces}
+
+
+@pytest.mark.parametrize("method", ["zip", "solve"])
+def test_widths_as_they_are_given(method):
+    own = widths_of(fxzip.merge(MODELS, [ROWS], method=method, progress=False))
+    hidden = next(s for s, n in own.items() if n == 24)
+    zipped = fxzip.merge(MODELS, [ROWS], method=method, budget={hidden: 33}, progress=False)
+    assert widths_of(zipped) == own | {hidden: 33}, "the other space keeps its width, and no step rounds what is given"
+    assert tuple(zipped.get_parameter("up.weight").shape) == (33, 16)
+    assert [tuple(y.shape) for y in zipped(ROWS)] == [(96, 3), (96, 3)]
+    whole = fxzip.merge(MODELS, [ROWS], method=method, budget={s: 2 * n for s, n in own.items()}, progress=False)
+    for model, found in zip(MODELS, whole(ROWS), strict=True):  # room for every feature of both
+        torch.testing.assert_close(found, model(ROWS), atol=2e-3, rtol=2e-3)
+
+
+def test_budgets_grow_in_steps_of_round_to():
+    for step in (2, 5):
+        zipped = fxzip.merge(MODELS, [ROWS], method="zip", budget=1.5, round_to=step, progress=False)
+        grown = [s.width - s.width_in[0] for s in fxzip.report(zipped).spaces]
+        assert any(grown) and all(g % step == 0 for g in grown)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.up, self.down = nn.Linear(16, 20), nn.Linear(20, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head((x + self.down(self.up(x).relu())).mean(1))
+
+
+def test_all_that_is_wrong_with_widths_is_said_before_a_sample_is_measured():
+    models, read = [Attends().eval(), Attends().eval()], []
+
+    def loader():
+        for batch in torch.randn(64, 5, 6).split(2):
+            read.append(batch)
+            yield batch
+
+    sizes = {s.name: s for s in fxzip.inspect(models[0], torch.randn(2, 5, 6)).spaces}
+    heads = next(s for s in sizes if sizes[s].size == 4)
+    hidden = next(s for s in sizes if sizes[s].size == 20)
+    with pytest.raises(fxzip.InputError) as caught:
+        fxzip.merge(models, loader(), budget={"s99": 4, heads: 3, hidden: 41}, progress=False)
+    said = str(caught.value)
+    for text in (
+        "fxzip.merge: budget as widths: 3 problems", "s99 is no shared space", f"{heads} keeps its width (4)",
+        f"{hidden} cannot have 41 features: all models together have 40", "spaces that can change: ", f"{hidden} (20)",
+        "print(fxzip.inspect(model)) says which layers they are",
+    ):  # fmt: skip
+        assert text in said
+    assert len(read) <= 1, "one batch for tracing"
+
+
+def test_a_network_that_does_not_take_a_width_says_so():
+    models = [Halves().eval(), Halves().eval()]
+    own = widths_of(fxzip.merge(models, [torch.randn(64, 6)], method="zip", progress=False))
+    stream = next(s for s, n in own.items() if n == 8)
+    with pytest.raises(fxzip.InputError, match=f"{stream} does not take 12 features: the network stops"):
+        fxzip.merge(models, [torch.randn(64, 6)], method="zip", budget={stream: 12}, progress=False)
+
+
+@pytest.mark.parametrize("method", ["permute", "average", fxzip.Solve(fxzip.Permute())], ids=str)
+def test_matching_one_to_one_has_no_budget(method):
+    with pytest.raises(fxzip.InputError, match="pairs features one to one, so that widths stay the models'"):
+        fxzip.merge(MODELS, [ROWS], method=method, budget=1.5, progress=False)
+    fxzip.merge(MODELS, [ROWS], method=method, budget=1, progress=False)  # which are these

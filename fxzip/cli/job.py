@@ -109,6 +109,7 @@ def run(
         until=recipe.until,
         since=recipe.since,
         budget=recipe.budget,
+        round_to=recipe.round_to,
         heads=recipe.heads,
         model_weights=recipe.model_weights,
         example_inputs=job.example,

@@ -42,7 +42,8 @@ def merge(
     method: Annotated[str | None, option(METHOD, "solve (default), zip, permute, ..., zip+repair")] = None,
     until: Annotated[str | None, option(METHOD, "First module that stays per model, such as layer3.")] = None,
     since: Annotated[str | None, option(METHOD, "First module that is shared; default: all before until.")] = None,
-    budget: Annotated[float | None, option(METHOD, "FLOPs of the result, times those of one model.")] = None,
+    budget: Annotated[str | None, option(METHOD, "FLOPs, times those of one model, or widths: s0=48,s4=96")] = None,
+    round_to: Annotated[int | None, option(METHOD, "Steps in which a budget widens layers (8 features).")] = None,
     heads: Annotated[str | None, option(METHOD, "separate (default), concat, joint or average")] = None,
     seed: Annotated[int | None, option(METHOD, "Of all that is drawn (0).")] = None,
     verify: Annotated[str | None, option(METHOD, "true (default); report: merge although the proof fails")] = None,
@@ -65,10 +66,12 @@ def merge(
     """
     flags = {
         "model": model, "weights": weights, "name": name, "data": data, "image_size": image_size,
-        "calibration": calibration, "method": method, "until": until, "since": since, "budget": budget, "heads": heads,
-        "seed": seed, "device": device, "memory": memory, "dtype": dtype, "verify": VERIFY.get(verify or "", verify),
+        "calibration": calibration, "method": method, "until": until, "since": since, "budget": budget,
+        "round_to": round_to, "heads": heads, "seed": seed, "device": device, "memory": memory, "dtype": dtype,
+        "verify": VERIFY.get(verify or "", verify),
     }  # fmt: skip
     given = {k: v for k, v in flags.items() if v is not None and v != []}
+    given |= {"budget": _budget(budget)} if budget else {}
     target = out or out_folder
     if recipe is not None and given:
         words = ", ".join("--" + k.replace("_", "-") for k in given)
@@ -106,6 +109,16 @@ def demo(
     from .. import demo as job
 
     job.main(seed, width, epochs, progress=progress(quiet))
+
+
+def _budget(text: str) -> float | dict[str, int]:
+    """A number, or widths by space."""
+    try:
+        if "=" not in text:
+            return float(text)
+        return {name.strip(): int(width) for name, _, width in (part.partition("=") for part in text.split(","))}
+    except ValueError as error:
+        raise typer.BadParameter(f"--budget {text}: a number, such as 1.33, or widths, such as s0=48,s4=96") from error
 
 
 def _recipe(given: dict[str, Any]) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def _frontier(source: Path, budget: list[float], until: list[str], trust_code: b
         method=job.method_of(read.recipe),
         model_weights=read.recipe.model_weights,
         memory=read.recipe.memory,
+        round_to=read.recipe.round_to,
         verify=read.recipe.verify,
         strict=read.recipe.strict,
         progress=bar,

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from ..errors import InputError
 from ..memory import wrong_memory
+from ..options import wrong_options
 from . import data as datas
 from . import models
 from .spec import inside, moved
@@ -71,7 +72,8 @@ class Recipe(_Strict):
     parameters: dict[str, Any] = {}
     until: str | None = None
     since: str | None = None
-    budget: float | None = Field(None, ge=0.1)
+    budget: float | dict[str, int] | None = None
+    round_to: int = Field(8, ge=1)
     heads: Literal["separate", "concat", "joint", "average"] = "separate"
     model_weights: list[Annotated[float, Field(gt=0)]] | None = None
     data: Data | None = None
@@ -82,6 +84,14 @@ class Recipe(_Strict):
     strict: bool = False
     verify: Literal[True, False, "report"] = True
     memory: int | str | None = None
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, given: Any) -> Any:
+        """In the words of `merge`: of a union pydantic says what is wrong with every part."""
+        for problem in wrong_options({"budget": given}):
+            raise PydanticCustomError("budget", "{problem}", {"problem": problem})
+        return given
 
     @field_validator("memory")
     @classmethod

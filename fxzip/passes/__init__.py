@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from .finish import Build, Calibrate, Describe, Prepend
 from .job import JOB, EveryModel, Job, Stage, give, job, start
-from .stages import Average, Cap, Cut, Infer, Match, Measure, Prove, Read, Respread, Solve
+from .stages import Average, Cap, Cut, Infer, Match, Measure, Prove, Read, Respread, Solve, Widths
 
 __all__ = [
     "JOB", "Average", "Build", "Calibrate", "Cap", "Cut", "Describe", "EveryModel", "Infer", "Job", "Match", "Measure",
-    "Prepend", "Prove", "Read", "Respread", "Solve", "Stage", "give", "job", "start",
+    "Prepend", "Prove", "Read", "Respread", "Solve", "Stage", "Widths", "give", "job",
+    "start",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from ..assemble import agree, assemble, choose_widths, merged_parameters
+from ..assemble import agree, assemble, check_widths, choose_widths, merged_parameters
 from ..calibration import calibration_batches, from_stems, measure, refuse_others
 from ..distill import Distill
 from ..errors import InputError
@@ -132,39 +133,60 @@ class Measure(Stage):
 
 
 @dataclass(frozen=True)
-class Match(Stage):
-    """M and U of every shared space, by a matcher or its name; also in node.meta["fxzip"]["matchings"].
+class Widths(Stage):
+    """Widths of shared spaces, before `Match`. budget: as in `merge`; a number runs after `Measure`, widths as they are
+    anywhere after `Cut`. Raises InputError with every problem of given widths, or where no width can change."""
 
-    budget: as in `merge`. A matcher of weights alone runs without `Measure`."""
+    budget: float | Mapping[str, int] = 1.0
+    round_to: int = 8
+    clock: ClassVar[str] = "match"
+    needs: ClassVar = {"cut": "Cut"}
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        super().requires(graph_module)
+        if job(graph_module).moments is None and not isinstance(self.budget, Mapping):
+            raise InputError("passes.Widths needs what passes.Measure finds, or widths by space: run that before")
+
+    def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
+        if isinstance(self.budget, Mapping):
+            check_widths(now.prepared, self.budget, now.models)
+            return graph, replace(now, widths=dict(self.budget))
+        return graph, replace(
+            now, widths=choose_widths(now.prepared, now.moments, self.budget, now.models, self.round_to)
+        )
+
+
+@dataclass(frozen=True)
+class Match(Stage):
+    """M and U of every shared space, by a matcher or its name, at the models' widths or those of `Widths`; also in
+    node.meta["fxzip"]["matchings"]. A matcher of weights alone runs without `Measure`."""
 
     method: str | Matcher = "zip"
-    budget: float | None = None
     seed: int = 0
     clock: ClassVar[str] = "match"
     needs: ClassVar = {"cut": "Cut"}
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         super().requires(graph_module)
-        if job(graph_module).moments is None and (self.budget or needs(resolve(self.method)) - {"weights"}):
+        if job(graph_module).moments is None and needs(resolve(self.method)) - {"weights"}:
             raise InputError("passes.Match needs what passes.Measure finds: run that before")
 
     def run(self, graph: fx.GraphModule, now: Job) -> tuple[fx.GraphModule, Job]:
         p, matcher, moments = now.prepared, resolve(self.method), now.moments or Moments({})
-        widths = choose_widths(p, moments, self.budget, now.models) if self.budget is not None else {}
         reading = {"reading": p.reading(moments)} if "readers" in needs(matcher) else {}
         store = Store(0 if now.plan and now.plan.spills else inf, sparse=True)
 
         def keep(matching: Matching) -> Matching:
             return matching.moved(store.keep)
 
-        found = match(p.merged_spaces(), moments, matcher, widths, len(p.names), p.weights(),
+        found = match(p.merged_spaces(), moments, matcher, now.widths, len(p.names), p.weights(),
                       self.seed, p.shares, p.real, keep, **reading)  # fmt: skip
         found.update({s: keep(found[s].expanded(own, p.spaces[s].size)) for s, own in p.real.items() if s in found})
         for node in graph.graph.nodes:
             here = node.meta["fxzip"]
             here["matchings"] = {s: found[s] for s in here["spaces"] if s in found}
         return graph, replace(
-            now, moments=moments, widths=widths, matchings=found, method=matcher.name,
+            now, moments=moments, matchings=found, method=matcher.name,
             notices=(*now.notices, *found.notices),
         )  # fmt: skip
 
