@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +282,14 @@ def announce(row: Row) -> Row:
                f"{'' if row.compared is None else f'compared {row.compared:5.1f}  '}"
                f"{number(row.seconds):>6s} s  {row.note[:200]}", file=sys.stderr)  # fmt: skip
     return row
+
+
+@torch.no_grad()
+def drifted(bench: Bench, row: Row, zipped) -> Row:
+    """With a note of how far the logits are from the parents': squared, relative to their variance, on test images."""
+    drift = []
+    for k, parent in enumerate(bench.parents):
+        want = torch.cat([parent(x) for x in bench.images.split(250)])
+        made = torch.cat([zipped(x)[k] for x in bench.images.split(250)])
+        drift.append(float((made - want).square().sum() / (want - want.mean(0)).square().sum()))
+    return replace(row, note=f"drift {sum(drift) / len(drift):.4f}")

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from cifar_pair import parents_of
-from common import Bench, Row, announce, machine, options, parse, save, show
+from common import Bench, announce, drifted, machine, options, parse, save, show
 from data import _shuffled, load
 from torch import Tensor, fx
 from what_follows import metric_by_what_follows
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         zipped = fxzip.merge(bench.parents, bench.calibration.split(256), method=method, calibration=count,
                              seed=bench.seed, verify=False, progress=False)  # fmt: skip
-        rows.append(announce(_drifted(bench, bench.row(name, zipped), zipped)))
+        rows.append(announce(drifted(bench, bench.row(name, zipped), zipped)))
 
     for name, method in (("zip", Solve(fxzip.Zip(beta=1.0))), ("permute", Solve(Permute()))):
         add(f"{name}, as it is", method)
@@ -157,17 +157,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     notes = machine(args, calibration=count, **{"test images": len(bench.images)})
     show("solve: targets by task, other metrics of select", rows, ["a", "b"], notes)
     save(args.out, [("tried", rows)], notes)
-
-
-@torch.no_grad()
-def _drifted(bench: Bench, row: Row, zipped) -> Row:
-    """With a note of how far the logits are from the parents': squared, relative to their variance, on test images."""
-    drift = []
-    for k, parent in enumerate(bench.parents):
-        want = torch.cat([parent(x) for x in bench.images.split(250)])
-        made = torch.cat([zipped(x)[k] for x in bench.images.split(250)])
-        drift.append(float((made - want).square().sum() / (want - want.mean(0)).square().sum()))
-    return replace(row, note=f"drift {sum(drift) / len(drift):.4f}")
 
 
 if __name__ == "__main__":
