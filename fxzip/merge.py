@@ -131,7 +131,7 @@ def merge(
     stages += [passes.Cap(memory, matcher, solver, needs_data and moments is None, resume is not None)]
     stages += [passes.Measure(seed, moments, resume)] if needs_data or moments is not None else []
     stages += [] if isinstance(budget, Mapping) else widths
-    stages += [passes.Match(matcher, seed), passes.Average()]
+    stages += [passes.Match(matcher, seed=seed), passes.Average()]
     stages += [passes.Respread(repair)] if repair else []
     stages += [passes.Solve(solver, heads, seed)] if solver else []
     stages += [passes.Build(heads), passes.Calibrate(), passes.Prepend(), passes.Describe(evaluate)]

@@ -126,6 +126,18 @@ class Attends(nn.Module):
         return self.head((x + self.down(self.up(x).relu())).mean(1))
 
 
+def test_the_report_says_what_keeps_its_width():
+    models = [Attends().eval(), Attends().eval()]
+    report = fxzip.report(fxzip.merge(models, [torch.randn(64, 5, 6)], method="zip", budget=1.3, progress=False))
+    heads = next(s for s in report.spaces if s.width_in == (4, 4))
+    said = next(n for n in report.notices if n.endswith("cannot change width, and keep the models'"))
+    assert said.startswith("budget=1.3: ") and heads.name in said and heads.width == 4
+    grown = [s.name for s in report.spaces if s.width != s.width_in[0]]
+    assert grown and not any(f" {name}," in said or f" {name} " in said for name in grown)
+    report = fxzip.report(fxzip.merge(MODELS, [ROWS], method="zip", budget=1.3, progress=False))
+    assert not any("cannot change width" in n for n in report.notices), "all of them can"
+
+
 def test_all_that_is_wrong_with_widths_is_said_before_a_sample_is_measured():
     models, read = [Attends().eval(), Attends().eval()], []
 

@@ -26,6 +26,8 @@ from ..solve import solve_parameters
 from .aside import set_aside
 from .job import Job, Stage, job, node_names
 
+MANY = 8  # names in a notice
+
 log = logging.getLogger("fxzip")
 
 
@@ -151,9 +153,11 @@ class Widths(Stage):
         if isinstance(self.budget, Mapping):
             check_widths(now.prepared, self.budget, now.models)
             return graph, replace(now, widths=dict(self.budget))
-        return graph, replace(
-            now, widths=choose_widths(now.prepared, now.moments, self.budget, now.models, self.round_to)
-        )
+        found = choose_widths(now.prepared, now.moments, self.budget, now.models, self.round_to)
+        kept = [s.name for s in now.prepared.merged_spaces() if s.name not in found]
+        more = f" and {len(kept) - MANY} more" if len(kept) > MANY else ""
+        notice = f"budget={self.budget:g}: {', '.join(kept[:MANY])}{more} cannot change width, and keep the models'"
+        return graph, replace(now, widths=found, notices=(*now.notices, *([notice] if kept else [])))
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ class Match(Stage):
     node.meta["fxzip"]["matchings"]. A matcher of weights alone runs without `Measure`."""
 
     method: str | Matcher = "zip"
-    seed: int = 0
+    seed: int = field(default=0, kw_only=True)  # not where the budget was
     clock: ClassVar[str] = "match"
     needs: ClassVar = {"cut": "Cut"}
 
