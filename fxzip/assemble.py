@@ -66,6 +66,7 @@ def check_widths(p: Prepared, wanted: Mapping[str, int], models: Sequence[nn.Mod
               for s, m in changed.items() if m > most[s]]  # fmt: skip
     if not found and changed:
         wrong = _not_taken(p, changed, models)
+        free -= wrong
         found = [f"{s} does not take {m} features: the network stops, or gives other shapes"
                  for s, m in changed.items() if s in wrong]  # fmt: skip
     if found:
@@ -88,7 +89,7 @@ def _not_taken(p: Prepared, widths: Mapping[str, int], models: Sequence[nn.Modul
 
 def _stem_terms(p: Prepared) -> list[Term]:
     """What the models' own stems cost, whatever the widths behind them."""
-    return [Term(cost(part, rows(p.stems.args, 1)).flops, ()) for part in p.stems.parts] if p.stems else []
+    return [Term(cost(part, rows(p.stems.args, 1)).flops) for part in p.stems.parts] if p.stems else []
 
 
 def plain_matching(size: int, width: int, models: int) -> Matching:

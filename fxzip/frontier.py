@@ -18,7 +18,8 @@ from .calibration import calibration_batches
 from .drawing import drawing
 from .errors import InputError
 from .evaluate import Ensemble
-from .merge import collect, merge
+from .merge import choose, collect, merge
+from .options import wrong_options
 from .prepare import prepare
 from .prepared import Clock
 from .report import report, table
@@ -116,7 +117,7 @@ def frontier(
     >>> [p.name for p in found.points]
     ['1x', '1.5x', 'ensemble']
     """
-    _check(budgets, untils, evaluate, holdout, options)
+    _check(models, budgets, untils, evaluate, holdout, options)
     reading = {k: options[k] for k in ("device", "forward_fn") if k in options}
     p = prepare(models, loader, call="fxzip.frontier", clock=Clock(), seed=seed, calibration=calibration + holdout,
                 verify=options.get("verify", True), **reading)  # fmt: skip
@@ -148,8 +149,12 @@ def frontier(
     return Frontier((*points, end), p.names)
 
 
-def _check(budgets: Any, untils: Any, evaluate: Any, holdout: Any, options: Mapping[str, Any]) -> None:
-    found = [f"budget {b!r} must be a number of at least 0.1" for b in budgets if not _budget(b)]
+def _check(
+    models: Any, budgets: Any, untils: Any, evaluate: Any, holdout: Any, options: Mapping[str, Any]
+) -> None:
+    found = wrong_options({"round_to": options.get("round_to", 8)})
+    choose(options.get("method", "solve"), next((b for b in budgets if _budget(b) and b != 1), None), models, found)
+    found += [f"budget {b!r} must be a number of at least 0.1" for b in budgets if not _budget(b)]
     found += ["budgets and untils are both empty: nothing to merge"] * (not budgets and not untils)
     found += [f"evaluate must be callable, not a {type(evaluate).__name__}"] * (
         evaluate is not None and not callable(evaluate)

@@ -15,7 +15,7 @@ from .calibration import calibration_batches, from_stems, identities, measure
 from .check import check_merge
 from .distill import Distill
 from .errors import InputError
-from .match import MATCHERS, Matcher, needs, resolve
+from .match import MATCHERS, Matcher, needs, resolve, widens
 from .measure import invent
 from .measure.moments import Moments
 from .memory import parsed
@@ -71,8 +71,9 @@ def merge(
         there on the models may differ (one segments, one classifies).
     since: path of the first module that is shared: every model keeps its own layers before it (stems), all of them run,
         and what is shared reads their merged features. A task's network, as `extract` gives it, has all stems.
-    budget: FLOPs of the result, times those of one model: widths are chosen to fit, in steps of `round_to`. Or widths
-        themselves, {name of a space, as `inspect` prints it: features}. Default: the models' widths.
+    budget: FLOPs of the result, times those of one model (with until or since, of the merge at the models' widths):
+        widths are chosen to fit, in steps of `round_to`. Or widths themselves, {name of a space, as `inspect` prints it:
+        features} (not with since). Default: the models' widths.
     heads: "separate"; "concat", all outputs side by side along axis 1, as logits over all classes; "joint", so and made
         comparable (`rewrite.Comparable`; reads the loader), for one answer out of all classes; or "average".
     model_weights: what each model counts wherever a mean over models is taken, by position or name (default: all
@@ -112,6 +113,8 @@ def merge(
     ) + wrong_weights(model_weights, models)  # fmt: skip
     repair, solver, matcher = choose(method, budget, models, wrong)
     wrong += solver.refused(memory, distributed, since) if isinstance(solver, Distill) else []
+    if isinstance(budget, Mapping) and since:
+        wrong.append("budget as widths does not go with since=: spaces are counted anew behind it; give a number")
     compares = bool(needs(matcher) - {"weights"}) or budget is not None
     needs_data = bool(solver or repair) or (compares and moments is None)
     if wrong:
@@ -150,9 +153,10 @@ def choose(
         solver = Solve() if method == "solve" else method if isinstance(method, (Solve, Distill)) else None
         count = len(models) if isinstance(models, Sized) else 2
         matcher = solver.matcher_for(count) if solver else resolve(method, [Solve.name])  # type: ignore[arg-type]
-        if budget not in (None, 1) and matcher.correspondence != "free":
-            raise InputError(f"{matcher.name} pairs features one to one, so that widths stay the models': leave out"
-                             " budget=, or match by 'suited', 'zip' or 'select'")  # fmt: skip
+        changes = isinstance(budget, Mapping) or (isinstance(budget, (int, float)) and budget != 1)
+        if changes and not widens(matcher):
+            raise InputError(f"{matcher.name} keeps the models' widths and has no budget: match by 'suited', 'zip' or"
+                             " 'select'")  # fmt: skip
         return repair, solver, matcher
     except InputError as error:
         wrong.append(str(error))

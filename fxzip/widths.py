@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -29,18 +30,26 @@ LEAST = 0.25  # no space becomes narrower than this share of one model's width
 
 @dataclass(frozen=True)
 class Term:
-    """FLOPs of one contraction at the parents' widths, times (m / n) for every space in `spaces`."""
+    """FLOPs of one contraction at the parents' widths. axes: of every axis of its parameter, which share of it which
+    space has; FLOPs go with the product over the axes of what their lengths become."""
 
     flops: float
-    spaces: tuple[str, ...]
+    axes: tuple[Mapping[str, float], ...] = ()
+
+    def at(self, ratio: Mapping[str, float]) -> float:
+        """FLOPs at widths m = ratio * n."""
+        lengths = (1 + sum(share * (ratio.get(s, 1.0) - 1) for s, share in axis.items()) for axis in self.axes)
+        return self.flops * prod(lengths)
 
 
 def cost_terms(spaces: Spaces, cut: Partition, models: int) -> list[Term]:
     """One Term per contraction with a parameter, per sample; private ones count once per model."""
-    axes: dict[str, dict[int, str]] = {}
+    axes: dict[str, dict[int, dict[str, float]]] = {}
     for space in spaces:
         for s in space.segments:
-            axes.setdefault(s.parameter, {})[s.axis] = space.name
+            length = spaces.lowered.parameters[s.parameter].meta["shape"][s.axis] * s.blocks
+            shares = axes.setdefault(s.parameter, {}).setdefault(s.axis, {})
+            shares[space.name] = shares.get(space.name, 0.0) + s.positions.size / length
     terms = []
     for name, node in spaces.lowered.parameters.items():
         shape = node.meta["shape"]
@@ -75,7 +84,7 @@ def _contractions(parameter: fx.Node) -> list[fx.Node]:
 
 def flops(terms: Sequence[Term], ratio: Mapping[str, float]) -> float:
     """Total at widths m = ratio * n."""
-    return sum(t.flops * float(np.prod([ratio.get(s, 1.0) for s in t.spaces])) for t in terms)
+    return sum(t.at(ratio) for t in terms)
 
 
 def resizable(spaces: Spaces, merged: Sequence[FeatureSpace], step: int) -> set[str]:
@@ -110,7 +119,7 @@ def allocate(
     Raises InputError when even the narrowest widths cost more, naming the least possible budget.
     """
     size = {s.name: s.size for s in merged if s.name in free and s.name in moments}
-    one = flops([Term(t.flops, ()) for t in terms], {})
+    one = flops(terms, {})
     width = _start(terms, size, budget * one, round_to)
     if width is None:
         least = flops(terms, {s: _share(n, LEAST, round_to) / n for s, n in size.items()}) / one

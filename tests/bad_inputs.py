@@ -137,6 +137,7 @@ CASES = [
     Case("budget of no widths", nets(budget={})),
     Case("widths that do not fit", nets(budget={"s99": 4, "s0": 10**6})),
     Case("widths of a space that has them", nets(budget={"s0": 8}), works=True),
+    Case("budget is a tensor", nets(budget=torch.ones(2))),
     Case("round_to 0", nets(budget=1.5, round_to=0)),
     Case("a budget for one to one matching", nets(budget=1.5, method="permute")),
     Case("heads misspelt", nets(heads="seperate")),

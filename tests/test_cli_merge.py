@@ -134,8 +134,10 @@ def test_budgets_and_widths_by_option_and_by_recipe(capsys, place):
     assert "budget: 1.6" in (place / "wide/recipe.yaml").read_text()
     assert "round_to: 3" in (place / "wide/recipe.yaml").read_text()
     for given, said in (
-        ("much", "--budget much: a number, such as 1.33, or widths, such as s0=48,s4=96"),
+        ("much", "--budget much: a number, such as 1.33, or a width for each space, such as s0=48,s4=96"),
         ("s0=wide", "--budget s0=wide: a number"),
+        ("s0=4,s0=5", "--budget s0=4,s0=5: a number"),
+        ("=4", "--budget =4: a number"),
         ("-1", "budget must be a positive number"),
         ("s9=4", "s9 is no shared space"),
     ):

@@ -172,6 +172,8 @@ def run(*plan) -> None:
         ([passes.Cut()], r"passes.Cut needs what passes.Infer finds"),
         ([passes.Infer(), passes.Cut(), passes.Match("zip")], r"passes.Match needs what passes.Measure finds"),
         ([passes.Infer(), passes.Cut(), passes.Widths(1.5)], r"passes.Widths needs what passes.Measure finds, or"),
+        ([passes.Infer(), passes.Cut(), passes.Widths({"s0": 2.5}, 0)], r"passes.Widths: 2 problems"),
+        ([passes.Infer(), passes.Cut(), passes.Match("average"), passes.Widths({"s0": 9})], r"before passes.Match"),
         ([passes.Infer(), passes.Cut(), passes.Widths({"s9": 4})], r"budget as widths: s9 is no shared space"),
         ([passes.Infer(), passes.Measure()], r"passes.Measure needs what passes.Cut and passes.Read finds"),
         ([passes.Infer(), passes.Describe()], r"passes.Describe needs what passes.Build makes"),

@@ -32,7 +32,7 @@ def test_every_problem_is_reported_at_once_with_its_line(place):
         "line 1: unknown key modles: did you mean 'models'?",
         "line 3: unknown key models[0].nmae: did you mean 'name'?",
         "line 4: models[1].weights: input should be a valid string, not 3",
-        "line 5: budget: budget must be a positive number (FLOPs of the result, times one model), got 'much'",
+        "line 5: budget must be a positive number (FLOPs of the result, times one model), got 'much'\n",
         "line 6: heads: input should be 'separate', 'concat', 'joint' or 'average', not 'both'",
         "line 7: unknown key data.image_sise: did you mean 'image_size'?",
         "line 8: seed: input should be a valid integer, not True",

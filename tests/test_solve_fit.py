@@ -308,6 +308,24 @@ def test_taps_that_meet_padding_alone_are_not_fitted(make, columns, monkeypatch)
     assert fits[1] == columns
 
 
+def test_a_kernel_that_meets_no_data_at_all_is_no_error():
+    """Its output is its bias; what is beside it has the data."""
+
+    class Net(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.stem, self.blind, self.head = nn.Linear(3, 8), nn.Conv2d(8, 8, 1, 2, 1), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            return self.head(x + self.blind(x[:, :, None, None])[:, :, 0, 0])
+
+    nets = [Net(0).eval(), Net(1).eval()]
+    zipped = fxzip.merge(nets, [torch.randn(64, 3)], progress=False)
+    assert all(y.isfinite().all() for y in zipped(torch.randn(4, 3)))
+
+
 @pytest.mark.parametrize(("given", "made"), [("float16", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
 def test_products_are_not_summed_in_half_precision(given, made):
     assert _single(torch.ones(2, dtype=getattr(torch, given))).dtype == getattr(torch, made)

@@ -34,7 +34,7 @@ def moments(names, fall: float = 0.9) -> Moments:
 @pytest.mark.parametrize("budget", [1.33, 1.6])
 def test_what_many_layers_read_becomes_wider(budget):
     spaces, names = [space("stream", 5), space("inner", 1)], ["stream", "inner"]
-    terms = [Term(100.0, ("stream", "inner"))]
+    terms = [Term(100.0, ({"stream": 1.0}, {"inner": 1.0}))]
     widths = allocate(terms, spaces, moments(names), names, budget, round_to=2)
     assert widths["stream"] > 1.2 * widths["inner"] >= N
     assert 0.9 * budget < flops(terms, {s: w / N for s, w in widths.items()}) / 100 <= budget
@@ -42,7 +42,7 @@ def test_what_many_layers_read_becomes_wider(budget):
 
 def test_widths_start_from_the_models_and_all_fits_at_the_most():
     spaces, names, seen = [space("a", 2), space("b", 1)], ["a", "b"], moments(["a", "b"])
-    terms = [Term(100.0, ("a", "b"))]
+    terms = [Term(100.0, ({"a": 1.0}, {"b": 1.0}))]
     assert allocate(terms, spaces, seen, names, 1.0, round_to=2) == {"a": N, "b": N}
     assert allocate(terms, spaces, seen, names, 4.0, round_to=2) == {"a": 2 * N, "b": 2 * N}
 
@@ -107,7 +107,7 @@ def test_widths_as_they_are_given(method):
 
 
 def test_budgets_grow_in_steps_of_round_to():
-    for step in (2, 5):
+    for step in (3, 5):
         zipped = fxzip.merge(MODELS, [ROWS], method="zip", budget=1.5, round_to=step, progress=False)
         grown = [s.width - s.width_in[0] for s in fxzip.report(zipped).spaces]
         assert any(grown) and all(g % step == 0 for g in grown)
@@ -169,8 +169,68 @@ def test_a_network_that_does_not_take_a_width_says_so():
         fxzip.merge(models, [torch.randn(64, 6)], method="zip", budget={stream: 12}, progress=False)
 
 
-@pytest.mark.parametrize("method", ["permute", "average", fxzip.Solve(fxzip.Permute())], ids=str)
-def test_matching_one_to_one_has_no_budget(method):
-    with pytest.raises(fxzip.InputError, match="pairs features one to one, so that widths stay the models'"):
+@pytest.mark.parametrize(
+    "method",
+    ["permute", "average", "cca", "transport", fxzip.Solve(fxzip.Permute()), fxzip.Unmerge(fxzip.Permute())],
+    ids=str,
+)
+def test_what_keeps_widths_has_no_budget(method):
+    with pytest.raises(fxzip.InputError, match="keeps the models' widths and has no budget"):
         fxzip.merge(MODELS, [ROWS], method=method, budget=1.5, progress=False)
     fxzip.merge(MODELS, [ROWS], method=method, budget=1, progress=False)  # which are these
+
+
+def test_widths_by_space_do_not_go_with_stems():
+    with pytest.raises(fxzip.InputError, match="budget as widths does not go with since="):
+        fxzip.merge(MODELS, [ROWS], since="up", budget={"s0": 18}, progress=False)
+
+
+class Stacked(nn.Module):
+    """Each group of a convolution reads a space of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.grouped, self.out = nn.Conv2d(16, 6, 3, padding=1, groups=2), nn.Conv2d(6, 5, 1)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.a(x), self.b(x)], 1).relu()
+        return self.head(self.out(self.grouped(x).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("budget", [{"s0": 10, "s1": 10}, {"s0": 16, "s1": 16}, 1.2, 1.5, 2.0], ids=str)
+def test_groups_with_spaces_of_their_own_stay_in_their_groups(budget):
+    """A network merged with itself has room at any width of at least its own."""
+    model, images = Stacked().eval(), torch.randn(64, 3, 4, 4)
+    zipped = fxzip.merge([model, model], [images], method="zip", budget=budget, round_to=2, progress=False)
+    for found in zipped(images):
+        torch.testing.assert_close(found, model(images), atol=1e-5, rtol=1e-5)
+    assert any(s.width != s.width_in[0] for s in fxzip.report(zipped).spaces)
+
+
+@pytest.mark.parametrize("budget", [{"s0": 10}, {"s1": 10}, {"s2": 4}], ids=str)
+def test_a_group_is_not_widened_alone(budget):
+    model = Stacked().eval()
+    with pytest.raises(fxzip.InputError, match="does not take"):
+        fxzip.merge([model, model], [torch.randn(64, 3, 4, 4)], method="zip", budget=budget, progress=False)
+
+
+class Joined(nn.Module):
+    """One layer reads two spaces side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(6, 8), nn.Linear(6, 24), nn.Linear(32, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.c(torch.cat([self.a(x), self.b(x)], 1).relu()).relu())
+
+
+@pytest.mark.parametrize("budget", [1.3, 1.6])
+def test_flops_of_a_layer_that_reads_several_spaces(budget):
+    models = [Joined().eval(), Joined().eval()]
+    report = fxzip.report(fxzip.merge(models, [ROWS], method="zip", budget=budget, round_to=1, progress=False))
+    one = report.inputs[0].flops + 2 * 16 * 3  # at the models' widths, and every model's head
+    assert 0.95 * budget < report.result.flops / one <= budget

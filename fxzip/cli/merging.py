@@ -116,9 +116,12 @@ def _budget(text: str) -> float | dict[str, int]:
     try:
         if "=" not in text:
             return float(text)
-        return {name.strip(): int(width) for name, _, width in (part.partition("=") for part in text.split(","))}
-    except ValueError as error:
-        raise typer.BadParameter(f"--budget {text}: a number, such as 1.33, or widths, such as s0=48,s4=96") from error
+        pairs = [(name.strip(), int(width)) for name, _, width in (part.partition("=") for part in text.split(","))]
+        if len(dict(pairs)) == len(pairs) and all(name for name, _ in pairs):
+            return dict(pairs)
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"--budget {text}: a number, such as 1.33, or a width for each space, such as s0=48,s4=96")
 
 
 def _recipe(given: dict[str, Any]) -> dict[str, Any]:

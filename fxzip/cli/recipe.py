@@ -264,7 +264,7 @@ def _said(error: Any, lines: Mapping[tuple, int]) -> str:
         return f"{line}unknown key {shown}: {hint}"
     if error["type"] == "missing":
         return f"{shown} is missing"
-    if error["type"] in ("names", "memory"):
+    if error["type"] in ("names", "memory", "budget"):
         return f"{line}{error['msg']}"
     return f"{line}{shown}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
 

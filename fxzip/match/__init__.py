@@ -9,7 +9,18 @@ from ..errors import InputError
 from .average import Average
 from .c2m3 import C2M3
 from .cca import CCA
-from .matching import Affinity, Matcher, Matching, Matchings, from_slots, lossless, needs, optimal_unmerge, similarity
+from .matching import (
+    Affinity,
+    Matcher,
+    Matching,
+    Matchings,
+    from_slots,
+    lossless,
+    needs,
+    optimal_unmerge,
+    similarity,
+    widens,
+)
 from .mudsc import MuDSC
 from .pair import Pair
 from .permute import Permute
@@ -55,6 +66,7 @@ __all__ = [
     "reading",
     "resolve",
     "similarity",
+    "widens",
 ]
 
 

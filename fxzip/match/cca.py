@@ -33,6 +33,7 @@ class CCA:
     name: ClassVar[str] = "cca"
     paper: ClassVar[str] = "Horoi et al., Harmony in Diversity: CCA Merge, ICML 2024"
     correspondence: ClassVar[Correspondence] = "free"
+    widens: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"moments"})
 
     def __post_init__(self) -> None:

@@ -174,6 +174,12 @@ def needs(matcher: Matcher) -> frozenset[str]:
     return getattr(matcher, "needs", frozenset({"moments"}))
 
 
+def widens(matcher: Matcher) -> bool:
+    """Whether a matcher takes another width than the models', by its attribute `widens` (may be left out): by default
+    what is free to build any M and U does."""
+    return getattr(matcher, "widens", matcher.correspondence == "free")
+
+
 def similarity(moments: Evidence) -> np.ndarray:
     """The correlation as matchers see it: dead features of two models with one constant value count as equal.
 

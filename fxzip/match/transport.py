@@ -31,6 +31,7 @@ class Transport:
     name: ClassVar[str] = "transport"
     paper: ClassVar[str] = "Singh and Jaggi, Model Fusion via Optimal Transport, NeurIPS 2020"
     correspondence: ClassVar[Correspondence] = "free"
+    widens: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"similarity"})
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from ..errors import InputError
 from ..infer.spaces import FeatureSpace
 from ..measure.moments import SpaceMoments
-from .matching import Correspondence, Matcher, Matching, needs, optimal_unmerge
+from .matching import Correspondence, Matcher, Matching, needs, optimal_unmerge, widens
 from .select import SAME
 from .zip import Zip
 
@@ -36,6 +36,10 @@ class Unmerge:
     def __post_init__(self) -> None:
         if not self.ridge >= 0:
             raise InputError(f"Unmerge: ridge must be 0 or more, not {self.ridge}")
+
+    @property
+    def widens(self) -> bool:
+        return widens(self.matcher)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..match import Matcher, Matching, match, needs, resolve
 from ..measure.moments import Moments
 from ..memory import Store, parsed
+from ..options import wrong_options
 from ..planning import make_plan
 from ..prepare import compare, cut_graph, infer_spaces, prove
 from ..repair import Repair, repair_parameters
@@ -146,6 +147,10 @@ class Widths(Stage):
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         super().requires(graph_module)
+        if problems := wrong_options({"budget": self.budget, "round_to": self.round_to}):
+            raise InputError.listing("passes.Widths", problems)
+        if job(graph_module).matchings is not None:
+            raise InputError("passes.Widths runs before passes.Match, which needs them")
         if job(graph_module).moments is None and not isinstance(self.budget, Mapping):
             raise InputError("passes.Widths needs what passes.Measure finds, or widths by space: run that before")
 
@@ -154,7 +159,7 @@ class Widths(Stage):
             check_widths(now.prepared, self.budget, now.models)
             return graph, replace(now, widths=dict(self.budget))
         found = choose_widths(now.prepared, now.moments, self.budget, now.models, self.round_to)
-        kept = [s.name for s in now.prepared.merged_spaces() if s.name not in found]
+        kept = [s.name for s in now.prepared.merged_spaces() if s.name not in found and self.budget != 1]
         more = f" and {len(kept) - MANY} more" if len(kept) > MANY else ""
         notice = f"budget={self.budget:g}: {', '.join(kept[:MANY])}{more} cannot change width, and keep the models'"
         return graph, replace(now, widths=found, notices=(*now.notices, *([notice] if kept else [])))

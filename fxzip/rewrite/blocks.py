@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import SpaceError
+
 if TYPE_CHECKING:
     from .parameters import AxisMap
 
 
-def in_blocks(x: Tensor, rows: AxisMap | None, columns: AxisMap, blocks: int) -> Tensor:
-    """out[g, p, q] = sum over h, o, c of rows[gp, ho] x[h, o, c] columns[gq, hc]: blocks stay whole."""
+def in_blocks(x: Tensor, rows: AxisMap | None, columns: AxisMap, blocks: int, where: str) -> Tensor:
+    """out[g, p, q] = sum over h, o, c of rows[gp, ho] x[h, o, c] columns[gq, hc]: blocks stay whole.
+
+    Raises SpaceError, naming `where` and the spaces, for widths at which a feature would come into another block."""
+    for axis_map in (columns, rows):
+        if axis_map is not None and not _whole(axis_map, blocks):
+            spaces = " and ".join(dict.fromkeys(run.space for run in axis_map.runs))
+            raise SpaceError(f"{where}: its {blocks} groups must stay equally wide: widen {spaces} alike, or neither")
     x = x.unflatten(0, (blocks, -1))  # [h, o, c, *]
     makes = None if rows is None else _dense(rows).to(x.dtype)
     first = torch.eye(blocks * x.shape[1], dtype=x.dtype) if makes is None else makes
@@ -21,6 +29,15 @@ def in_blocks(x: Tensor, rows: AxisMap | None, columns: AxisMap, blocks: int) ->
     for g, h in ((a != 0).any(3).any(1) & (b != 0).any(3).any(1)).nonzero().tolist():  # [g, h]
         out[g] += torch.einsum("po,oc...,qc->pq...", a[g, :, h], x[h], b[g, :, h])
     return out.flatten(0, 1)
+
+
+def _whole(axis_map: AxisMap, blocks: int) -> bool:
+    """Whether all that is in some blocks before is in the same blocks after: where widths are as they were, it is."""
+    if axis_map.length == axis_map.length_in:
+        return True
+    before, (after, rest) = axis_map.length_in // blocks, divmod(axis_map.length, blocks)
+    moved = [(run.source, run.target) for run in axis_map.runs] + [(axis_map.rest_source, axis_map.rest_target)]
+    return not rest and all(set((s // before).tolist()) == set((t // after).tolist()) for s, t in moved)
 
 
 def _dense(axis_map: AxisMap) -> Tensor:

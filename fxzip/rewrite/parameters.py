@@ -234,7 +234,7 @@ def _merge(
             steps[axis] = step
         blocks = max((held[0][1].blocks for held in axes.values()), default=1)
         if blocks > 1:
-            x = in_blocks(x, steps.pop(0, None), steps.pop(AXIS), blocks)
+            x = in_blocks(x, steps.pop(0, None), steps.pop(AXIS), blocks, name)
         for axis, step in steps.items():
             x = apply(x, axis, step)
         x = x if making is not None else x * share

@@ -90,7 +90,7 @@ def _conv_seen(given: Mapping[str, Any]) -> Tensor | None:
         last = data[2 + i] + 2 * padding[i] - dilation[i] * (weight[2 + i] - 1) - 1
         at = at + torch.arange(0, last + 1, stride[i])
         taps = (taps[:, None] & ((at >= 0) & (at < data[2 + i])).any(1)).flatten()
-    return None if bool(taps.all()) else taps.repeat(weight[1]).nonzero().flatten()
+    return None if bool(taps.all()) or not bool(taps.any()) else taps.repeat(weight[1]).nonzero().flatten()
 
 
 def _transposed_rows(args: Mapping[str, Any], count: int, generator: torch.Generator) -> Rows:

@@ -98,7 +98,8 @@ def solve_point(
         return {n: _value(v, point.lane, j, dynamic) for n, v in arguments(node).items()}
 
     matrix, seen = design.matrix(point.lane.static(argument(node, design.weight)), groups), design.seen(arguments(node))
-    count = wanted_rows(settings, len(matrix), matrix.shape[-1] if seen is None else len(seen)) // chunks.total + 1
+    fitting = matrix.shape[-1] if seen is None else len(seen)  # columns; rows have all of them at first
+    count = min(wanted_rows(settings, len(matrix), n) for n in (fitting, matrix.shape[-1])) // chunks.total + 1
     others = design.rows(values(0), 1, torch.Generator()).of if chunks.own < chunks.total else 0
 
     def drawn() -> Iterator[tuple[Kept, bool]]:
