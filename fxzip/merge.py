@@ -72,8 +72,8 @@ def merge(
     since: path of the first module that is shared: every model keeps its own layers before it (stems), all of them run,
         and what is shared reads their merged features. A task's network, as `extract` gives it, has all stems.
     budget: FLOPs of the result, times those of one model (with until or since, of the merge at the models' widths):
-        widths are chosen to fit, in steps of `round_to`. Or widths themselves, {name of a space, as `inspect` prints it:
-        features} (not with since). Default: the models' widths.
+        widths are chosen to fit, in steps of `round_to`. Or widths themselves, {space: features}, by the names that
+        `inspect` prints (not with since). Default: the models' widths.
     heads: "separate"; "concat", all outputs side by side along axis 1, as logits over all classes; "joint", so and made
         comparable (`rewrite.Comparable`; reads the loader), for one answer out of all classes; or "average".
     model_weights: what each model counts wherever a mean over models is taken, by position or name (default: all

@@ -78,7 +78,7 @@ def test_all_problems_at_once():
         "holdout must be a positive number of samples, got 0", "budget= is what frontier varies",
     ):  # fmt: skip
         assert part in str(caught.value)
-    for options, said in (({"method": "permute"}, "permute keeps the models' widths"), ({"round_to": 0}, "round_to must")):
+    for options, said in (({"method": "permute"}, "permute keeps the models'"), ({"round_to": 0}, "round_to must")):
         with pytest.raises(InputError, match=f"fxzip.frontier: {said}"):
             fxzip.frontier([network(0), network(1)], iter(()), [1, 1.3], **options)  # before a batch is read
     with pytest.raises(InputError, match="both empty: nothing to merge"):
