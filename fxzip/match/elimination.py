@@ -76,8 +76,7 @@ class Elimination:
 
     def _worst(self, count: int) -> list[int]:
         """`count` features to drop, each the least missed given those before it. In S_KK^-1 that is the same step."""
-        held = np.zeros(len(self.power), bool)
-        held[self.kept] = True
+        held = self._held()
         return self._choose(held, -self.swept.diagonal(), np.zeros(len(held)), count, -1)
 
     def _choose(self, open_: np.ndarray, own: np.ndarray, least: np.ndarray, count: int, sign: int) -> list[int]:
@@ -91,11 +90,17 @@ class Elimination:
         self.images = {int(among[k]): images[k] for k in chosen}
         return list(self.images)
 
+    def _held(self) -> np.ndarray:
+        """Which features are kept, bool [n]."""
+        held = np.zeros(len(self.power), bool)
+        held[self.kept] = True
+        return held
+
     def _rows(self, index: np.ndarray) -> np.ndarray:
         """Per feature not kept, its column of R; per kept one (T_kJ, 1 at k). [len(index), n]"""
         rows = self.swept[index]
         rows[:, self.kept] = 0
-        held = np.isin(index, self.kept)
+        held = self._held()[index]
         rows[held, index[held]] = 1
         return rows
 
@@ -114,7 +119,7 @@ class Elimination:
         image = (np.stack(known) if len(known) == len(block) else self._image(rows)).T  # [n, b]
         self.images = {}  # of the matrix as it was
         inner = rows @ image
-        seen = self.swept @ np.where(np.isin(np.arange(len(image)), self.kept)[:, None], 0, image)
+        seen = self.swept @ np.where(self._held()[:, None], 0, image)
         seen[self.kept] += image[self.kept]  # v G v_p^T, for all v
         pivot = np.linalg.inv(self.swept[np.ix_(p, p)])
         pivot = (pivot + pivot.T) / 2

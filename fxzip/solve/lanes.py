@@ -113,6 +113,8 @@ class Lane:
     def value(self, name: str, chunk: int) -> Any:
         if name in self.values:
             held = self.values[name][chunk]
+            if isinstance(held, Tensor):  # as most are: a tree costs as much as a small operator
+                return held.to(self.device)
             return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, held)
         if name in self.ready:
             source = self.passing[name]
