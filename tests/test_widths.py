@@ -210,7 +210,7 @@ def test_groups_with_spaces_of_their_own_stay_in_their_groups(budget):
     assert any(s.width != s.width_in[0] for s in fxzip.report(zipped).spaces)
 
 
-@pytest.mark.parametrize("budget", [{"s0": 10}, {"s1": 10}, {"s2": 4}], ids=str)
+@pytest.mark.parametrize("budget", [{"s0": 10}, {"s1": 10}, {"s2": 4}, {"s0": 10, "s1": 6}], ids=str)
 def test_a_group_is_not_widened_alone(budget):
     model = Stacked().eval()
     with pytest.raises(fxzip.InputError, match="does not take"):

@@ -33,7 +33,7 @@ def in_blocks(x: Tensor, rows: AxisMap | None, columns: AxisMap, blocks: int, wh
 
 def _whole(axis_map: AxisMap, blocks: int) -> bool:
     """Whether all that is in some blocks before is in the same blocks after: where widths are as they were, it is."""
-    if axis_map.length == axis_map.length_in:
+    if all(len(run.source) == len(run.target) for run in axis_map.runs):
         return True
     before, (after, rest) = axis_map.length_in // blocks, divmod(axis_map.length, blocks)
     moved = [(run.source, run.target) for run in axis_map.runs] + [(axis_map.rest_source, axis_map.rest_target)]
