@@ -77,7 +77,7 @@ def check_widths(p: Prepared, wanted: Mapping[str, int], models: Sequence[nn.Mod
 
 
 def _not_taken(p: Prepared, widths: Mapping[str, int], models: Sequence[nn.Module]) -> set[str]:
-    """See `probe`."""
+    """Spaces that do not take these widths: see `probe`."""
     merged = p.merged_spaces()
 
     def build_at(widths: Mapping[str, int]) -> fx.GraphModule:

@@ -160,9 +160,11 @@ class Widths(Stage):
             return graph, replace(now, widths=dict(self.budget))
         found = choose_widths(now.prepared, now.moments, self.budget, now.models, self.round_to)
         kept = [s.name for s in now.prepared.merged_spaces() if s.name not in found and self.budget != 1]
+        if not kept:
+            return graph, replace(now, widths=found)
         more = f" and {len(kept) - MANY} more" if len(kept) > MANY else ""
         notice = f"budget={self.budget:g}: {', '.join(kept[:MANY])}{more} cannot change width, and keep the models'"
-        return graph, replace(now, widths=found, notices=(*now.notices, *([notice] if kept else [])))
+        return graph, replace(now, widths=found, notices=(*now.notices, notice))
 
 
 @dataclass(frozen=True)
