@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoints", nargs=2, metavar="FILE", help="the two networks")
     parser.add_argument("--until", nargs="*", default=["layer3", "layer2"], help="also merge only up to here")
     parser.add_argument("--since", nargs="*", default=[], help="also merge only from here on, stems per model")
+    parser.add_argument("--cut-only", action="store_true", help="leave out the merges of whole networks")
     args = parse(parser, argv)
     bench, source, seconds = bench_of(args, args.calibration or PUBLISHED_IMAGES)
     rows = run(bench, args, seconds)
@@ -87,7 +88,7 @@ def run(bench: Bench, args: argparse.Namespace, seconds: Sequence[float | None])
     for row in rows:
         announce(row)
     cuts = [(key, at) for key in ("until", "since") for at in getattr(args, key)]
-    plan: list[tuple[str, dict[str, str]]] = [(m, {}) for m in wanted]
+    plan: list[tuple[str, dict[str, str]]] = [(m, {}) for m in wanted if not args.cut_only]
     plan += [(m, {key: at}) for key, at in cuts for m in CUT if m in wanted]
     for method, cut in tqdm(plan, desc="merge", leave=False, disable=None):
         count = args.calibration or (SOLVE_IMAGES if method.startswith(("solve", "distill")) else PUBLISHED_IMAGES)
