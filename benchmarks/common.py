@@ -61,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill-1.15x": {"method": "solve+distill", "budget": 1.15},
     "distill-1.33x": {"method": "solve+distill", "budget": 1.33},
     "distill-mirror": {"method": fxzip.Distill(views=[mirrored])},
+    "distill-mirror-bf16": {"method": fxzip.Distill(views=[mirrored], precision="bfloat16")},
     "distill-mirror-1.33x": {"method": fxzip.Distill(views=[mirrored]), "budget": 1.33},
 }
 

@@ -84,6 +84,7 @@ def test_parameters_become_methods(place):
     assert method("method: zip+rescale\nparameters: {beta: 0.5}\n") == Repair(Zip(beta=0.5), False)
     assert method("parameters: {matcher: zip, lam: 0.01}\n") == Solve(Zip(), Settings(lam=0.01))
     assert method("method: solve+distill\n") == "solve+distill"
+    assert method("method: solve+distill\nparameters: {precision: bfloat16}\n").precision == torch.bfloat16
     given = method("method: solve+distill\nparameters: {lam: 0.01, epochs: 2}\n")
     assert given == Distill(Solve(settings=Settings(lam=0.01)), epochs=2)
 

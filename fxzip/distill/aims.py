@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from ..solve.lanes import Lane
 from ..solve.sequence import Pass
-from ..trace import run
+from ..trace import batch_size, run
 from .network import Layer, Place
+from .views import View, seen, taken
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,15 @@ def _own(values: Sequence[Tensor]) -> Tensor:
     return values[0]
 
 
-def targets(aims: Sequence[Aim], parents: Sequence[Lane], args: tuple, others: Sequence[tuple] = ()) -> list[Tensor]:
-    """What every aim is to be on these arguments. others: the same samples, seen otherwise."""
+def targets(
+    aims: Sequence[Aim], parents: Sequence[Lane], args: tuple, others: Sequence[tuple] = (),
+    outputs: Sequence[Tensor] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """What every aim is to be on these arguments. others: the same samples, seen otherwise. outputs: what those are to
+    be, where that is known."""
+    if outputs is not None:
+        features, known = iter(_targets([a for a in aims if a.feature], parents, args)), iter(outputs)
+        return [next(features if a.feature else known) for a in aims]
     found = _targets(aims, parents, args)
     made = [k for k, a in enumerate(aims) if not a.feature]
     for other in others:
@@ -76,7 +86,31 @@ def targets(aims: Sequence[Aim], parents: Sequence[Lane], args: tuple, others: S
     return found
 
 
+def kept_outputs(
+    aims: Sequence[Aim], parents: Sequence[Lane], chunks: Sequence[tuple], views: Sequence[View]
+) -> list[Tensor] | None:
+    """What outputs are to be on all samples, [samples, ...] each, so that steps need not run the models on every view.
+    None where it saves nothing, takes more memory than the inputs do, or rows are not samples."""
+    made = [a for a in aims if not a.feature]
+
+    def means(args: tuple) -> list[Tensor]:
+        return targets(made, parents, args, [seen(v, args) for v in views])
+
+    if not (views and made):
+        return None
+    first, size = means(chunks[0]), batch_size(chunks[0])
+    room = sum(x.numel() for x in tree_leaves(chunks[0]) if isinstance(x, Tensor))
+    if sum(t.numel() for t in first) > room or any(not t.dim() or len(t) != size for t in first):
+        return None
+    for t, rolled in zip(first, means(taken(chunks[:1], torch.arange(size).roll(1), size)), strict=True):
+        if not torch.allclose(t.roll(1, 0), rolled, 1e-3, 1e-3 * float(t.abs().max())):
+            return None
+    return [torch.cat(every) for every in zip(first, *map(means, chunks[1:]), strict=True)]
+
+
 def _targets(aims: Sequence[Aim], parents: Sequence[Lane], args: tuple) -> list[Tensor]:
+    if not aims:
+        return []
     found: list[dict[str, Tensor]] = []
     for model, lane in enumerate(parents):
         names = {a.place[0] for a in aims if a.place[1] in (None, model)}

@@ -36,9 +36,8 @@ class Curvature:
         generator: torch.Generator,
     ) -> None:  # fmt: skip
         """One pass backward of random sums of the residuals."""
-        total = sum((r * torch.randn(r.shape, generator=generator).to(r)).sum() for r in residuals)
-        places = list(tape)
-        found = derived(total, [tape[p][1] for p in places])
+        places, by = list(tape), [torch.randn(r.shape, generator=generator).to(r) for r in residuals]
+        found = derived(residuals, by, [tape[p][1] for p in places])
         for place, grad in zip(places, found, strict=True):
             layer, given = self.layers[place], {k: _cut(v) for k, v in tape[place][0].items()}
             x = layer.design.rows(given, ROWS, generator).x

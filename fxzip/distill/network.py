@@ -6,7 +6,7 @@ Batch norms and scales behind a layer are folded into its matrix, as in the fit;
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..solve.fit import Parts
 from ..solve.folding import Point, folded, write_back
 from ..solve.lanes import Lane
 from ..solve.slots import argument, arguments
+from .precision import Lower
 
 Unmerge = Mapping[str, Sequence[Callable[[Tensor], Tensor]]]  # value at the boundary -> what each model reads it by
 Place = tuple[str, int | None]  # name of a value, and of which model it is; None: shared
@@ -78,7 +79,7 @@ class Layer:
 @dataclass
 class Network:
     """layers: by name and model. dynamic: what is computed, in order. owners: whose values those are, [None] where they
-    are shared."""
+    are shared. lower: what lanes and inputs were taken to another precision by."""
 
     merged: Lane
     private: Sequence[Lane]
@@ -86,6 +87,7 @@ class Network:
     owners: Mapping[str, Sequence[int | None]]
     unmerged: Unmerge
     layers: Mapping[Place, Layer]
+    lower: Lower | None = None
     folded: Mapping[Place, str] = field(init=False)  # first result of a norm that a layer holds -> what it reads
 
     def __post_init__(self) -> None:
@@ -93,6 +95,13 @@ class Network:
             (k.node.name, model): k.source.name
             for (_, model), layer in self.layers.items() for k in layer.point.links if k.kind == "norm"
         }  # fmt: skip
+
+    def lowered(self, lower: Lower) -> Network:
+        """The same layers in another precision, for inputs of that."""
+        return replace(
+            self, lower=lower, merged=lower.lane(self.merged), private=[lower.lane(k) for k in self.private],
+            unmerged={name: [lower.module(op) for op in ops] for name, ops in self.unmerged.items()},
+        )  # fmt: skip
 
     def __call__(self, tensors: Sequence[Tensor], tape: dict[Place, tuple[dict, Tensor]] | None = None) -> dict:
         """Place -> value, of all that is computed. tape: arguments and output of every layer go there."""
@@ -122,8 +131,9 @@ class Network:
 
         layer = self.layers.get((name, model))
         if layer is None:  # not by `Lane.apply`, whose kernels are for what has no derivatives
-            args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
-            kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
+            moved = self.lower.moved if self.lower else _same
+            args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else moved(x))
+            kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else moved(x))
             return node.target(*args, **kwargs)  # type: ignore[operator]
         given = {k: read(v) if isinstance(v, fx.Node) else v for k, v in arguments(node).items()}
         made = layer(node, given)
@@ -132,10 +142,14 @@ class Network:
         return made
 
 
-def derived(total: Any, of: Sequence[Tensor]) -> list[Tensor]:
-    """d total / d each of `of`; zeros where nothing depends on it."""
+def _same(x: Any) -> Any:
+    return x
+
+
+def derived(values: Sequence[Tensor], by: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
+    """d sum(values * by) / d each of `of`; zeros where nothing depends on it."""
     try:
-        found = torch.autograd.grad(total, list(of), allow_unused=True)
+        found = torch.autograd.grad(list(values), list(of), list(by), allow_unused=True)
     except RuntimeError as error:
         if "derivative" not in str(error):  # such as no memory
             raise

@@ -26,6 +26,19 @@ def seen(view: View, args: tuple) -> tuple:
     return tuple(shown) if isinstance(shown, (tuple, list)) else (shown,)
 
 
+def taken(chunks: Sequence[tuple], index: Tensor, size: int) -> tuple:
+    """The samples `index` of all chunks together; what has no row for each sample is the same in all."""
+
+    def take(first: Any, *others: Any) -> Any:
+        of = (first, *others)
+        same = len(of) > 1 and first is of[1]
+        if same or not (isinstance(first, Tensor) and first.dim() and len(first) == size):
+            return first
+        return torch.stack([of[k // size][k % size] for k in index.tolist()])
+
+    return tree_map(take, chunks[0], *chunks[1:])
+
+
 def check_views(views: Sequence[View], args: tuple) -> None:
     """Raises InputError that lists every view which cannot be taken, on a few samples. No RNG is left changed."""
     wrong = []

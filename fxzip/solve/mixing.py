@@ -62,7 +62,10 @@ def mixer(
 
 def _along(value: Tensor, axes: tuple[int, ...], step: AxisMap) -> Tensor:
     if len(axes) == 1:
-        return _last(value, step) if axes[0] == value.dim() - 1 else apply(value, axes[0], step)
+        moved = value.movedim(axes[0], -1)
+        channels_last = value.dtype is torch.bfloat16 and moved.is_contiguous()  # of images
+        last = axes[0] == value.dim() - 1 or channels_last
+        return _last(moved, step).movedim(-1, axes[0]) if last else apply(value, axes[0], step)
     last = tuple(range(-len(axes), 0))
     moved = value.movedim(axes, last)
     sizes = moved.shape[-len(axes) :]
@@ -73,7 +76,7 @@ def _along(value: Tensor, axes: tuple[int, ...], step: AxisMap) -> Tensor:
 def _last(value: Tensor, step: AxisMap) -> Tensor:
     """Along the last axis: of few features a product of matrices, zeros and all, goes several times as fast as indices
     do, on a CPU. [..., length_in] -> [..., length]"""
-    precise = value.dtype is torch.float64 or (value.dtype is torch.float32 and exact())
+    precise = value.dtype in (torch.float64, torch.bfloat16) or (value.dtype is torch.float32 and exact())
     if value.is_cpu and precise and value.shape[-1] <= NARROW:
         rows = value.reshape(-1, value.shape[-1])
         found = product(rows, step.matrix(value).mT)
