@@ -192,6 +192,7 @@ def make_plan(
         graph, size = programs.lowered(0, batches[0])[0], max(batch_size(batches[0]), 1)
         held = processes.count(total) if processes.world > 1 else total
         solving = solve_needs(graph, size, held, chunk_size(graph), count, solver.settings, p.copies)
+    copies = (models + models // count) // 2 if isinstance(solver, Distill) and solver.precision else 0
     plan = Plan(
         method, count, cap, models, sum(_size(x) for x in tree_leaves(list(batches)) if isinstance(x, Tensor)),
         models - (count - 1) * sum(_size(t) for t in shared),
@@ -201,7 +202,7 @@ def make_plan(
         tuple(_matching(matcher, spaces, squares, widths, count)) if matcher else (),
         solving,
         (name, 8 * _REWRITE * largest) if matcher else ("", 0),
-        distill_needs(solving) if solving and isinstance(solver, Distill) else 0,
+        distill_needs(solving, copies) if solving and isinstance(solver, Distill) else 0,
         programs,
     )  # fmt: skip
     if problem := plan.problem():

@@ -108,6 +108,19 @@ def test_errors_that_are_others_in_it_do_so_too(images):
     assert "; not in bfloat16: errors would be " in said(merge(pair(Offset, images), images, LOW))
 
 
+class Detached(Residual):
+    def forward(self, x):
+        made = super().forward(x)
+        return made, made.detach().sign()
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_outputs_without_derivatives_do_not_count(precision, images):
+    nets = pair(Detached, images)
+    zipped = merge(nets, images, Distill(precision=precision, epochs=1))
+    assert "no epoch ended better" not in said(zipped)
+
+
 def test_another_precision_is_refused():
     with pytest.raises(InputError, match=r"precision must be torch\.bfloat16, or None .*, got torch\.float16"):
         Distill(precision=torch.float16)
@@ -136,17 +149,18 @@ def test_what_outputs_are_to_be_is_found_once_and_is_what_every_step_would_find(
 
 
 class Turned(nn.Module):
-    """As many classes as samples in a chunk, in rows."""
+    """As many classes as samples in a chunk, in rows. far: how far all are from zero, beside what tells them apart."""
 
-    def __init__(self, classes):
+    def __init__(self, classes, far=0.0):
         super().__init__()
-        self.body = Residual(128)
+        self.body, self.far = Residual(128), far
 
     def forward(self, x):
-        return self.body(x).T
+        return 1e-4 * self.body(x).T + self.far
 
 
-def test_rows_that_are_not_samples_are_not_kept(images, monkeypatch):
+@pytest.mark.parametrize("far", [0.0, 1.0])
+def test_rows_that_are_not_samples_are_not_kept(far, images, monkeypatch):
     kept, found = [], descent.kept_outputs
 
     def keep(*args):
@@ -154,5 +168,5 @@ def test_rows_that_are_not_samples_are_not_kept(images, monkeypatch):
         return kept[-1]
 
     monkeypatch.setattr(descent, "kept_outputs", keep)
-    zipped = merge(pair(Turned, images), images, Distill(views=[mirrored], epochs=1))
+    zipped = merge(pair(lambda k: Turned(k, far), images), images, Distill(views=[mirrored], epochs=1))
     assert kept == [None, None] and fxzip.report(zipped).method == "solve+distill"

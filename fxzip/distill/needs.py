@@ -9,9 +9,10 @@ _WEIGHTS = 6  # float32 copies of a matrix: it, its speed, what an epoch began w
 _INVERSE = 3  # float64 copies of a factor while it is inverted
 
 
-def distill_needs(solving: SolveNeeds) -> int:
-    """Two factors of curvature of every layer, some copies of its matrix, and the values and derivatives of a batch."""
+def distill_needs(solving: SolveNeeds, copies: int = 0) -> int:
+    """Two factors of curvature of every layer, some copies of its matrix, and the values and derivatives of a batch.
+    copies: bytes of the networks in another precision."""
     factors = [8 * f.groups * (f.columns**2 + f.outputs**2) for f in solving.fits]
     every = sum(size * f.copies for size, f in zip(factors, solving.fits, strict=True))
     weights = sum(4 * f.groups * f.columns * f.outputs * f.copies for f in solving.fits)
-    return every + _INVERSE * max(factors, default=0) + _WEIGHTS * weights + _VALUES * solving.values
+    return every + _INVERSE * max(factors, default=0) + _WEIGHTS * weights + _VALUES * solving.values + copies

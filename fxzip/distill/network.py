@@ -147,9 +147,13 @@ def _same(x: Any) -> Any:
 
 
 def derived(values: Sequence[Tensor], by: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
-    """d sum(values * by) / d each of `of`; zeros where nothing depends on it."""
+    """d sum(values * by) / d each of `of`; zeros where nothing depends on it. Values that have no derivative do not
+    count, such as what a forward detaches."""
+    used = [(v, b) for v, b in zip(values, by, strict=True) if v.requires_grad]
+    if not used:
+        return [torch.zeros_like(x) for x in of]
     try:
-        found = torch.autograd.grad(list(values), list(of), list(by), allow_unused=True)
+        found = torch.autograd.grad([v for v, _ in used], list(of), [b for _, b in used], allow_unused=True)
     except RuntimeError as error:
         if "derivative" not in str(error):  # such as no memory
             raise

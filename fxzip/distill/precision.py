@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,10 +29,11 @@ class Lower:
 
     dtype: torch.dtype
     own: torch.dtype
+    _made: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # what lanes share, they still do
 
     def lane(self, lane: Lane) -> Lane:
         """The same network; what it holds of values stays behind."""
-        state = {k: self.tensor(v) for k, v in lane.state.items()}
+        state = {k: self._made.setdefault(id(v), (v, self.tensor(v)))[1] for k, v in lane.state.items()}
         return _Moved(lane.lowered, lane.nodes, state, lane.store, lower=self)
 
     def module(self, op: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
