@@ -192,9 +192,13 @@ def make_plan(
         graph, size = programs.lowered(0, batches[0])[0], max(batch_size(batches[0]), 1)
         held = processes.count(total) if processes.world > 1 else total
         solving = solve_needs(graph, size, held, chunk_size(graph), count, solver.settings, p.copies)
-    copies = (models + models // count) // 2 if isinstance(solver, Distill) and solver.precision else 0
+    inputs = sum(_size(x) for x in tree_leaves(list(batches)) if isinstance(x, Tensor))
+    copies = 0
+    if isinstance(solver, Distill):
+        copies += (models + models // count) // 2 if solver.precision else 0
+        copies += 2 * inputs if solver.views else 0  # at most: what outputs are to be, and its parts
     plan = Plan(
-        method, count, cap, models, sum(_size(x) for x in tree_leaves(list(batches)) if isinstance(x, Tensor)),
+        method, count, cap, models, inputs,
         models - (count - 1) * sum(_size(t) for t in shared),
         measuring_needs(programs, spaces, batches, total, int(resume)) if measures and batches else None,
         sum(squares.values()) if measures else 0,

@@ -136,6 +136,19 @@ def test_what_has_become_worse_is_not_kept(images, monkeypatch):
         torch.testing.assert_close(made, kept, rtol=1e-3, atol=1e-4)
 
 
+def test_steps_that_are_lost_in_rounding_have_no_length(images, monkeypatch):
+    found, rate = [], Descent._rate
+
+    def lost(run, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(Descent, "_move", lambda *a: None)
+            found.append(rate(run, *args))
+        return found[-1]
+
+    monkeypatch.setattr(Descent, "_rate", lost)
+    assert said(merge(pair(Residual, images), images)).endswith("the layers are solve's") and found == [0.0]
+
+
 def test_epochs_are_judged_on_samples_that_no_step_sees(images, monkeypatch):
     seen, judged, gradients, errors = [], [], Descent._gradients, Descent._errors
 
@@ -197,6 +210,8 @@ def test_the_plan_counts_every_models_own_layers(images):
     assert "memory=" not in str(whole).split("no cap")[1] and "distill" not in str(solving)  # there is no cap to choose
     low = fxzip.plan(nets, [images], method=Distill(precision="bfloat16"))
     assert low.distilling == whole.distilling + (low.models + low.models // 3) // 2
+    viewed = fxzip.plan(nets, [images], method=Distill(views=[lambda x: x.flip(-1)]))
+    assert viewed.distilling == whole.distilling + 2 * images.nbytes
     assert cut.distilling > 1.5 * whole.distilling > 0 == solving.distilling and whole.whole >= whole.distilling
 
 

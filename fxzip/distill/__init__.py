@@ -54,8 +54,8 @@ class Distill:
     batch: int = 128
     features: float = 10.0
     views: Sequence[View] = ()
-    precision: torch.dtype | str | None = None  # bfloat16, or the models' own
     seed: int = 0
+    precision: torch.dtype | str | None = None  # bfloat16, or the models' own
     name: ClassVar[str] = "solve+distill"
 
     def __post_init__(self) -> None:

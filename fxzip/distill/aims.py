@@ -33,9 +33,10 @@ class Aim:
 
 
 def output_aims(steps: Pass) -> list[Aim]:
-    """Every model's own outputs; of shared ones nothing is known beyond the features."""
+    """Every model's own outputs that depend on inputs; of shared ones nothing is known beyond the features."""
     nodes = steps.spaces.lowered.graph.output_node().all_input_nodes
-    names = [n.name for n in nodes if n.name in steps.is_private and n.meta["dtype"].is_floating_point]
+    mine = [n for n in nodes if n.name in steps.is_private and n.name in steps.dynamic]
+    names = [n.name for n in mine if n.meta["dtype"].is_floating_point]
     places = [(name, model) for name in names for model in steps.owners(name)]
     return [Aim(p, _own, 1 / len(places)) for p in places]
 
@@ -100,14 +101,17 @@ def kept_outputs(
 
     if not (views and made):
         return None
-    first, size = means(chunks[0]), batch_size(chunks[0])
+    few, size = [means(c) for c in chunks[:2]], batch_size(chunks[0])
+    first = few[0]
     room = sum(x.nbytes for x in tree_leaves(chunks[0]) if isinstance(x, Tensor))
     if sum(t.nbytes for t in first) > room or any(not t.dim() or len(t) != size for t in first):
         return None
-    for t, rolled in zip(first, means(taken(chunks[:1], torch.arange(size).roll(1), size)), strict=True):
-        if not (t.roll(1, 0) - rolled).norm() <= SAME * (t - t.mean(0)).norm():
+    mixed = torch.arange(size * len(few)).roll(size // 2 + 1)[:size]  # the last of one chunk, the first of another
+    for *each, t in zip(*few, means(taken(chunks[: len(few)], mixed, size)), strict=True):
+        alone = torch.cat(each)[mixed]
+        if not (alone - t).norm() <= SAME * (alone - alone.mean(0)).norm():
             return None
-    return [torch.cat(every) for every in zip(first, *map(means, chunks[1:]), strict=True)]
+    return [torch.cat(every) for every in zip(*few, *map(means, chunks[2:]), strict=True)]
 
 
 def _targets(aims: Sequence[Aim], parents: Sequence[Lane], args: tuple) -> list[Tensor]:

@@ -29,7 +29,7 @@ MOMENTUM = 0.9
 RATE = 0.2  # of the step that would be best on the first batches, were it the only one
 FLAT = 1e6  # best steps above which nothing comes of them but rounding errors: it is about 1 where curvature is exact
 SLOWER = 4  # by so much after an epoch that has to be undone
-NEAR = 0.1  # relative: how far errors in another precision may be from those in the own
+NEAR, SMALL = 0.1, 0.01  # how far errors in another precision may be from those in the own, relative to these or SMALL
 FIRST = 512  # samples that curvature and rate are from
 HELD_OUT = 8  # one in so many chunks is not learnt from: what epochs are judged on
 
@@ -97,24 +97,36 @@ class Descent:
         rate, said = self._rate(curvature, first), self._change_precision(first[0])
         judged = self.judged or first
         kept = kept_outputs(self.aims, self.own.parents, judged, self.settings.views)
-        before = self._errors(judged, kept)
-        after = self._descend(curvature, rate, lambda: self._errors(judged, kept), before, progress)
+        judge = lambda: self._errors(judged, kept)  # noqa: E731
+        solved, before = self._held(), judge()
+        after = self._descend(curvature, rate, judge, before, progress)
+        if self.nets is not self.own:  # in which what is nearer may be so by rounding alone
+            self.nets, ended = self.own, self._held()
+            after = judge()
+            self._restore(solved)
+            before = judge()
+            if _worse(before, after):
+                after = before
+            else:
+                self._restore(ended)
         self._write()
         return Distilled(before, after, len(self.settings.views), bool(self.judged), said)
 
     def _change_precision(self, args: tuple) -> str:
         """To that of the settings, where the network can be run in it, and errors are what they were; what is to be
         said of it."""
-        state = self.own.parents[0].state.values()
-        dtype, own = self.settings.precision, next(t.dtype for t in state if t.is_floating_point())
-        if not isinstance(dtype, torch.dtype) or dtype is own:
+        dtype = self.settings.precision
+        own = {k.point.lane.state[k.parts.weight.name].dtype for k in self.layers.values()}
+        if not isinstance(dtype, torch.dtype) or own == {dtype}:
             return ""
         name, errors = str(dtype).removeprefix("torch."), self._errors([args])
-        self.nets = self.own.to(Lower(dtype, own))
+        if len(own) > 1:
+            return f"; not in {name}: weights are {' and '.join(sorted(str(t).removeprefix('torch.') for t in own))}"
+        self.nets = self.own.to(Lower(dtype, own.pop()))
         try:
             self._gradients(args)
             made = self._errors([args])
-            if all(abs(a - b) <= NEAR * b for a, b in zip(made, errors, strict=True)):
+            if all(abs(a - b) <= NEAR * max(b, SMALL) for a, b in zip(made, errors, strict=True)):
                 return f"; steps in {name}"
             why = "errors would be {:.2g} and {:.2g}, not {:.2g} and {:.2g}".format(*made, *errors)
         except (RuntimeError, FxzipError) as error:  # such as an operator without a kernel for it

@@ -11,7 +11,7 @@ _INVERSE = 3  # float64 copies of a factor while it is inverted
 
 def distill_needs(solving: SolveNeeds, copies: int = 0) -> int:
     """Two factors of curvature of every layer, some copies of its matrix, and the values and derivatives of a batch.
-    copies: bytes of the networks in another precision."""
+    copies: bytes of the networks in another precision, and of what outputs are to be over views."""
     factors = [8 * f.groups * (f.columns**2 + f.outputs**2) for f in solving.fits]
     every = sum(size * f.copies for size, f in zip(factors, solving.fits, strict=True))
     weights = sum(4 * f.groups * f.columns * f.outputs * f.copies for f in solving.fits)

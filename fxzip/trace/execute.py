@@ -151,7 +151,9 @@ def _move(lowered: Lowered, state: Mapping[str, Tensor]) -> Callable[[Any], Any]
     if old is None or new is None:
         return lambda x: x
     device, dtype = old.meta["value"].device, old.meta["dtype"]
-    dtypes = {dtype: new.dtype, dtype.to_complex(): new.dtype.to_complex()} if dtype != new.dtype else {}
+    dtypes = {dtype: new.dtype} if dtype != new.dtype else {}
+    if dtypes and new.dtype is not torch.bfloat16:  # whose complex numbers torch has no kernels for
+        dtypes[dtype.to_complex()] = new.dtype.to_complex()
 
     def move(x: Any) -> Any:
         if isinstance(x, Tensor):
