@@ -195,7 +195,8 @@ def make_plan(
     inputs = sum(_size(x) for x in tree_leaves(list(batches)) if isinstance(x, Tensor))
     copies = 0
     if isinstance(solver, Distill):
-        copies += (models + models // count) // 2 if solver.precision else 0
+        one = models // count  # of which the merged network has about as much
+        copies += (models + one) // 2 + one if solver.precision else 0
         copies += 2 * inputs if solver.views else 0  # at most: what outputs are to be, and its parts
     plan = Plan(
         method, count, cap, models, inputs,

@@ -209,7 +209,7 @@ def test_the_plan_counts_every_models_own_layers(images):
     assert "solve+distill of 3 models" in str(whole) and "\n  distill            curvature, and deriv" in str(whole)
     assert "memory=" not in str(whole).split("no cap")[1] and "distill" not in str(solving)  # there is no cap to choose
     low = fxzip.plan(nets, [images], method=Distill(precision="bfloat16"))
-    assert low.distilling == whole.distilling + (low.models + low.models // 3) // 2
+    assert low.distilling == whole.distilling + (low.models + low.models // 3) // 2 + low.models // 3
     viewed = fxzip.plan(nets, [images], method=Distill(views=[lambda x: x.flip(-1)]))
     assert viewed.distilling == whole.distilling + 2 * images.nbytes
     assert cut.distilling > 1.5 * whole.distilling > 0 == solving.distilling and whole.whole >= whole.distilling

@@ -98,7 +98,7 @@ class Descent:
         judged = self.judged or first
         kept = kept_outputs(self.aims, self.own.parents, judged, self.settings.views)
         judge = lambda: self._errors(judged, kept)  # noqa: E731
-        solved, before = self._held(), judge()
+        solved, before = self._held() if self.nets is not self.own else {}, judge()
         after = self._descend(curvature, rate, judge, before, progress)
         if self.nets is not self.own:  # in which what is nearer may be so by rounding alone
             self.nets, ended = self.own, self._held()
