@@ -79,7 +79,7 @@ class Layer:
 @dataclass
 class Network:
     """layers: by name and model. dynamic: what is computed, in order. owners: whose values those are, [None] where they
-    are shared. lower: what lanes and inputs were taken to another precision by."""
+    are shared."""
 
     merged: Lane
     private: Sequence[Lane]
@@ -87,7 +87,6 @@ class Network:
     owners: Mapping[str, Sequence[int | None]]
     unmerged: Unmerge
     layers: Mapping[Place, Layer]
-    lower: Lower | None = None
     folded: Mapping[Place, str] = field(init=False)  # first result of a norm that a layer holds -> what it reads
 
     def __post_init__(self) -> None:
@@ -99,7 +98,7 @@ class Network:
     def lowered(self, lower: Lower) -> Network:
         """The same layers in another precision, for inputs of that."""
         return replace(
-            self, lower=lower, merged=lower.lane(self.merged), private=[lower.lane(k) for k in self.private],
+            self, merged=lower.lane(self.merged), private=[lower.lane(k) for k in self.private],
             unmerged={name: [lower.module(op) for op in ops] for name, ops in self.unmerged.items()},
         )  # fmt: skip
 
@@ -131,19 +130,14 @@ class Network:
 
         layer = self.layers.get((name, model))
         if layer is None:  # not by `Lane.apply`, whose kernels are for what has no derivatives
-            moved = self.lower.moved if self.lower else _same
-            args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else moved(x))
-            kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else moved(x))
+            args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else lane.written(x))
+            kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else lane.written(x))
             return node.target(*args, **kwargs)  # type: ignore[operator]
         given = {k: read(v) if isinstance(v, fx.Node) else v for k, v in arguments(node).items()}
         made = layer(node, given)
         if tape is not None:
             tape[name, model] = given, made
         return made
-
-
-def _same(x: Any) -> Any:
-    return x
 
 
 def derived(values: Sequence[Tensor], by: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:

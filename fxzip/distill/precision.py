@@ -8,17 +8,15 @@ instructions for it, and of GPUs, are several times as fast, above all with chan
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..solve.lanes import Lane
-from ..trace import kernel
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -49,28 +47,15 @@ class Lower:
             return x
         return x.to(self.dtype, memory_format=layout) if layout else x.to(self.dtype)
 
-    def moved(self, x: Any) -> Any:
-        """A constant, or a dtype, written in the graph."""
-        if isinstance(x, Tensor):
-            return self.tensor(x)
-        return self.dtype if x is self.own else x
-
 
 @dataclass
 class _Moved(Lane):
-    """A lane in another precision than the one its graph was lowered in."""
+    """A lane in another precision than the one its graph was lowered in: constants and dtypes follow."""
 
     lower: Lower | None = None
 
-    def static(self, node: fx.Node, given: Mapping[str, Tensor] | None = None) -> Any:
-        """What constants and parameters give, from those in this precision."""
+    def written(self, x: Any) -> Any:
         assert self.lower is not None
-        return self.lower.moved(super().static(node, given))
-
-    def apply(self, node: fx.Node, read: Callable[[fx.Node], Any], target: Any = None) -> Any:
-        """One op, whose dtypes follow."""
-        assert self.lower is not None
-        moved = self.lower.moved
-        args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else moved(x))
-        kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else moved(x))
-        return kernel(node, target)(*args, **kwargs)
+        if isinstance(x, Tensor):
+            return self.lower.tensor(x)
+        return self.lower.dtype if x is self.lower.own else x

@@ -91,7 +91,7 @@ class Lane:
             name = self.parameter(node)
             return given[name] if given is not None else self.state[name]
         if "const" in node.meta:
-            return node.meta["const"]
+            return self.written(node.meta["const"])
         if given is None and node in self._static:
             return self._static[node]
         value = self.apply(node, lambda n: self.static(n, given))
@@ -106,9 +106,13 @@ class Lane:
 
     def apply(self, node: fx.Node, read: Callable[[fx.Node], Any], target: Any = None) -> Any:
         """Run one op, or `target` instead of it, with operands from `read`."""
-        args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else x)
-        kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else x)
+        args = map_aggregate(node.args, lambda x: read(x) if isinstance(x, fx.Node) else self.written(x))
+        kwargs = map_aggregate(node.kwargs, lambda x: read(x) if isinstance(x, fx.Node) else self.written(x))
         return kernel(node, target)(*args, **kwargs)
+
+    def written(self, x: Any) -> Any:
+        """A constant or a dtype of the graph, as this lane takes it."""
+        return x
 
     def value(self, name: str, chunk: int) -> Any:
         if name in self.values:
