@@ -54,7 +54,9 @@ FULL = (
     "pair", "transport", "cca", "mudsc-permute", "mudsc-0", "mudsc-0.3", "mudsc",
     "mudsc-0.7", "select", "solve", "solve-1.15x", "solve-1.33x", "solve-select", "solve-select-1.33x",
 )  # fmt: skip
-CUT = ("permute", "zip-beta1", "select", "solve", "solve-select", "distill", "distill-mirror", "distill-mirror-bf16")
+CUT = ("permute", "zip-beta1", "select", "solve", "solve-select", "distill", "distill-mirror", "distill-mirror-bf16",
+    "distill-mirror-many",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -62,8 +62,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill-1.33x": {"method": "solve+distill", "budget": 1.33},
     "distill-mirror": {"method": fxzip.Distill(views=[mirrored])},
     "distill-mirror-bf16": {"method": fxzip.Distill(views=[mirrored], precision="bfloat16")},
+    "distill-mirror-many": {"method": fxzip.Distill(views=[mirrored], precision="bfloat16", solve_samples=4_096)},
     "distill-mirror-1.33x": {"method": fxzip.Distill(views=[mirrored]), "budget": 1.33},
 }
+TIMED, COMPARED = 4_096, 16_384  # images, at most, of a timed forward, and to make heads comparable on
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Bench:
     def row(self, name: str, model: nn.Module, **more: Any) -> Row:
         """Accuracy and cost of a network with one output per task."""
         logits = _logits(model, self.images)
-        compared = comparable(_logits(model, self.calibration), logits)
+        compared = comparable(_logits(model, self.calibration[:COMPARED]), logits)
         score, joint = self._score(logits), self._score(compared).joint
         size, one = fxzip.cost(model, self.images[:1]), fxzip.cost(self.parents[0], self.images[:1])
         flops = size.flops / one.flops
@@ -153,12 +155,13 @@ class Bench:
 
     @torch.no_grad()
     def forward_seconds(self, count: int) -> float:
-        """Seconds that all parents need for the first `count` calibration images, in batches as merges get them."""
-        start = time.perf_counter()
+        """Seconds that all parents need for the first `count` calibration images, in batches as merges get them; of
+        many, from as many as say it."""
+        timed, start = min(count, TIMED), time.perf_counter()
         for model in self.parents:
-            for x in self.calibration[:count].split(256):
+            for x in self.calibration[:timed].split(256):
                 model(x)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) * count / timed
 
 
 @torch.no_grad()

@@ -190,7 +190,8 @@ def make_plan(
     solving = None
     if solver is not None and batches:
         graph, size = programs.lowered(0, batches[0])[0], max(batch_size(batches[0]), 1)
-        held = processes.count(total) if processes.world > 1 else total
+        fitted = solver.solve_samples if isinstance(solver, Distill) else None
+        held = processes.count(total) if processes.world > 1 else min(fitted or total, total)
         solving = solve_needs(graph, size, held, chunk_size(graph), count, solver.settings, p.copies)
     inputs = sum(_size(x) for x in tree_leaves(list(batches)) if isinstance(x, Tensor))
     copies = 0

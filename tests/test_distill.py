@@ -196,8 +196,9 @@ def test_what_it_does_not_go_with_is_said_at_once(images):
         merge(nets, images, memory="1GB")
     with pytest.raises(InputError, match="does not go by memory="):
         fxzip.plan(nets, [images], method="solve+distill", memory="1GB")
-    with pytest.raises(InputError, match=r"(?s)epochs must be at least 1, got 0.*features must be at least 0, got -1"):
-        Distill(epochs=0, features=-1)
+    wrong = "(?s)epochs must be at least 1, got 0.*features must be at least 0, got -1.*solve_samples must be"
+    with pytest.raises(InputError, match=wrong):
+        Distill(epochs=0, features=-1, solve_samples=0)
 
 
 def test_the_plan_counts_every_models_own_layers(images):
@@ -220,3 +221,15 @@ def test_needs_are_factors_matrices_and_values():
     factors, matrices = (8 * 109, 8 * 2 * 41), (4 * 30, 4 * 2 * 20)
     wanted = factors[0] + 3 * factors[1] + 3 * max(factors) + 6 * (matrices[0] + 3 * matrices[1]) + 3 * 1000
     assert distill_needs(SolveNeeds(fits, 0, 0, 1000)) == wanted
+
+
+def test_solve_fits_on_fewer_samples_and_steps_see_all(images):
+    nets = pair(Residual, images)
+    many, few, fewer = (
+        merge(nets, x, Distill(solve_samples=s)) for x, s in ((images, 256), (images[:256], None), (images, 130))
+    )
+    assert loss(many, nets, HELD_OUT) < 0.9 * loss(few, nets, HELD_OUT)
+    assert all(torch.equal(v, fewer.state_dict()[k]) for k, v in many.state_dict().items())  # chunks are whole
+    every, plan = (fxzip.plan(nets, [images], method=Distill(solve_samples=s)) for s in (None, 256))
+    assert 4 * plan.solving.activations == every.solving.activations
+    assert fxzip.plan(nets, [images], method=Distill(solve_samples=9999)).solving == every.solving

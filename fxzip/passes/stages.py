@@ -257,7 +257,7 @@ class Solve(Stage):
         found = solve_parameters(
             p.graph_modules, p.spaces, p.cut, now.matchings, now.shared, now.heads, now.batches, settings,
             now.progress, resized, now.processes, p.shares, now.plan.activations if now.plan else None, after,
-            p.foreign,
+            p.foreign, after.solve_samples if after else None,
         )  # fmt: skip
         return graph, replace(
             now, shared=found.shared, heads=found.heads, records=found.records, solved=True, method=self.solve.name,

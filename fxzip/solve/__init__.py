@@ -83,6 +83,7 @@ def solve_parameters(
     memory: float | None = None,
     after: After | None = None,
     foreign: Sequence[Collection[str]] = (),
+    fitted: int | None = None,
 ) -> Solved:
     """Fit shared and private parameters to the parents, in topological order, in closed form.
 
@@ -93,9 +94,11 @@ def solve_parameters(
     shares: what every model counts where values that are no features are averaged (default: all alike). memory: bytes
     of activations that do not go to files, if other than `settings.memory`; the result does not depend on it.
     after: goes on from the fitted pass, on the same chunks, and says what it did. foreign: per model, the FX nodes of
-    `cut.private` that only others have, of graphs that were joined; what it has for them is left as it is.
+    `cut.private` that only others have, of graphs that were joined; what it has for them is left as it is. fitted: so
+    many samples, about, the fits see, from all over; None: all. `after` has all.
     """
-    chunks, notices = _chunks(batches, chunk_size(spaces.lowered)), ()
+    every, notices = _chunks(batches, chunk_size(spaces.lowered)), ()
+    chunks = _spread(every, ceil(fitted / max(batch_size(every[0]), 1))) if fitted else every
     together = max(1, TOGETHER // max(batch_size(chunks[0]), 1))
     if (parts := ceil(len(chunks) / together)) < processes.world:
         notices = (f"solve: {parts} chunks of {together * batch_size(chunks[0])} samples do not go round"
@@ -136,15 +139,15 @@ def solve_parameters(
     with torch.no_grad(), retained(memory is None):
         steps.run(progress)
         if after is not None:
-            notices += (after(steps, chunks, unmerged, progress),)
+            notices += (after(steps, every, unmerged, progress),)
     if store.mapped and memory is None:
         notices += (
             f"solve kept {store.mapped / 1e9:.1f} GB of activations in temporary files: they would take over "
             f"{settings.memory / 1e9:.1f} GB of memory; memory= allows more",
         )
-    fitted = tuple({n: lane.state[n] for n in s} for lane, s in zip(private, heads.states, strict=True))
+    own = tuple({n: lane.state[n] for n in s} for lane, s in zip(private, heads.states, strict=True))
     return Solved(
-        {n: merged.state[n] for n in shared}, replace(heads, states=fitted), tuple(steps.records), store.most, notices
+        {n: merged.state[n] for n in shared}, replace(heads, states=own), tuple(steps.records), store.most, notices
     )
 
 
@@ -175,6 +178,11 @@ def _chunks(batches: Sequence[tuple], most: int = CHUNK) -> list[tuple]:
         tree_unflatten([x[k * size : (k + 1) * size] if rows else x for x, rows in whole], spec)
         for k in range(total // size)
     ]
+
+
+def _spread(chunks: list[tuple], count: int) -> list[tuple]:
+    """So many of the chunks, evenly spaced, as loaders may go task by task."""
+    return [chunks[k * len(chunks) // count] for k in range(count)] if count < len(chunks) else chunks
 
 
 def _whole(column: Sequence[Any], batches: Sequence[tuple]) -> tuple[Any, bool]:
