@@ -321,9 +321,12 @@ def test_a_kernel_that_meets_no_data_at_all_is_no_error():
             x = self.stem(x).relu()
             return self.head(x + self.blind(x[:, :, None, None])[:, :, 0, 0])
 
-    nets = [Net(0).eval(), Net(1).eval()]
-    zipped = fxzip.merge(nets, [torch.randn(64, 3)], progress=False)
-    assert all(y.isfinite().all() for y in zipped(torch.randn(4, 3)))
+    x = torch.randn(4, 3)
+    for seeds in ((0, 1), (0, 0)):
+        nets = [Net(s).eval() for s in seeds]
+        made = fxzip.merge(nets, [torch.randn(64, 3)], progress=False)(x)
+        assert all(y.isfinite().all() for y in made)
+    assert all(torch.allclose(y, net(x), atol=1e-4) for y, net in zip(made, nets, strict=True))  # of copies, exactly
 
 
 @pytest.mark.parametrize(("given", "made"), [("float16", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
