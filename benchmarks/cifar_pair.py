@@ -55,7 +55,7 @@ FULL = (
     "mudsc-0.7", "select", "solve", "solve-1.15x", "solve-1.33x", "solve-select", "solve-select-1.33x",
 )  # fmt: skip
 CUT = ("permute", "zip-beta1", "select", "solve", "solve-select", "distill", "distill-mirror", "distill-mirror-bf16",
-    "distill-mirror-many",
+    "distill-mirror-many", "distill-mirror-outputs",
 )  # fmt: skip
 
 

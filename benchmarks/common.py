@@ -30,6 +30,7 @@ def mirrored(images: Tensor) -> Tensor:
     return images.flip(-1)
 
 
+MANY = fxzip.Distill(views=[mirrored], precision="bfloat16", solve_samples=4_096)  # of many images
 METHODS: dict[str, dict[str, Any]] = {
     "average": {"method": "average"},
     "permute": {"method": "permute"},
@@ -62,7 +63,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill-1.33x": {"method": "solve+distill", "budget": 1.33},
     "distill-mirror": {"method": fxzip.Distill(views=[mirrored])},
     "distill-mirror-bf16": {"method": fxzip.Distill(views=[mirrored], precision="bfloat16")},
-    "distill-mirror-many": {"method": fxzip.Distill(views=[mirrored], precision="bfloat16", solve_samples=4_096)},
+    "distill-mirror-many": {"method": MANY},
+    "distill-mirror-outputs": {"method": replace(MANY, features=1.0, epochs=8)},
     "distill-mirror-1.33x": {"method": fxzip.Distill(views=[mirrored]), "budget": 1.33},
 }
 TIMED, COMPARED = 4_096, 16_384  # images, at most, of a timed forward, and to make heads comparable on
