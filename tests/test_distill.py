@@ -136,6 +136,14 @@ def test_what_has_become_worse_is_not_kept(images, monkeypatch):
         torch.testing.assert_close(made, kept, rtol=1e-3, atol=1e-4)
 
 
+def test_an_epoch_that_is_lost_is_not_gone_through(images, monkeypatch):
+    taken, gradients = [], Descent._gradients
+    monkeypatch.setattr("fxzip.distill.descent.RATE", 1e30)
+    monkeypatch.setattr(Descent, "_gradients", lambda run, *args: taken.append(0) or gradients(run, *args))
+    merge(pair(Residual, images), images, Distill(epochs=3))
+    assert len(taken) <= 4 + 3 * 3  # for the rate; then of seven steps an epoch, those until one is not finite
+
+
 def test_steps_that_are_lost_in_rounding_have_no_length(images, monkeypatch):
     found, rate = [], Descent._rate
 

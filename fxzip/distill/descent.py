@@ -207,6 +207,9 @@ class Descent:
                 for _ in range(min(joined, len(self.learnt))):
                     for p, g in self._gradients(*next(drawn)).items():
                         gradient[p] = gradient[p] + g if p in gradient else g
+                if not all(bool(g.isfinite().all()) for g in gradient.values()):
+                    bar.update(each - k)
+                    break  # the epoch is lost, which need not take all its steps
                 for p, g in gradient.items():
                     speed[p].mul_(MOMENTUM).add_(curvature.step(p, g / joined))
                 self._move(speed, rate * (1 + cos(pi * (epoch + k / each) / epochs)) / 2)
