@@ -93,9 +93,9 @@ def solve_parameters(
     has the right shapes. processes: every rank holds its share of the chunks, and all fit to the sums.
     shares: what every model counts where values that are no features are averaged (default: all alike). memory: bytes
     of activations that do not go to files, if other than `settings.memory`; the result does not depend on it.
-    after: goes on from the fitted pass, on the same chunks, and says what it did. foreign: per model, the FX nodes of
+    after: goes on from the fitted pass, on all chunks, and says what it did. foreign: per model, the FX nodes of
     `cut.private` that only others have, of graphs that were joined; what it has for them is left as it is. fitted: so
-    many samples, about, the fits see, from all over; None: all. `after` has all.
+    many samples, about, the fits see, from all over; None: all.
     """
     every, notices = _chunks(batches, chunk_size(spaces.lowered)), ()
     chunks = _spread(every, ceil(fitted / max(batch_size(every[0]), 1))) if fitted else every
