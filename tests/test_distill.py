@@ -12,6 +12,7 @@ import fxzip
 from examples import EXAMPLES
 from fxzip import Distill, InputError, Solve
 from fxzip.distill import distill_needs
+from fxzip.distill.curvature import Curvature
 from fxzip.distill.descent import Descent
 from fxzip.solve import FitNeed, Settings, SolveNeeds
 
@@ -106,7 +107,6 @@ def test_it_takes_private_convolutions_under_a_pool_further():
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if not e.frozen], ids=str)
 def test_steps_of_no_length_change_nothing(example, monkeypatch):
     """What layers hold together with norms and scales is taken apart and put back: soundness, over all operators."""
-    monkeypatch.setattr("fxzip.distill.descent.RATE", 0.0)
     monkeypatch.setattr("fxzip.distill.descent._worse", lambda before, after: False)  # equal is no reason to go back
     model, inputs = example.make(), example.inputs()
     data = tuple(torch.cat([v + 0.1 * k * torch.randn_like(v) if v.is_floating_point() else v for k in range(8)])
@@ -116,7 +116,7 @@ def test_steps_of_no_length_change_nothing(example, monkeypatch):
         solved = fxzip.merge([model, model], [data], method=Solve(settings=settings), progress=False, verify=False)
     except fxzip.FxzipError as error:
         pytest.skip(f"no merge to start from: {error}")
-    method = Distill(Solve(settings=settings), epochs=1, precision="bfloat16")  # which is tried, and soon given up
+    method = Distill(Solve(settings=settings), epochs=1, rate=0, precision="bfloat16")  # soon given up
     if example.name.split(": ")[-1] in NO_DERIVATIVE:
         with pytest.raises(fxzip.FxzipError, match=r"cannot be differentiated: derivative for aten::\w+ is not impl"):
             fxzip.merge([model, model], [data], method=method, progress=False, verify=False)
@@ -127,10 +127,9 @@ def test_steps_of_no_length_change_nothing(example, monkeypatch):
             torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3 * float(a.abs().max()) if a.numel() else 0)
 
 
-def test_what_has_become_worse_is_not_kept(images, monkeypatch):
-    monkeypatch.setattr("fxzip.distill.descent.RATE", 1e30)
+def test_what_has_become_worse_is_not_kept(images):
     nets = pair(Residual, images)
-    zipped, solved = merge(nets, images), merge(nets, images, "solve")
+    zipped, solved = merge(nets, images, Distill(rate=1e30)), merge(nets, images, "solve")
     assert said(zipped).endswith("no epoch ended better, so the layers are solve's")
     for made, kept in zip(zipped(HELD_OUT), solved(HELD_OUT), strict=True):
         torch.testing.assert_close(made, kept, rtol=1e-3, atol=1e-4)
@@ -138,9 +137,8 @@ def test_what_has_become_worse_is_not_kept(images, monkeypatch):
 
 def test_an_epoch_that_is_lost_is_not_gone_through(images, monkeypatch):
     taken, gradients = [], Descent._gradients
-    monkeypatch.setattr("fxzip.distill.descent.RATE", 1e30)
     monkeypatch.setattr(Descent, "_gradients", lambda run, *args: taken.append(0) or gradients(run, *args))
-    merge(pair(Residual, images), images, Distill(epochs=3))
+    merge(pair(Residual, images), images, Distill(epochs=3, rate=1e30))
     assert len(taken) <= 4 + 3 * 3  # for the rate; then of seven steps an epoch, those until one is not finite
 
 
@@ -204,9 +202,12 @@ def test_what_it_does_not_go_with_is_said_at_once(images):
         merge(nets, images, memory="1GB")
     with pytest.raises(InputError, match="does not go by memory="):
         fxzip.plan(nets, [images], method="solve+distill", memory="1GB")
-    wrong = "(?s)epochs must be at least 1, got 0.*features must be at least 0, got -1.*solve_samples must be"
+    wrong = (
+        "(?s)epochs must be at least 1, got 0.*features must be at least 0, got -1.*rate must be at least 0, got -1"
+        ".*solve_samples must be at least 1, got 0.*damping must be above 0, got 0"
+    )
     with pytest.raises(InputError, match=wrong):
-        Distill(epochs=0, features=-1, solve_samples=0)
+        Distill(epochs=0, features=-1, solve_samples=0, rate=-1, damping=0)
 
 
 def test_the_plan_counts_every_models_own_layers(images):
@@ -241,3 +242,17 @@ def test_solve_fits_on_fewer_samples_and_steps_see_all(images):
     every, plan = (fxzip.plan(nets, [images], method=Distill(solve_samples=s)) for s in (None, 256))
     assert 4 * plan.solving.activations == every.solving.activations
     assert fxzip.plan(nets, [images], method=Distill(solve_samples=9999)).solving == every.solving
+
+
+def test_with_less_damping_curvature_counts_for_more(images):
+    """Towards plain gradients with much of it: nothing but its length is left of the outputs' factor."""
+    nets = pair(Residual, images)
+    little, much = (loss(merge(nets, images, Distill(damping=d, rate=0.1)), nets, HELD_OUT) for d in (0.1, 1e4))
+    assert little < much < loss(merge(nets, images, "solve"), nets, HELD_OUT)
+
+
+def test_of_many_samples_curvature_is_from_more(images, monkeypatch):
+    many, seen, add = torch.cat([images] * 10), [], Curvature.add
+    monkeypatch.setattr(Curvature, "add", lambda c, t, r, count, g: seen.append(count) or add(c, t, r, count, g))
+    merge(pair(Residual, images), many, Distill(epochs=1, solve_samples=256), calibration=len(many))
+    assert len(images) == 1024 and sum(seen) == 640  # a sixteenth of the 8,960 and more that are learnt from

@@ -85,8 +85,9 @@ def test_parameters_become_methods(place):
     assert method("parameters: {matcher: zip, lam: 0.01}\n") == Solve(Zip(), Settings(lam=0.01))
     assert method("method: solve+distill\n") == "solve+distill"
     assert method("method: solve+distill\nparameters: {precision: bfloat16}\n").precision == torch.bfloat16
-    given = method("method: solve+distill\nparameters: {lam: 0.01, epochs: 2, solve_samples: 64}\n")
-    assert given == Distill(Solve(settings=Settings(lam=0.01)), epochs=2, solve_samples=64)
+    steps = "{lam: 0.01, epochs: 2, solve_samples: 64, rate: 0.1, damping: 0.01}"
+    given = method(f"method: solve+distill\nparameters: {steps}\n")
+    assert given == Distill(Solve(settings=Settings(lam=0.01)), epochs=2, solve_samples=64, rate=0.1, damping=0.01)
 
 
 def test_problems_of_models_and_data_are_listed_together(place):

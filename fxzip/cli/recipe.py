@@ -196,7 +196,7 @@ def method_of(recipe: Recipe) -> Any:
     kinds = {m.name: m for m in MATCHERS}
     if name == "solve":
         split(recipe.method)
-        steps = ["epochs", "batch", "features", "precision", "solve_samples"] if modifier else []
+        steps = ["epochs", "batch", "features", "precision", "solve_samples", "rate", "damping"] if modifier else []
         _known(given, ["matcher", *(f.name for f in fields(Settings)), *steps], recipe.method)
         further = {k: given.pop(k) for k in steps if k in given}
         solve = Solve(given.pop("matcher", None), _made(Settings, given))

@@ -41,10 +41,13 @@ class Distill:
         an input and its views, and every step sees one of these. precision: torch.bfloat16 takes steps, not weights, in
         that, which is several times as fast where there are instructions for it (AMX, GPUs); a network that cannot is
         taken further in its own precision, and a notice says why. solve_samples: how many of the samples the fits see,
-        about, where there are more; None: all. What steps take further need not have been fitted on as many. Takes
-        several times solve's time, and memory for derivatives of a batch.
-    Raises InputError for epochs, batch or solve_samples below 1, features below 0, or another precision; `merge`
-        for views that change shapes, write to their inputs, draw at random or mix samples.
+        about, where there are more; None: all. What steps take further need not have been fitted on as many. rate: how
+        long the first steps are, relative to the one that would be best for the first samples, were it the only one.
+        damping: what is added to the curvature on the outputs' side of each layer, relative to its mean diagonal; with
+        many samples less comes nearer, if the rate is lower as well. Takes several times solve's time, and memory for
+        derivatives of a batch.
+    Raises InputError for epochs, batch or solve_samples below 1, features or rate below 0, damping of 0 or less, or
+        another precision; `merge` for views that change shapes, write to their inputs, draw at random or mix samples.
 
     >>> Distill(epochs=2).name
     'solve+distill'
@@ -58,13 +61,16 @@ class Distill:
     seed: int = 0
     precision: torch.dtype | str | None = None  # bfloat16, or the models' own
     solve_samples: int | None = None
+    rate: float = 0.2
+    damping: float = 0.1
     name: ClassVar[str] = "solve+distill"
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch": 1, "features": 0, "solve_samples": 1}
+        least = {"epochs": 1, "batch": 1, "features": 0, "rate": 0, "solve_samples": 1}
         given = {n: getattr(self, n) for n in least if n != "solve_samples" or self.solve_samples is not None}
         wrong = [n for n, value in given.items() if not value >= least[n]]
         said = [f"{n} must be at least {least[n]}, got {getattr(self, n)!r}" for n in wrong]
+        said += [] if self.damping > 0 else [f"damping must be above 0, got {self.damping!r}"]
         views = self.views if isinstance(self.views, Sequence) else (None,)
         said += [] if all(map(callable, views)) else [f"views must be a list of functions, got {self.views!r}"]
         if self.precision not in (None, torch.bfloat16, "bfloat16"):

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from .network import Layer, Place, derived
 
-INPUT, OUTPUT = 1e-3, 0.1  # damping of the two factors, relative to their mean diagonal
+INPUT = 1e-3  # damping of the inputs' factor, relative to its mean diagonal
 ROWS = 8_192  # design rows of one chunk, at most
 
 
 @dataclass
 class Curvature:
-    """The two factors of every layer, summed over samples; then their inverses."""
+    """The two factors of every layer, summed over samples; then their inverses. damping: of the outputs' factor."""
 
     layers: Mapping[Place, Layer]
+    damping: float = 0.1
     inputs: dict[Place, Tensor] = field(default_factory=dict)  # [g, p, p]
     outputs: dict[Place, Tensor] = field(default_factory=dict)  # [g, o, o]
     samples: int = 0
@@ -53,7 +54,7 @@ class Curvature:
 
     def invert(self) -> None:
         """In place: both factors become inverses, damped."""
-        for factors, damping in ((self.inputs, INPUT), (self.outputs, OUTPUT)):
+        for factors, damping in ((self.inputs, INPUT), (self.outputs, self.damping)):
             for place, total in factors.items():
                 factor = total / self.samples
                 weight = damping * factor.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)

@@ -26,11 +26,10 @@ if TYPE_CHECKING:
     from . import Distill
 
 MOMENTUM = 0.9
-RATE = 0.2  # of the step that would be best on the first batches, were it the only one
 FLAT = 1e6  # best steps above which nothing comes of them but rounding errors: it is about 1 where curvature is exact
 SLOWER = 4  # by so much after an epoch that has to be undone
 NEAR, SMALL = 0.1, 0.01  # how far errors in another precision may be from those in the own, relative to these or SMALL
-FIRST = 512  # samples that curvature and rate are from
+FIRST, SIXTEENTH, MOST = 512, 16, 2_048  # samples that curvature is from: more of many, but no more than that
 HELD_OUT = 8  # one in so many chunks is not learnt from: what epochs are judged on
 
 Errors = tuple[float, float]  # relative squared ones, of outputs and of features, each as they count
@@ -87,8 +86,9 @@ class Descent:
     def run(self, progress: bool) -> Distilled:
         if not self.layers:
             return Distilled((0.0, 0.0), (0.0, 0.0))
-        first = self.learnt[: ceil(FIRST / self.size)]
-        curvature = Curvature(self.layers)
+        count = min(max(FIRST, len(self.learnt) * self.size // SIXTEENTH), MOST)
+        first = self.learnt[: ceil(count / self.size)]
+        curvature = Curvature(self.layers, self.settings.damping)
         for args in first:
             tape: dict[Place, tuple[dict, Tensor]] = {}
             with torch.enable_grad():
@@ -187,7 +187,7 @@ class Descent:
                 self._move(steps, -length)
             bend += sum(float(((b - a).double() / length).square().sum()) for a, b in zip(here, there, strict=True))
         best = slope * self.size / bend if bend > 0 else inf
-        return RATE * best if best < FLAT else 0.0
+        return self.settings.rate * best if best < FLAT else 0.0
 
     def _move(self, steps: Mapping[Place, Tensor], length: float) -> None:
         for place, step in steps.items():
