@@ -31,6 +31,7 @@ def mirrored(images: Tensor) -> Tensor:
 
 
 MANY = fxzip.Distill(views=[mirrored], precision="bfloat16", solve_samples=4_096)  # of many images
+OUTPUTS = replace(MANY, features=0.1, epochs=11, rate=0.05, damping=0.01)
 METHODS: dict[str, dict[str, Any]] = {
     "average": {"method": "average"},
     "permute": {"method": "permute"},
@@ -64,11 +65,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill-mirror": {"method": fxzip.Distill(views=[mirrored])},
     "distill-mirror-bf16": {"method": fxzip.Distill(views=[mirrored], precision="bfloat16")},
     "distill-mirror-many": {"method": MANY},
-    "distill-mirror-outputs": {"method": replace(MANY, features=1.0, epochs=12, rate=0.1)},
+    "distill-mirror-outputs": {"method": replace(MANY, features=1.0, epochs=8, rate=0.1)},
     "distill-mirror-1.33x": {"method": fxzip.Distill(views=[mirrored]), "budget": 1.33},
-    "distill-mirror-outputs-1.33x": {
-        "method": replace(MANY, features=0.1, epochs=11, rate=0.05, damping=0.01), "budget": 1.33,
-    },
+    "distill-mirror-outputs-1.33x": {"method": OUTPUTS, "budget": 1.33},
 }
 TIMED, COMPARED = 4_096, 16_384  # images, at most, of a timed forward, and to make heads comparable on
 
