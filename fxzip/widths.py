@@ -21,7 +21,7 @@ from .errors import InputError, SpaceError
 from .infer import FeatureSpace, Segment, Spaces
 from .measure.moments import Moments
 from .rewrite import Partition
-from .rewrite.parameters import layout
+from .rewrite.axes import layout
 from .solve.affine import packet
 from .trace import watched
 

@@ -12,7 +12,7 @@ from fxzip.errors import SpaceError
 from fxzip.infer.spaces import FeatureSpace, Segment
 from fxzip.match.matching import Matching, from_slots
 from fxzip.rewrite import Unmerge, merge_parameters
-from fxzip.rewrite.parameters import axis_map, layout
+from fxzip.rewrite.axes import axis_map, layout
 from fxzip.trace import state_by_all_names
 
 torch.set_num_threads(1)

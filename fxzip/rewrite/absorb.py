@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from .parameters import AxisMap, apply, axis_map, tied_names
+from .axes import AxisMap, apply, axis_map
+from .parameters import tied_names
 from .unmerge import Unmerge
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import SpaceError
 
 if TYPE_CHECKING:
-    from .parameters import AxisMap
+    from .axes import AxisMap
 
 
 def in_blocks(x: Tensor, rows: AxisMap | None, columns: AxisMap, blocks: int, where: str) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ..errors import SpaceError
 from ..trace import state_by_all_names, watched
 from .absorb import Value, absorb, consumed_only, copied, exact, groups, numbers
-from .parameters import axis_map
+from .axes import axis_map
 from .partition import Partition, owned
 from .unmerge import Unmerge, copies, is_identity
 

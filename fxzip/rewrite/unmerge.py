@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .parameters import AxisMap, Run
+from .axes import AxisMap, Run
 
 
 class Unmerge(nn.Module):
@@ -17,7 +17,7 @@ class Unmerge(nn.Module):
     single 1 only copy features, and then the whole op is one exact gather; otherwise one product per space.
     Several axes at once keep their sizes, so they need equal widths before and after.
 
-    >>> from fxzip.rewrite.parameters import axis_map
+    >>> from fxzip.rewrite.axes import axis_map
     >>> import numpy as np
     >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     >>> Unmerge((1,), axis_map([("s0", np.arange(2), swap)], 2, "z"))(torch.tensor([[3.0, 4.0]]))

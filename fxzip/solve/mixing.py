@@ -13,7 +13,7 @@ from torch import Tensor
 from ..infer import Layout
 from ..match import Matching
 from ..products import exact, product
-from ..rewrite.parameters import AxisMap, apply, axis_map
+from ..rewrite.axes import AxisMap, apply, axis_map
 
 NARROW = 192  # features
 
